@@ -1,0 +1,27 @@
+//! Judging answers: normalisation, exact match and F1.
+//!
+//! Two judges share one normalisation, the published one of TriviaQA:
+//!
+//! - [`triviaqa_exact_match`] and [`triviaqa_f1`] are the published script, for numbers that others can compare with;
+//! - [`exact_match`], [`f1`] and [`judge`] know the show as well: an answer may come as a question ("What is ...?"), and
+//!   a key may hold several answers ("(Thomas) Jefferson", "the sofa (or couch)").
+//!
+//! The second judge trades strictness for what a host would rule: splitting a key at "or" can accept half of a name
+//! that holds the word. It refuses nothing: any two strings have a score, and none is NaN. It reads no file, prints
+//! nothing and weighs no spelling: "Filipino" for "Philippine" is wrong.
+//!
+//! ```
+//! use buzzer_eval::{exact_match, judge};
+//!
+//! assert!(exact_match("Who is Jefferson?", "(Thomas) Jefferson"));
+//! let scores = judge([("What is gold?", "gold"), ("tin", "zinc")]);
+//! assert_eq!((scores.exact_match, scores.n), (0.5, 2));
+//! ```
+
+mod forms;
+mod metrics;
+mod normalize;
+
+pub use forms::{alternatives, strip_show_form};
+pub use metrics::{Scores, exact_match, f1, judge, triviaqa_exact_match, triviaqa_f1};
+pub use normalize::normalize;

@@ -1,0 +1,61 @@
+//! The trait for `Autodiff<B>`: forward on the inner backend, and one backward step an operation.
+
+use burn::tensor::backend::BackendTypes;
+use burn::module::AutodiffModule;
+use burn::tensor::{DType, Tensor, TensorPrimitive};
+use burn_autodiff::Autodiff;
+use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
+
+use crate::{
+    AttentionIndex, KernelBackend, LoraTerm, Nf4Tensor, RotaryAngles, attention, qlora_linear, rms_norm, rotary,
+    swiglu,
+};
+
+type Float<B> = <B as BackendTypes>::FloatTensorPrimitive;
+
+/// A tensor of the inner backend from its primitive.
+pub(crate) fn inner<B: KernelBackend, const D: usize>(primitive: Float<B>) -> Tensor<B, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}
+
+/// A tensor of the differentiable backend from its primitive.
+pub(crate) fn tracked<B: KernelBackend, C: CheckpointStrategy, const D: usize>(
+    primitive: Float<Autodiff<B, C>>,
+) -> Tensor<Autodiff<B, C>, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}
+
+impl<B: KernelBackend, C: CheckpointStrategy> KernelBackend for Autodiff<B, C> {
+    fn nf4_dequantize(weight: &Nf4Tensor<Self>, dtype: DType) -> Tensor<Self, 2> {
+        Tensor::from_inner(B::nf4_dequantize(&weight.valid(), dtype))
+    }
+
+    fn qlora_linear(
+        x: Tensor<Self, 2>,
+        weight: &Nf4Tensor<Self>,
+        lora: Option<LoraTerm<Self>>,
+    ) -> Tensor<Self, 2> {
+        qlora_linear::tracked_forward(x, &weight.valid(), lora)
+    }
+
+    fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
+        rms_norm::tracked_forward(x, weight, epsilon)
+    }
+
+    fn rotary(x: Tensor<Self, 4>, angles: &RotaryAngles<Self>) -> Tensor<Self, 4> {
+        rotary::tracked_forward(x, angles)
+    }
+
+    fn attention(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        index: &AttentionIndex<Self>,
+    ) -> Tensor<Self, 4> {
+        attention::tracked_forward(q, k, v, index)
+    }
+
+    fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        swiglu::tracked_forward(gate, up)
+    }
+}

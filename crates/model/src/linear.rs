@@ -1,0 +1,180 @@
+//! A linear layer: a weight that is dense or packed in four bits, and a low-rank correction where there is one.
+
+use burn::module::{Module, Param};
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor, TensorData};
+use buzzer_kernels::{Dropout, KernelBackend, LoraTerm, Nf4Tensor};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use serde::{Deserialize, Serialize};
+
+use crate::{ModelError, Target};
+
+/// A weight `[out, in]`.
+#[derive(Module, Debug)]
+pub enum Weight<B: Backend> {
+    /// As it is, in f32, f16 or bf16.
+    Dense(Param<Tensor<B, 2>>),
+    /// Frozen, in four bits.
+    Nf4(Nf4Tensor<B>),
+}
+
+/// The low-rank factors of one layer; f32.
+#[derive(Module, Debug)]
+pub struct Lora<B: Backend> {
+    /// `A [r, in]`.
+    pub a: Param<Tensor<B, 2>>,
+    /// `B [out, r]`.
+    pub b: Param<Tensor<B, 2>>,
+    /// alpha / r, or alpha / √r.
+    pub scale: f64,
+}
+
+/// A linear layer without bias.
+#[derive(Module, Debug)]
+pub struct LoraLinear<B: Backend> {
+    /// The weight.
+    pub weight: Weight<B>,
+    /// The correction.
+    pub lora: Option<Lora<B>>,
+}
+
+/// Which layers are corrected, and how.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoraSettings {
+    /// r.
+    pub rank: usize,
+    /// The correction is scaled by alpha / r.
+    pub alpha: f64,
+    /// Scale by alpha / √r instead (Kalajdzievski, <https://arxiv.org/abs/2312.03732>).
+    pub rslora: bool,
+    /// The linears with a correction.
+    pub targets: Vec<Target>,
+}
+
+impl LoraSettings {
+    /// The factor in front of the correction.
+    #[must_use]
+    pub fn scale(&self) -> f64 {
+        let rank = self.rank as f64;
+        self.alpha / if self.rslora { rank.sqrt() } else { rank }
+    }
+
+    /// # Errors
+    /// If the rank is 0, alpha is not positive, or no linear is named.
+    pub fn check(&self) -> Result<(), ModelError> {
+        let wrong = |what, found, choose| Err(ModelError::Lora { what, found, choose });
+        if self.rank == 0 {
+            return wrong("a LoRA rank (--rank)", "0".into(), "one from 1 on");
+        }
+        if !(self.alpha > 0.0 && self.alpha.is_finite()) {
+            return wrong("a LoRA alpha (--alpha)", self.alpha.to_string(), "a positive number");
+        }
+        if self.targets.is_empty() {
+            return wrong("a list of linears (--targets)", "none".into(), "all, or some of the seven");
+        }
+        Ok(())
+    }
+}
+
+impl<B: Backend> Weight<B> {
+    /// A dense weight that is not trained.
+    #[must_use]
+    pub fn frozen(tensor: Tensor<B, 2>) -> Self {
+        Self::Dense(Param::from_tensor(tensor).set_require_grad(false))
+    }
+
+    /// `[out, in]`.
+    #[must_use]
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Dense(weight) => weight.val().dims(),
+            Self::Nf4(weight) => weight.dims(),
+        }
+    }
+
+    /// Bytes on the device.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(weight) => weight.val().dims().iter().product::<usize>() * weight.val().dtype().size(),
+            Self::Nf4(weight) => weight.bytes(),
+        }
+    }
+}
+
+impl<B: KernelBackend> Weight<B> {
+    /// The weight as a dense tensor.
+    #[must_use]
+    pub fn dense(&self, dtype: DType) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(weight) => weight.val().cast(dtype),
+            Self::Nf4(weight) => B::nf4_dequantize(weight, dtype),
+        }
+    }
+}
+
+impl<B: Backend> Lora<B> {
+    /// PEFT's initial factors: A uniform in ±1/√in, B zero, so that the correction begins as nothing.
+    ///
+    /// `seed` and `stream` decide A on every backend alike.
+    #[must_use]
+    pub fn init(dims: [usize; 2], settings: &LoraSettings, seed: u64, stream: u64, device: &B::Device) -> Self {
+        let [out, inner] = dims;
+        let mut generator = ChaCha8Rng::seed_from_u64(seed);
+        generator.set_stream(stream);
+        let bound = 1.0 / (inner as f32).sqrt();
+        let unit = |word: u32| (word >> 8) as f32 / (1 << 24) as f32;
+        let values = (0..settings.rank * inner).map(|_| (2.0 * unit(generator.next_u32()) - 1.0) * bound).collect();
+        let a = TensorData::new::<f32, _>(values, [settings.rank, inner]);
+        let b = Tensor::zeros([out, settings.rank], (device, DType::F32));
+        Self::new(Tensor::from_data(a, (device, DType::F32)), b, settings.scale())
+    }
+
+    /// Factors `A [r, in]` and `B [out, r]` with their scale.
+    #[must_use]
+    pub fn new(a: Tensor<B, 2>, b: Tensor<B, 2>, scale: f64) -> Self {
+        Self { a: Param::from_tensor(a), b: Param::from_tensor(b), scale }
+    }
+
+    fn term(&self, dropout: Option<Dropout>) -> LoraTerm<B> {
+        LoraTerm { a: self.a.val(), b: self.b.val(), scale: self.scale, dropout }
+    }
+}
+
+impl<B: Backend> LoraLinear<B> {
+    /// A layer without correction.
+    #[must_use]
+    pub fn new(weight: Weight<B>) -> Self {
+        Self { weight, lora: None }
+    }
+}
+
+impl<B: KernelBackend> LoraLinear<B> {
+    /// `x [n, in]` to `[n, out]`.
+    #[must_use]
+    pub fn forward(&self, x: Tensor<B, 2>, dropout: Option<Dropout>) -> Tensor<B, 2> {
+        let term = self.lora.as_ref().map(|lora| lora.term(dropout));
+        match &self.weight {
+            Weight::Nf4(weight) => B::qlora_linear(x, weight, term),
+            Weight::Dense(weight) => {
+                let y = x.clone().matmul(weight.val().cast(x.dtype()).transpose());
+                match term {
+                    Some(term) => y + term.forward(x),
+                    None => y,
+                }
+            }
+        }
+    }
+
+    /// The layer with its correction added into a dense weight: `W + s · B A`.
+    #[must_use]
+    pub fn merged(&self, dtype: DType) -> Tensor<B, 2> {
+        let weight = self.weight.dense(DType::F32);
+        let merged = match &self.lora {
+            Some(lora) => weight + lora.b.val().matmul(lora.a.val()).mul_scalar(lora.scale),
+            None => weight,
+        };
+        merged.cast(dtype)
+    }
+}

@@ -1,0 +1,200 @@
+//! The whole model, in the pieces that training and answering run.
+
+use burn::module::{Module, Param};
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Distribution, Int, Tensor};
+use buzzer_kernels::{AttentionIndex, Dropout, KernelBackend, RotaryAngles};
+
+use crate::{Block, BlockContext, KvCache, LlamaConfig, Lora, LoraSettings, Target, Weight};
+
+/// A Llama 2 model.
+#[derive(Module, Debug)]
+pub struct Llama<B: Backend> {
+    /// `[v, d]`.
+    pub embedding: Param<Tensor<B, 2>>,
+    /// The blocks in order.
+    pub blocks: Vec<Block<B>>,
+    /// `[d]`.
+    pub norm: Param<Tensor<B, 1>>,
+    /// `[v, d]`; `None` where the head is the embedding.
+    pub head: Option<Param<Tensor<B, 2>>>,
+    #[module(skip)]
+    config: LlamaConfig,
+}
+
+impl<B: Backend> Llama<B> {
+    /// A model from its parts.
+    #[must_use]
+    pub fn new(
+        config: &LlamaConfig,
+        embedding: Param<Tensor<B, 2>>,
+        blocks: Vec<Block<B>>,
+        norm: Param<Tensor<B, 1>>,
+        head: Option<Param<Tensor<B, 2>>>,
+    ) -> Self {
+        Self { embedding, blocks, norm, head, config: config.clone() }
+    }
+
+    /// A dense model with random weights (normal, σ 0.02; norms 1), all of them trainable; f32.
+    #[must_use]
+    pub fn init(config: &LlamaConfig, seed: u64, device: &B::Device) -> Self {
+        B::seed(device, seed);
+        let normal = |dims: [usize; 2]| {
+            let random = Tensor::random(dims, Distribution::Normal(0.0, 0.02), device);
+            Param::from_tensor(random)
+        };
+        let ones = || Param::from_tensor(Tensor::ones([config.hidden_size], device));
+        let table = [config.vocab_size, config.hidden_size];
+        let block = |_| {
+            let weight = |target| Ok::<_, std::convert::Infallible>(Weight::Dense(normal(config.linear_shape(target))));
+            match Block::build(config, ones(), ones(), weight) {
+                Ok(block) => block,
+                Err(never) => match never {},
+            }
+        };
+        let blocks = (0..config.num_hidden_layers).map(block).collect();
+        let head = (!config.tie_word_embeddings).then(|| normal(table));
+        Self::new(config, normal(table), blocks, ones(), head)
+    }
+
+    /// The sizes.
+    #[must_use]
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// Where the model lies.
+    #[must_use]
+    pub fn device(&self) -> B::Device {
+        self.embedding.val().device()
+    }
+
+    /// The dtype of the residual stream: that of the embedding.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.embedding.val().dtype()
+    }
+
+    /// The head `[v, d]`.
+    #[must_use]
+    pub fn head_weight(&self) -> Tensor<B, 2> {
+        self.head.as_ref().unwrap_or(&self.embedding).val()
+    }
+
+    /// Gives the chosen linears of every block fresh corrections, in place of any they had; others lose theirs.
+    pub fn add_lora(&mut self, settings: &LoraSettings, seed: u64) {
+        let device = self.device();
+        for (layer, block) in self.blocks.iter_mut().enumerate() {
+            for target in Target::ALL {
+                let linear = block.linear_mut(target);
+                let stream = (layer * Target::ALL.len() + target as usize) as u64;
+                linear.lora = settings
+                    .targets
+                    .contains(&target)
+                    .then(|| Lora::init(linear.weight.dims(), settings, seed, stream, &device));
+            }
+        }
+    }
+
+    /// Every correction with its block and linear, in a fixed order.
+    pub fn loras(&self) -> impl Iterator<Item = (usize, Target, &Lora<B>)> {
+        self.blocks.iter().enumerate().flat_map(|(layer, block)| {
+            let lora = move |target| Some((layer, target, block.linear(target).lora.as_ref()?));
+            Target::ALL.into_iter().filter_map(lora)
+        })
+    }
+
+    /// Weights of the corrections.
+    #[must_use]
+    pub fn lora_parameters(&self) -> usize {
+        let count = |tensor: Tensor<B, 2>| tensor.dims().iter().product::<usize>();
+        self.loras().map(|(_, _, lora)| count(lora.a.val()) + count(lora.b.val())).sum()
+    }
+
+    /// Bytes of the weights on the device, without corrections.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        let size = self.dtype().size();
+        let tables = if self.head.is_some() { 2 } else { 1 };
+        let norms = (2 * self.blocks.len() + 1) * self.config.hidden_size;
+        let dense = tables * self.config.vocab_size * self.config.hidden_size + norms;
+        let linears = self.blocks.iter().flat_map(|block| Target::ALL.map(|target| block.linear(target).weight.bytes()));
+        dense * size + linears.sum::<usize>()
+    }
+}
+
+impl<B: KernelBackend> Llama<B> {
+    /// Token ids `[b, t]` to the residual stream `[b, t, d]`.
+    #[must_use]
+    pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
+        let [b, t] = ids.dims();
+        let table = self.embedding.val();
+        let [_, d] = table.dims();
+        table.select(0, ids.reshape([b * t])).reshape([b, t, d])
+    }
+
+    /// The final norm, as rows: `[b, t, d]` to `[b t, d]`.
+    #[must_use]
+    pub fn normed(&self, x: Tensor<B, 3>) -> Tensor<B, 2> {
+        let [b, t, d] = x.dims();
+        B::rms_norm(x.reshape([b * t, d]), self.norm.val(), self.config.rms_norm_eps)
+    }
+
+    /// The final hidden states `[b t, d]` of rows `[b, t]` that see only themselves.
+    #[must_use]
+    pub fn hidden(
+        &self,
+        ids: Tensor<B, 2, Int>,
+        context: &BlockContext<B>,
+        dropout: Option<Dropout>,
+    ) -> Tensor<B, 2> {
+        let mut x = self.embed(ids);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            x = block.forward(x, context, dropout.map(|dropout| dropout.derive(layer as u64)), None);
+        }
+        self.normed(x)
+    }
+
+    /// The final hidden states `[b t, d]` of the tokens that follow those in a cache, which takes them in.
+    ///
+    /// # Panics
+    /// If the cache has no room for them.
+    #[must_use]
+    pub fn hidden_cached(
+        &self,
+        ids: Tensor<B, 2, Int>,
+        documents: Tensor<B, 2, Int>,
+        positions: Tensor<B, 2, Int>,
+        cache: &mut KvCache<B>,
+    ) -> Tensor<B, 2> {
+        let angles = RotaryAngles::new(positions.clone(), self.config.head_dim, self.config.rope_theta);
+        let index: AttentionIndex<B> = cache.extend(documents, positions);
+        let context = BlockContext { angles, index };
+        let mut x = self.embed(ids);
+        for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
+            x = block.forward(x, &context, None, Some(layer));
+        }
+        self.normed(x)
+    }
+
+    /// Logits `[n, v]` in f32 of hidden states `[n, d]`.
+    #[must_use]
+    pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
+        let head = self.head_weight().cast(hidden.dtype());
+        hidden.matmul(head.transpose()).cast(DType::F32)
+    }
+
+    /// Adds every correction into its weight, which becomes dense in the model's dtype.
+    pub fn merge_lora(&mut self) {
+        let dtype = self.dtype();
+        for block in &mut self.blocks {
+            for target in Target::ALL {
+                let linear = block.linear_mut(target);
+                if linear.lora.is_some() {
+                    linear.weight = Weight::frozen(linear.merged(dtype));
+                    linear.lora = None;
+                }
+            }
+        }
+    }
+}

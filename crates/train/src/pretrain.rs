@@ -1,0 +1,158 @@
+//! Training a small dense model whole, under plain autodiff.
+//!
+//! It exists so that the base model shipped with this project is made by this project. It trades memory for plainness:
+//! every activation is kept. Weight decay is for matrices only, as usual.
+
+use std::collections::HashMap;
+
+use burn::backend::Autodiff;
+use burn::module::{Module, ModuleMapper, Param, ParamId};
+use burn::tensor::Tensor;
+use burn::tensor::backend::AutodiffBackend;
+use buzzer_data::Batch;
+use buzzer_kernels::{AdamWState, KernelBackend};
+use buzzer_model::{BlockContext, Llama, LlamaConfig};
+
+use crate::gradients::scalar;
+use crate::{DeviceBatch, OptimizerSettings, Schedule, TrainError};
+
+/// How to train.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PretrainSettings {
+    /// AdamW and clipping.
+    pub optimizer: OptimizerSettings,
+    /// The learning rates.
+    pub schedule: Schedule,
+    /// Decides the initial weights.
+    pub seed: u64,
+}
+
+/// A dense model in training.
+#[derive(Debug)]
+pub struct Pretrainer<B: KernelBackend> {
+    model: Llama<Autodiff<B>>,
+    settings: PretrainSettings,
+    states: HashMap<ParamId, AdamWState<B, 1>>,
+    step: u64,
+}
+
+type Grads<B> = <Autodiff<B> as AutodiffBackend>::Gradients;
+
+impl<B: KernelBackend> Pretrainer<B> {
+    /// Random weights.
+    #[must_use]
+    pub fn new(config: &LlamaConfig, settings: PretrainSettings, device: &B::Device) -> Self {
+        Self { model: Llama::init(config, settings.seed, device), settings, states: HashMap::new(), step: 0 }
+    }
+
+    /// The model without autodiff.
+    #[must_use]
+    pub fn model(&self) -> Llama<B> {
+        use burn::module::AutodiffModule;
+        self.model.valid()
+    }
+
+    /// One step on one batch; returns its mean loss before the step.
+    ///
+    /// # Errors
+    /// If the batch has no target, or loss or gradient is no finite number.
+    pub fn step(&mut self, batch: &Batch) -> Result<f64, TrainError> {
+        let batch = DeviceBatch::<Autodiff<B>>::new(batch, &self.model.device());
+        let step = self.step + 1;
+        if batch.loss_tokens == 0 {
+            return Err(TrainError::NoTargets { step });
+        }
+        let (loss, mut grads, head) = self.backward(&batch);
+        if !loss.is_finite() {
+            return Err(TrainError::NonFinite { step, what: "loss", value: loss });
+        }
+        let mut gather = Gather::<B> { grads: &mut grads, found: HashMap::new() };
+        self.model = self.model.clone().map(&mut gather);
+        let mut found = gather.found;
+        if let Some(param) = &self.model.head {
+            found.insert(param.id, head.reshape([-1]));
+        } else {
+            let tied = self.model.embedding.id;
+            let head = head.reshape([-1]);
+            let sum = found.remove(&tied).map_or(head.clone(), |embedding| embedding + head);
+            found.insert(tied, sum);
+        }
+        self.update(found)?;
+        self.step = step;
+        Ok(loss)
+    }
+
+    /// The loss, what autodiff found, and the head's gradient, which the fused loss gives.
+    fn backward(&self, batch: &DeviceBatch<Autodiff<B>>) -> (f64, Grads<B>, Tensor<B, 2>) {
+        let context =
+            BlockContext::rows(self.model.config(), batch.documents.clone(), batch.positions.clone());
+        let hidden = self.model.hidden(batch.ids.clone(), &context, None).select(0, batch.loss_rows.clone());
+        let head = self.model.head_weight().inner();
+        let loss = B::cross_entropy_with_gradient(hidden.clone().inner(), head, batch.targets.clone().inner(), true);
+        let scale = 1.0 / batch.loss_tokens as f64;
+        let upstream = Tensor::from_inner(loss.hidden.mul_scalar(scale));
+        let grads = (hidden * upstream).sum().backward();
+        let d_head = loss.head.unwrap_or_else(|| self.model.head_weight().inner().zeros_like());
+        (f64::from(scalar(loss.loss_sum)) * scale, grads, d_head.mul_scalar(scale))
+    }
+
+    fn update(&mut self, mut gradients: HashMap<ParamId, Tensor<B, 1>>) -> Result<(), TrainError> {
+        let step = self.step + 1;
+        let squares = gradients.values().map(|gradient| gradient.clone().square().sum());
+        let norm = squares.reduce(|sum, next| sum + next).map_or(0.0, |sum| f64::from(scalar(sum)).sqrt());
+        if !norm.is_finite() {
+            return Err(TrainError::NonFinite { step, what: "gradient norm", value: norm });
+        }
+        let factor = self.settings.optimizer.max_grad_norm.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0));
+        for gradient in gradients.values_mut() {
+            gradient.inplace(|gradient| gradient.mul_scalar(factor));
+        }
+        let mut apply = Apply { trainer: self, gradients, step };
+        let model = apply.trainer.model.clone().map(&mut apply);
+        self.model = model;
+        Ok(())
+    }
+}
+
+/// Takes every parameter's gradient out of autodiff's register.
+struct Gather<'a, B: KernelBackend> {
+    grads: &'a mut Grads<B>,
+    found: HashMap<ParamId, Tensor<B, 1>>,
+}
+
+impl<B: KernelBackend> ModuleMapper<Autodiff<B>> for Gather<'_, B> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<Autodiff<B>, D>>) -> Param<Tensor<Autodiff<B>, D>> {
+        if let Some(gradient) = param.val().grad_remove(self.grads) {
+            self.found.insert(param.id, gradient.reshape([-1]));
+        }
+        param
+    }
+}
+
+/// Changes every parameter that has a gradient.
+struct Apply<'a, B: KernelBackend> {
+    trainer: &'a mut Pretrainer<B>,
+    gradients: HashMap<ParamId, Tensor<B, 1>>,
+    step: u64,
+}
+
+impl<B: KernelBackend> ModuleMapper<Autodiff<B>> for Apply<'_, B> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<Autodiff<B>, D>>) -> Param<Tensor<Autodiff<B>, D>> {
+        let (id, tensor, mapper) = param.consume();
+        let Some(gradient) = self.gradients.remove(&id) else {
+            return Param::from_mapped_value(id, tensor, mapper);
+        };
+        let settings = self.trainer.settings;
+        let mut adamw = settings.optimizer.at(settings.schedule.rate(self.step - 1), self.step);
+        if D == 1 {
+            adamw.weight_decay = 0.0;
+        }
+        let dims = tensor.dims();
+        let value = tensor.inner().reshape([-1]);
+        let state = self.trainer.states.remove(&id).unwrap_or_else(|| AdamWState::zeros_like(&value));
+        let (value, state) = B::adamw_step(value, gradient, state, &adamw);
+        self.trainer.states.insert(id, state);
+        let tensor = Tensor::from_inner(value.reshape(dims)).require_grad();
+        Param::from_mapped_value(id, tensor, mapper)
+    }
+}

@@ -1,0 +1,321 @@
+//! The loop over packed rows: one optimizer step at a time, so that a program decides what happens between steps.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use buzzer_data::{Batch, Cursor, PackedRow, RowStream};
+use buzzer_kernels::{AdamW, AdamWState, Dropout, KernelBackend};
+use buzzer_model::{Llama, Target};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    DeviceBatch, LoraGradients, Schedule, ScheduleKind, TrainError, backward_by_blocks, mean_loss,
+};
+
+/// AdamW's numbers and the clipping in front of it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OptimizerSettings {
+    /// β₁.
+    pub beta_1: f64,
+    /// β₂.
+    pub beta_2: f64,
+    /// ε.
+    pub epsilon: f64,
+    /// λ.
+    pub weight_decay: f64,
+    /// The largest gradient norm, if there is to be one.
+    pub max_grad_norm: Option<f64>,
+}
+
+impl Default for OptimizerSettings {
+    fn default() -> Self {
+        Self { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay: 0.0, max_grad_norm: Some(0.3) }
+    }
+}
+
+impl OptimizerSettings {
+    pub(crate) fn at(&self, learning_rate: f64, step: u64) -> AdamW {
+        AdamW {
+            learning_rate,
+            beta_1: self.beta_1,
+            beta_2: self.beta_2,
+            epsilon: self.epsilon,
+            weight_decay: self.weight_decay,
+            step,
+        }
+    }
+}
+
+/// How to fine-tune.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainSettings {
+    /// Rows on the device at a time.
+    pub batch_rows: usize,
+    /// Batches whose gradients one step adds up.
+    pub accumulation: usize,
+    /// Passes over the rows; may be a fraction.
+    pub epochs: f64,
+    /// The highest learning rate.
+    pub learning_rate: f64,
+    /// What follows the warm-up.
+    pub schedule: ScheduleKind,
+    /// Share of the steps that warm up.
+    pub warmup_ratio: f64,
+    /// AdamW and clipping.
+    pub optimizer: OptimizerSettings,
+    /// Dropout in front of the LoRA factors.
+    pub dropout: f64,
+    /// Decides the order of the rows and the dropout masks.
+    pub seed: u64,
+}
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct StepReport {
+    /// The step, from 1.
+    pub step: u64,
+    /// Mean loss over the step's targets, before the step.
+    pub loss: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// The learning rate used.
+    pub learning_rate: f64,
+    /// Tokens without padding.
+    pub tokens: usize,
+    /// Targets among them.
+    pub loss_tokens: usize,
+    /// Duration.
+    pub seconds: f64,
+}
+
+/// Moments of every LoRA factor.
+#[derive(Clone, Debug)]
+pub struct LoraOptimizer<B: KernelBackend> {
+    settings: OptimizerSettings,
+    states: BTreeMap<(usize, Target), [AdamWState<B, 2>; 2]>,
+    steps: u64,
+}
+
+/// Trains a model's LoRA factors on packed rows.
+#[derive(Debug)]
+pub struct Trainer<B: KernelBackend> {
+    model: Llama<B>,
+    rows: Vec<PackedRow>,
+    settings: TrainSettings,
+    optimizer: LoraOptimizer<B>,
+    schedule: Schedule,
+    stream: RowStream,
+    rows_left: usize,
+    step: u64,
+}
+
+impl<B: KernelBackend> LoraOptimizer<B> {
+    /// No steps taken yet.
+    #[must_use]
+    pub fn new(settings: OptimizerSettings) -> Self {
+        Self { settings, states: BTreeMap::new(), steps: 0 }
+    }
+
+    /// Clips the gradients, changes the model's factors, and returns the norm before clipping.
+    pub fn step(&mut self, model: &mut Llama<B>, mut gradients: LoraGradients<B>, learning_rate: f64) -> f64 {
+        let norm = gradients.clip(self.settings.max_grad_norm);
+        if !norm.is_finite() {
+            return norm;
+        }
+        self.steps += 1;
+        let settings = self.settings.at(learning_rate, self.steps);
+        for ((layer, target), gradients) in gradients.factors {
+            let Some(lora) = &mut model.blocks[layer].linear_mut(target).lora else { continue };
+            let fresh = || [AdamWState::zeros_like(&lora.a.val()), AdamWState::zeros_like(&lora.b.val())];
+            let states = self.states.remove(&(layer, target)).unwrap_or_else(fresh);
+            let mut new_states = Vec::with_capacity(2);
+            for ((factor, gradient), state) in [&mut lora.a, &mut lora.b].into_iter().zip(gradients).zip(states) {
+                let (value, state) = B::adamw_step(factor.val(), gradient, state, &settings);
+                *factor = factor.clone().map(|_| value);
+                new_states.push(state);
+            }
+            if let Ok(states) = <[AdamWState<B, 2>; 2]>::try_from(new_states) {
+                self.states.insert((layer, target), states);
+            }
+        }
+        norm
+    }
+}
+
+impl TrainSettings {
+    /// Rows of one step.
+    #[must_use]
+    pub fn rows_per_step(&self) -> usize {
+        self.batch_rows * self.accumulation
+    }
+
+    /// Rows and steps of a whole run over so many packed rows.
+    #[must_use]
+    pub fn length(&self, rows: usize) -> (usize, u64) {
+        let total = (self.epochs * rows as f64).round().max(1.0) as usize;
+        (total, total.div_ceil(self.rows_per_step()) as u64)
+    }
+
+    /// # Errors
+    /// If a number makes no sense.
+    pub fn check(&self) -> Result<(), TrainError> {
+        let wrong = |flag, found: String, choose| Err(TrainError::Setting { flag, found, choose });
+        let positive = |number: f64| number > 0.0 && number.is_finite();
+        if self.batch_rows == 0 {
+            return wrong("--batch", "0".into(), "one row or more");
+        }
+        if self.accumulation == 0 {
+            return wrong("--accumulate", "0".into(), "one batch or more");
+        }
+        if !positive(self.epochs) {
+            return wrong("--epochs", self.epochs.to_string(), "a positive number");
+        }
+        if !positive(self.learning_rate) {
+            return wrong("--lr", self.learning_rate.to_string(), "a positive number");
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return wrong("--dropout", self.dropout.to_string(), "a number from 0 up to, but not including, 1");
+        }
+        if !(0.0..=1.0).contains(&self.warmup_ratio) {
+            return wrong("--warmup", self.warmup_ratio.to_string(), "a share from 0 to 1");
+        }
+        Ok(())
+    }
+}
+
+impl<B: KernelBackend> Trainer<B> {
+    /// A run at its first step.
+    ///
+    /// # Errors
+    /// If a setting makes no sense, there are no rows, or the model has no LoRA factors.
+    pub fn new(model: Llama<B>, rows: Vec<PackedRow>, settings: TrainSettings) -> Result<Self, TrainError> {
+        settings.check()?;
+        if rows.is_empty() {
+            return Err(TrainError::NoRows);
+        }
+        if model.lora_parameters() == 0 {
+            return Err(TrainError::NoFactors);
+        }
+        let (rows_left, steps) = settings.length(rows.len());
+        let warmup = (settings.warmup_ratio * steps as f64).ceil() as u64;
+        Ok(Self {
+            schedule: Schedule::new(settings.schedule, settings.learning_rate, warmup, steps),
+            stream: RowStream::new(rows.len(), settings.seed),
+            optimizer: LoraOptimizer::new(settings.optimizer),
+            model,
+            rows,
+            settings,
+            rows_left,
+            step: 0,
+        })
+    }
+
+    /// Steps of the whole run.
+    #[must_use]
+    pub fn total_steps(&self) -> u64 {
+        self.schedule.total
+    }
+
+    /// Steps taken.
+    #[must_use]
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+
+    /// The model as it is now.
+    #[must_use]
+    pub fn model(&self) -> &Llama<B> {
+        &self.model
+    }
+
+    /// Ends the run and gives the model back.
+    #[must_use]
+    pub fn into_model(self) -> Llama<B> {
+        self.model
+    }
+
+    /// Where the run stands in the packed stream.
+    #[must_use]
+    pub fn cursor(&self) -> Cursor {
+        self.stream.cursor()
+    }
+
+    /// Takes one optimizer step; `None` once the run is over.
+    ///
+    /// # Errors
+    /// If the rows have no target, or loss or gradient is no finite number. The model is then as it was.
+    pub fn step(&mut self) -> Result<Option<StepReport>, TrainError> {
+        let started = Instant::now();
+        let count = self.rows_left.min(self.settings.rows_per_step());
+        if count == 0 {
+            return Ok(None);
+        }
+        let places = self.stream.next(count);
+        let batches: Vec<Batch> = places
+            .chunks(self.settings.batch_rows)
+            .map(|places| Batch::collate(&places.iter().map(|&place| &self.rows[place]).collect::<Vec<_>>(), None))
+            .collect();
+        let step = self.step + 1;
+        let (loss, gradients) = self.gradients(&batches, step)?;
+        let learning_rate = self.schedule.rate(self.step);
+        let grad_norm = self.optimizer.step(&mut self.model, gradients, learning_rate);
+        finite(step, "gradient norm", grad_norm)?;
+        self.step = step;
+        self.rows_left -= count;
+        Ok(Some(StepReport {
+            step,
+            loss,
+            grad_norm,
+            learning_rate,
+            tokens: batches.iter().map(|batch| batch.tokens).sum(),
+            loss_tokens: batches.iter().map(|batch| batch.loss_tokens).sum(),
+            seconds: started.elapsed().as_secs_f64(),
+        }))
+    }
+
+    /// Mean loss and gradients of all batches of a step.
+    fn gradients(&self, batches: &[Batch], step: u64) -> Result<(f64, LoraGradients<B>), TrainError> {
+        let device = self.model.device();
+        let uploaded: Vec<_> = batches.iter().map(|batch| DeviceBatch::<B>::new(batch, &device)).collect();
+        let targets: usize = uploaded.iter().map(|batch| batch.loss_tokens).sum();
+        if targets == 0 {
+            return Err(TrainError::NoTargets { step });
+        }
+        let scale = 1.0 / targets as f64;
+        let mut sum = LoraGradients { factors: BTreeMap::new() };
+        let mut loss_sum = 0.0;
+        for (number, batch) in uploaded.iter().enumerate().filter(|(_, batch)| batch.loss_tokens > 0) {
+            let pass = backward_by_blocks(&self.model, batch, scale, self.dropout(step, number));
+            loss_sum += pass.loss_sum;
+            sum.add(pass.gradients);
+        }
+        finite(step, "loss", loss_sum * scale)?;
+        Ok((loss_sum * scale, sum))
+    }
+
+    fn dropout(&self, step: u64, batch: usize) -> Option<Dropout> {
+        let dropout = Dropout { probability: self.settings.dropout, key: self.settings.seed };
+        (dropout.probability > 0.0).then(|| dropout.derive(step).derive(batch as u64))
+    }
+
+    /// Mean loss over the targets of other rows, or `None` if they have no target.
+    #[must_use]
+    pub fn evaluate(&self, rows: &[PackedRow]) -> Option<f64> {
+        let device = self.model.device();
+        let (mut sum, mut targets) = (0.0, 0);
+        for rows in rows.chunks(self.settings.batch_rows) {
+            let batch = Batch::collate(&rows.iter().collect::<Vec<_>>(), None);
+            let batch = DeviceBatch::<B>::new(&batch, &device);
+            if batch.loss_tokens > 0 {
+                let (mean, count) = mean_loss(&self.model, &batch);
+                sum += mean * count as f64;
+                targets += count;
+            }
+        }
+        (targets > 0).then(|| sum / targets as f64)
+    }
+}
+
+fn finite(step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
+    if value.is_finite() { Ok(()) } else { Err(TrainError::NonFinite { step, what, value }) }
+}

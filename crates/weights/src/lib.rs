@@ -1,0 +1,28 @@
+//! Checkpoints and adapters in and out.
+//!
+//! The lower half of this crate turns files into plain host numbers and back: [`Checkpoint`] reads Hugging Face
+//! safetensors, [`Nf4Stored`] one bitsandbytes weight, [`Adapter`] a PEFT directory, and [`write_atomic`] with its kin
+//! writes. Every file is taken for hostile until its header has been checked. What it trades: mapped files instead of
+//! read ones, for checkpoints larger than memory. What it refuses: pickles, silent conversions of shape, anything in an
+//! adapter that is not plain LoRA, and half-written files.
+
+mod adapter;
+mod bnb;
+mod checkpoint;
+mod error;
+mod header;
+mod load;
+mod write;
+
+pub use adapter::{Adapter, AdapterConfig, Factors, describe};
+pub use bnb::{Absmax, Nf4Stored};
+pub use checkpoint::Checkpoint;
+pub use error::WeightsError;
+pub use load::{
+    Quantization, adapter_settings, attach_adapter, extract_adapter, load_llama, model_tensors, read_config,
+};
+pub use safetensors::Dtype;
+pub use write::{
+    FloatType, TensorSpec, TensorToWrite, write_atomic, write_json, write_model, write_safetensors,
+    write_safetensors_with,
+};

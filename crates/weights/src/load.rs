@@ -1,0 +1,245 @@
+//! Files into models and models into files: the glue between plain host numbers and tensors on a device.
+//!
+//! A checkpoint is read one tensor at a time and quantized as it is read, so host memory holds one dense tensor and
+//! never the model. What it refuses: a tensor that is missing, of another shape than the configuration says, or with a
+//! value that is no number; and an adapter that belongs to another model.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use burn::module::Param;
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor, TensorData};
+use buzzer_kernels::nf4::{DoubleQuant, Nf4Host};
+use buzzer_kernels::{KernelBackend, Nf4Tensor};
+use buzzer_model::{Block, Llama, LlamaConfig, Lora, LoraSettings, Target, Weight, block_tensor};
+
+use crate::{Absmax, Adapter, AdapterConfig, Checkpoint, Factors, Nf4Stored, TensorToWrite, WeightsError};
+
+/// How the linears of the blocks are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Quantization {
+    /// Dense, in the compute dtype.
+    None,
+    /// Four bits, scales in f32.
+    Nf4,
+    /// Four bits, scales in eight.
+    #[default]
+    Nf4Double,
+}
+
+/// Reads the `config.json` of a model's folder.
+///
+/// # Errors
+/// If it cannot be read, or describes a model that is not run here.
+pub fn read_config(dir: &Path) -> Result<LlamaConfig, WeightsError> {
+    let path = dir.join("config.json");
+    let text = fs::read_to_string(&path)
+        .map_err(|source| WeightsError::Read { path: path.clone(), flag: "--model", source })?;
+    Ok(LlamaConfig::from_hugging_face(&text, &path.display().to_string())?)
+}
+
+/// Reads a model's folder onto a device; embedding, norms and head in `dtype`.
+///
+/// Weights that the checkpoint holds in bitsandbytes' NF4 are used as they are, whatever `quantization` says.
+///
+/// # Errors
+/// If a file or tensor is missing or damaged, has another shape than the configuration says, or holds a NaN.
+pub fn load_llama<B: KernelBackend>(
+    dir: &Path,
+    quantization: Quantization,
+    dtype: DType,
+    device: &B::Device,
+) -> Result<Llama<B>, WeightsError> {
+    let config = read_config(dir)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    let mut loader = Loader { checkpoint: &checkpoint, quantization, dtype, device, buffer: Vec::new() };
+    let table = [config.vocab_size, config.hidden_size];
+    let embedding = loader.table("model.embed_tokens.weight", table)?;
+    let blocks = (0..config.num_hidden_layers)
+        .map(|layer| loader.block(&config, layer))
+        .collect::<Result<Vec<Block<B>>, _>>()?;
+    let norm = loader.norm("model.norm.weight", config.hidden_size)?;
+    // Checkpoints of tied models may leave the head out or hold a copy of the embedding.
+    let head = (!config.tie_word_embeddings).then(|| loader.table("lm_head.weight", table)).transpose()?;
+    Ok(Llama::new(&config, embedding, blocks, norm, head))
+}
+
+struct Loader<'a, B: Backend> {
+    checkpoint: &'a Checkpoint,
+    quantization: Quantization,
+    dtype: DType,
+    device: &'a B::Device,
+    /// Reused from tensor to tensor, because fresh memory costs more than the conversion.
+    buffer: Vec<f32>,
+}
+
+impl<B: KernelBackend> Loader<'_, B> {
+    fn block(&mut self, config: &LlamaConfig, layer: usize) -> Result<Block<B>, WeightsError> {
+        let norm = |name: &str| block_tensor(layer, name);
+        let attention_norm = self.norm(&norm("input_layernorm.weight"), config.hidden_size)?;
+        let mlp_norm = self.norm(&norm("post_attention_layernorm.weight"), config.hidden_size)?;
+        Block::build(config, attention_norm, mlp_norm, |target| {
+            let name = block_tensor(layer, &format!("{}.weight", target.hf_path()));
+            self.linear(&name, config.linear_shape(target))
+        })
+    }
+
+    fn linear(&mut self, name: &str, shape: [usize; 2]) -> Result<Weight<B>, WeightsError> {
+        if Nf4Stored::is_stored(self.checkpoint, name) {
+            return stored_weight(Nf4Stored::read(self.checkpoint, name, shape)?, name, self);
+        }
+        if self.quantization == Quantization::None {
+            return Ok(Weight::frozen(self.tensor(name, shape)?));
+        }
+        self.checkpoint.read_f32_into(name, &shape, &mut self.buffer)?;
+        let double = self.quantization == Quantization::Nf4Double;
+        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, double, self.device)))
+    }
+
+    fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<B, 2>>, WeightsError> {
+        Ok(Param::from_tensor(self.tensor(name, shape)?).set_require_grad(false))
+    }
+
+    fn norm(&mut self, name: &str, width: usize) -> Result<Param<Tensor<B, 1>>, WeightsError> {
+        Ok(Param::from_tensor(self.tensor(name, [width])?).set_require_grad(false))
+    }
+
+    fn tensor<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> Result<Tensor<B, D>, WeightsError> {
+        let values = self.checkpoint.read_f32(name, &shape)?;
+        Ok(Tensor::from_data(TensorData::new(values, shape), (self.device, self.dtype)))
+    }
+}
+
+/// bitsandbytes' parts as a packed weight.
+fn stored_weight<B: KernelBackend>(
+    stored: Nf4Stored,
+    name: &str,
+    loader: &Loader<'_, B>,
+) -> Result<Weight<B>, WeightsError> {
+    let Nf4Stored { shape, codes, absmax, .. } = stored;
+    let packed = match absmax {
+        Absmax::Plain(absmax) => Nf4Tensor::from_parts(Nf4Host { codes, absmax }, shape, loader.device),
+        Absmax::Double { codes: scales, nested, offset, .. } => {
+            let scales = DoubleQuant { codes: scales, nested_absmax: nested, offset };
+            Nf4Tensor::from_double_parts(&codes, &scales, shape, loader.device)
+        }
+    };
+    let packed = packed.map_err(|error| WeightsError::Packed {
+        path: loader.checkpoint.path().to_owned(),
+        tensor: name.to_owned(),
+        message: error.to_string(),
+    })?;
+    Ok(Weight::Nf4(packed))
+}
+
+/// Puts an adapter's factors onto a model, in place of any it had.
+///
+/// # Errors
+/// If the adapter has another number of layers, or factors of other widths, than the model; `dir` names it.
+pub fn attach_adapter<B: KernelBackend>(
+    model: &mut Llama<B>,
+    adapter: &Adapter,
+    dir: &Path,
+) -> Result<(), WeightsError> {
+    check_fits(model.config(), adapter, dir)?;
+    let device = model.device();
+    let scale = adapter.config.scaling();
+    let rank = adapter.config.rank;
+    for (layer, block) in model.blocks.iter_mut().enumerate() {
+        for target in Target::ALL {
+            block.linear_mut(target).lora = adapter.tensors.get(&(layer, target)).map(|factors| {
+                let tensor = |values: &[f32], shape: [usize; 2]| {
+                    Tensor::from_data(TensorData::new(values.to_vec(), shape), (&device, DType::F32))
+                };
+                let a = tensor(&factors.a, [rank, factors.in_features]);
+                let b = tensor(&factors.b, [factors.out_features, rank]);
+                Lora::new(a, b, scale)
+            });
+        }
+    }
+    Ok(())
+}
+
+fn check_fits(config: &LlamaConfig, adapter: &Adapter, dir: &Path) -> Result<(), WeightsError> {
+    let refuse = |what: String| Err(WeightsError::AdapterMisfit { path: dir.to_owned(), what });
+    if adapter.layers() != config.num_hidden_layers {
+        let (theirs, ours) = (adapter.layers(), config.num_hidden_layers);
+        return refuse(format!("it has {theirs} layers, the model {ours}"));
+    }
+    for ((layer, target), factors) in &adapter.tensors {
+        let found = [factors.out_features, factors.in_features];
+        let expected = config.linear_shape(*target);
+        if found != expected {
+            return refuse(format!("its {target} in layer {layer} is for a weight {found:?}, the model's is {expected:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// Copies a model's factors to the host.
+///
+/// `settings` must be those that the model's corrections were made with.
+#[must_use]
+pub fn extract_adapter<B: KernelBackend>(
+    model: &Llama<B>,
+    settings: &LoraSettings,
+    dropout: f64,
+    base_model: Option<String>,
+) -> Adapter {
+    let host = |tensor: Tensor<B, 2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
+    let factors = |(layer, target, lora): (usize, Target, &Lora<B>)| {
+        let [_, in_features] = lora.a.val().dims();
+        let [out_features, _] = lora.b.val().dims();
+        let (a, b) = (host(lora.a.val()), host(lora.b.val()));
+        ((layer, target), Factors { a, b, in_features, out_features })
+    };
+    let tensors: BTreeMap<_, _> = model.loras().map(factors).collect();
+    let config = AdapterConfig {
+        base_model,
+        rank: settings.rank,
+        alpha: settings.alpha,
+        dropout,
+        targets: settings.targets.iter().copied().collect(),
+        use_rslora: settings.rslora,
+    };
+    Adapter { config, tensors }
+}
+
+/// The settings that an adapter was made with.
+#[must_use]
+pub fn adapter_settings(config: &AdapterConfig) -> LoraSettings {
+    LoraSettings {
+        rank: config.rank,
+        alpha: config.alpha,
+        rslora: config.use_rslora,
+        targets: config.targets.iter().copied().collect(),
+    }
+}
+
+/// Every weight of a model under its Hugging Face name, dense, corrections left out.
+#[must_use]
+pub fn model_tensors<B: KernelBackend>(model: &Llama<B>) -> Vec<TensorToWrite<'static>> {
+    let mut tensors = vec![to_write("model.embed_tokens.weight".into(), model.embedding.val())];
+    for (layer, block) in model.blocks.iter().enumerate() {
+        for target in Target::ALL {
+            let name = block_tensor(layer, &format!("{}.weight", target.hf_path()));
+            tensors.push(to_write(name, block.linear(target).weight.dense(DType::F32)));
+        }
+        let [attention, mlp] = block.norms();
+        tensors.push(to_write(block_tensor(layer, "input_layernorm.weight"), attention));
+        tensors.push(to_write(block_tensor(layer, "post_attention_layernorm.weight"), mlp));
+    }
+    tensors.push(to_write("model.norm.weight".into(), model.norm.val()));
+    if let Some(head) = &model.head {
+        tensors.push(to_write("lm_head.weight".into(), head.val()));
+    }
+    tensors
+}
+
+fn to_write<B: Backend, const D: usize>(name: String, tensor: Tensor<B, D>) -> TensorToWrite<'static> {
+    let shape = tensor.dims().to_vec();
+    let values: Vec<f32> = tensor.into_data().iter::<f32>().collect();
+    TensorToWrite { name, shape, values: values.into() }
+}

@@ -1,0 +1,315 @@
+//! Files written whole or not at all, and safetensors streamed into them.
+//!
+//! A file is written under a temporary name in its own folder, forced to the disk, and renamed: whoever looks at the
+//! name sees the old content or the new, never a part. What it trades: room for both at once. What it refuses: to
+//! store NaN, infinity or a number that overflows the element type, because the reader would refuse it later.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::{bf16, f16};
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde_json::Value;
+
+use crate::WeightsError;
+
+/// Elements that are converted before they are written.
+const BLOCK: usize = 1 << 16;
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// The element type of a written file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FloatType {
+    /// 32 bits, exact.
+    #[default]
+    F32,
+    /// 16 bits, 8 of them for the exponent; rounds to nearest, ties to even.
+    Bf16,
+    /// 16 bits, 5 of them for the exponent; rounds to nearest, ties to even, and cannot hold more than 65,504.
+    F16,
+}
+
+/// Name and shape of a tensor that will be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Its name in the file.
+    pub name: String,
+    /// Its shape, slowest dimension first.
+    pub shape: Vec<usize>,
+}
+
+/// A tensor to be written.
+#[derive(Clone, Debug)]
+pub struct TensorToWrite<'a> {
+    /// Its name in the file.
+    pub name: String,
+    /// Its shape, slowest dimension first.
+    pub shape: Vec<usize>,
+    /// Its elements, row by row.
+    pub values: Cow<'a, [f32]>,
+}
+
+impl FloatType {
+    fn dtype(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::Bf16 => Dtype::BF16,
+            Self::F16 => Dtype::F16,
+        }
+    }
+
+    fn element_bytes(self) -> usize {
+        self.dtype().bitsize() / 8
+    }
+
+    /// Converts to little-endian bytes; the place of the first element that is not finite or does not fit.
+    fn encode(self, values: &[f32], scratch: &mut [u16], bytes: &mut Vec<u8>) -> Option<usize> {
+        bytes.resize(values.len() * self.element_bytes(), 0);
+        let halves = &mut scratch[..values.len()];
+        // Both searches look at every element, which the compiler turns into many at once.
+        let exponent = match self {
+            Self::F32 => {
+                let out = bytes.as_chunks_mut().0.iter_mut();
+                out.zip(values).for_each(|(out, value)| *out = value.to_le_bytes());
+                let finite = values.iter().fold(true, |finite, value| finite & value.is_finite());
+                return if finite { None } else { values.iter().position(|value| !value.is_finite()) };
+            }
+            Self::Bf16 => {
+                halves.reinterpret_cast_mut::<bf16>().convert_from_f32_slice(values);
+                0x7F80
+            }
+            Self::F16 => {
+                halves.reinterpret_cast_mut::<f16>().convert_from_f32_slice(values);
+                0x7C00
+            }
+        };
+        let out = bytes.as_chunks_mut().0.iter_mut();
+        out.zip(&*halves).for_each(|(out, bits)| *out = bits.to_le_bytes());
+        let finite = halves.iter().fold(true, |finite, bits| finite & (bits & exponent != exponent));
+        if finite { None } else { halves.iter().position(|bits| bits & exponent == exponent) }
+    }
+}
+
+impl fmt::Display for FloatType {
+    /// PyTorch's name, as in a `config.json`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
+        })
+    }
+}
+
+/// Writes a file that appears under its name only once it is complete and on the disk; on any error, whatever stood
+/// there before stays and the part written is removed. The folder must exist. Map the errors of writing with
+/// [`WeightsError::write`].
+///
+/// # Errors
+/// Those of `fill`, and those of creating, forcing to disk and renaming.
+pub fn write_atomic<T>(
+    path: &Path,
+    fill: impl FnOnce(&mut dyn Write) -> Result<T, WeightsError>,
+) -> Result<T, WeightsError> {
+    let fault = |source: std::io::Error| WeightsError::write(path, source);
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".").suffix(".partial");
+    #[cfg(unix)]
+    {
+        // What a plain create would ask for; the process's mask still applies.
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(0o666));
+    }
+    let temporary = builder.tempfile_in(folder).map_err(fault)?;
+    let mut buffered = BufWriter::with_capacity(BUFFER_BYTES, temporary.as_file());
+    let answer = fill(&mut buffered)?;
+    buffered.flush().map_err(fault)?;
+    drop(buffered);
+    temporary.as_file().sync_all().map_err(fault)?;
+    temporary.persist(path).map_err(|error| fault(error.error))?;
+    // The rename itself reaches the disk with the folder. Not every file system can do this, and none needs it to keep
+    // the old file or the new one, so its failure is no error.
+    let _ = File::open(folder).and_then(|folder| folder.sync_all());
+    Ok(answer)
+}
+
+/// [`write_atomic`] of indented JSON with a line end.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), WeightsError> {
+    write_atomic(path, |file| {
+        serde_json::to_writer_pretty(&mut *file, value).map_err(|error| WeightsError::write(path, error))?;
+        file.write_all(b"\n").map_err(|error| WeightsError::write(path, error))
+    })
+}
+
+/// Writes a safetensors file, the tensors in the order given, all as one element type.
+///
+/// # Errors
+/// If a name stands twice, a number of elements is not that of its shape, an element is not finite in `float_type`, or
+/// the file cannot be written.
+pub fn write_safetensors(
+    path: &Path,
+    tensors: &[TensorToWrite<'_>],
+    float_type: FloatType,
+    metadata: &BTreeMap<String, String>,
+) -> Result<(), WeightsError> {
+    let specs: Vec<TensorSpec> = tensors
+        .iter()
+        .map(|tensor| TensorSpec { name: tensor.name.clone(), shape: tensor.shape.clone() })
+        .collect();
+    write_safetensors_with(path, &specs, float_type, metadata, |place, _| {
+        Ok(Cow::Borrowed(tensors[place].values.as_ref()))
+    })
+}
+
+/// [`write_safetensors`] of tensors that are made one at a time: `values` is called with the place and the
+/// specification of each in order, and what it gives is written before the next is asked for.
+///
+/// # Errors
+/// As [`write_safetensors`], and those of `values`.
+pub fn write_safetensors_with<'a>(
+    path: &Path,
+    specs: &[TensorSpec],
+    float_type: FloatType,
+    metadata: &BTreeMap<String, String>,
+    mut values: impl FnMut(usize, &TensorSpec) -> Result<Cow<'a, [f32]>, WeightsError>,
+) -> Result<(), WeightsError> {
+    let header = header_of(path, specs, float_type, metadata)?;
+    write_atomic(path, |file| {
+        let fault = |source: std::io::Error| WeightsError::write(path, source);
+        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(fault)?;
+        file.write_all(&header).map_err(fault)?;
+        let (mut scratch, mut bytes) = (vec![0; BLOCK], Vec::new());
+        for (place, spec) in specs.iter().enumerate() {
+            let values = values(place, spec)?;
+            if Some(values.len()) != elements_of(&spec.shape) {
+                let message = format!("{} elements do not fill the shape {:?}", values.len(), spec.shape);
+                return Err(unwritable(path, &spec.name, message));
+            }
+            for (block, part) in values.chunks(BLOCK).enumerate() {
+                if let Some(inside) = float_type.encode(part, &mut scratch, &mut bytes) {
+                    let (index, value) = (block * BLOCK + inside, part[inside]);
+                    let advice = "check the training's loss, or store it as float32";
+                    let message = format!("element {index} is {value}, no finite {float_type}: {advice}");
+                    return Err(unwritable(path, &spec.name, message));
+                }
+                file.write_all(&bytes).map_err(fault)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Writes a Hugging Face model folder: `model.safetensors` and then `config.json`, in which `torch_dtype` becomes the
+/// type written. The folder is created.
+///
+/// # Errors
+/// As [`write_safetensors`].
+pub fn write_model(
+    dir: &Path,
+    config: &Value,
+    tensors: &[TensorToWrite<'_>],
+    float_type: FloatType,
+) -> Result<(), WeightsError> {
+    fs::create_dir_all(dir).map_err(|source| WeightsError::write(dir, source))?;
+    write_safetensors(&dir.join("model.safetensors"), tensors, float_type, &pytorch_metadata())?;
+    let mut config = config.clone();
+    if let Some(fields) = config.as_object_mut() {
+        fields.insert("torch_dtype".into(), float_type.to_string().into());
+    }
+    write_json(&dir.join("config.json"), &config)
+}
+
+/// What Hugging Face's loaders want to see in a file of PyTorch tensors.
+pub(crate) fn pytorch_metadata() -> BTreeMap<String, String> {
+    BTreeMap::from([("format".to_owned(), "pt".to_owned())])
+}
+
+fn elements_of(shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(1_usize, |product, &dim| product.checked_mul(dim))
+}
+
+fn unwritable(path: &Path, tensor: &str, message: String) -> WeightsError {
+    WeightsError::Unwritable { path: path.to_owned(), tensor: tensor.to_owned(), message }
+}
+
+/// A header as the safetensors crate would write it, but with the tensors in the caller's order.
+struct Header<'a> {
+    metadata: &'a BTreeMap<String, String>,
+    tensors: Vec<(&'a str, TensorInfo)>,
+}
+
+impl Serialize for Header<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        if !self.metadata.is_empty() {
+            map.serialize_entry("__metadata__", self.metadata)?;
+        }
+        for (name, info) in &self.tensors {
+            map.serialize_entry(name, info)?;
+        }
+        map.end()
+    }
+}
+
+/// The header's JSON, filled up with spaces so that the data begins at a multiple of 8.
+fn header_of(
+    path: &Path,
+    specs: &[TensorSpec],
+    float_type: FloatType,
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, WeightsError> {
+    let (mut names, mut tensors, mut start) = (BTreeSet::from(["__metadata__"]), Vec::new(), 0);
+    for TensorSpec { name, shape } in specs {
+        if !names.insert(name) {
+            return Err(unwritable(path, name, "its name is taken already".into()));
+        }
+        let bytes = elements_of(shape).and_then(|elements| elements.checked_mul(float_type.element_bytes()));
+        let Some(end) = bytes.and_then(|bytes| bytes.checked_add(start)) else {
+            return Err(unwritable(path, name, format!("no file holds the shape {shape:?}")));
+        };
+        let info = TensorInfo { dtype: float_type.dtype(), shape: shape.clone(), data_offsets: (start, end) };
+        tensors.push((name.as_str(), info));
+        start = end;
+    }
+    let mut json = serde_json::to_vec(&Header { metadata, tensors })
+        .map_err(|error| WeightsError::write(path, error))?;
+    json.resize(json.len().next_multiple_of(8), b' ');
+    Ok(json)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_round_to_nearest_and_overflow_is_found() {
+        let (mut scratch, mut bytes) = (vec![0; 4], Vec::new());
+        let values = [1.0, 1.0 + 3.0 / 512.0, -70_000.0];
+        assert_eq!(FloatType::Bf16.encode(&values, &mut scratch, &mut bytes), None);
+        assert_eq!(bytes[..4], [0x80, 0x3F, 0x81, 0x3F]);
+        assert_eq!(FloatType::F16.encode(&values, &mut scratch, &mut bytes), Some(2));
+        assert_eq!(FloatType::F16.encode(&values[..2], &mut scratch, &mut bytes), None);
+        assert_eq!(bytes, [0x00, 0x3C, 0x06, 0x3C]);
+        assert_eq!(FloatType::F32.encode(&[0.0, f32::NAN], &mut scratch, &mut bytes), Some(1));
+    }
+
+    #[test]
+    fn the_data_begins_at_a_multiple_of_eight() {
+        for length in 1..20 {
+            let specs = [TensorSpec { name: "n".repeat(length), shape: vec![1] }];
+            let header = header_of(Path::new("x"), &specs, FloatType::F32, &pytorch_metadata()).unwrap();
+            assert_eq!(header.len() % 8, 0);
+        }
+    }
+}
