@@ -30,8 +30,8 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Tokens in a packed row.
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    row_len: usize,
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    row_len: u32,
     /// Read only the first rows.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -133,7 +133,7 @@ fn run(arguments: &Arguments) -> Result<Run, IngestError> {
     watch.lap();
     let examples = [renderer.examples(&fields(&train))?, renderer.examples(&fields(&eval))?];
     watch.lap();
-    let options = PackOptions { row_len: arguments.row_len, ..PackOptions::default() };
+    let options = PackOptions { row_len: arguments.row_len as usize, ..PackOptions::default() };
     let packed = examples.each_ref().map(|examples| pack(examples, &options));
     watch.lap();
     let [train, eval] = packed.each_ref().map(|packed| packed.report);

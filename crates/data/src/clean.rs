@@ -192,20 +192,21 @@ fn is_media_only(text: &str, outside_links: Option<&str>) -> bool {
     }
 }
 
+/// The text less what stands between brackets. A bracket that is never closed encloses nothing.
 fn without_brackets(text: &str) -> String {
-    let mut depth = 0_usize;
-    let mut outside = |c: &char| {
+    let mut out = String::with_capacity(text.len());
+    let mut opened = Vec::new();
+    for c in text.chars() {
         match c {
-            '(' | '[' => depth += 1,
-            ')' | ']' => {
-                depth = depth.saturating_sub(1);
-                return false;
+            '(' | '[' => {
+                opened.push(out.len());
+                out.push(c);
             }
-            _ => {}
+            ')' | ']' => out.truncate(opened.pop().unwrap_or(out.len())),
+            _ => out.push(c),
         }
-        depth == 0
-    };
-    text.chars().filter(|c| outside(c)).collect()
+    }
+    out
 }
 
 #[cfg(test)]
@@ -235,6 +236,7 @@ mod tests {
             "<a href=x.mp3>A long text that the host spoke in the recording</a>",
             "This <a href=x.jpg>bird</a> cannot fly",
             "(Sam of the crew stands by a lake.) It is the deepest",
+            "(Sam of the crew points at the monitor. This lake is the deepest",
             "video killed the radio star",
             "?",
         ] {

@@ -106,8 +106,7 @@ impl<'a> Source<'a> {
         if format != Format::Parquet {
             scan::check_utf8(path, bytes)?;
         }
-        let mut source =
-            Self { path, bytes, format, quote: Some(b'"'), outline: Outline { columns: vec![], rows: 0 } };
+        let mut source = Self { path, bytes, format, quote: Some(b'"'), outline: Outline::default() };
         source.outline = match format {
             Format::Csv => source.delimited().outline()?,
             Format::Tsv => source.tab_separated()?,
@@ -140,7 +139,7 @@ impl<'a> Source<'a> {
         let schema = reader.schema().map_err(|error| self.failed(&error))?;
         let rows = reader.num_rows().map_err(|error| self.failed(&error))?;
         let columns = schema.iter_names().map(ToString::to_string).collect();
-        Ok(Outline { columns, rows })
+        Ok(Outline { columns, rows, blanks: Vec::new() })
     }
 
     /// The columns at `picked`, in that order.
@@ -168,13 +167,14 @@ impl<'a> Source<'a> {
     }
 
     fn load_delimited(&self, picked: &[usize]) -> PolarsResult<DataFrame> {
-        let parsing =
-            CsvParseOptions::default().with_separator(self.delimited().separator).with_quote_char(self.quote);
+        let file = self.delimited();
+        let bytes = file.without(&self.outline.blanks);
+        let parsing = CsvParseOptions::default().with_separator(file.separator).with_quote_char(self.quote);
         CsvReadOptions::default()
             .with_infer_schema_length(Some(0))
             .with_projection(Some(Arc::new(picked.to_vec())))
             .with_parse_options(parsing)
-            .into_reader_with_file_handle(Bytes::new(self.bytes))
+            .into_reader_with_file_handle(Bytes::new(&bytes[..]))
             .finish()
     }
 

@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -13,12 +14,14 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess,
 use crate::DataError;
 
 /// What a sound file holds.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Outline {
     /// Columns in the order in which they first appear.
     pub(crate) columns: Vec<String>,
     /// Data rows.
     pub(crate) rows: usize,
+    /// Offsets of blank lines between the rows of a delimited file.
+    pub(crate) blanks: Vec<Range<usize>>,
 }
 
 /// Checks that the bytes are text.
@@ -55,10 +58,11 @@ impl Delimited<'_> {
     /// Header and number of rows, if every row has as many fields as the header and every quote is closed.
     pub(crate) fn outline(&self) -> Result<Outline, DataError> {
         let mut at = At { offset: 0, line: 1, row: 0 };
-        let mut columns = Vec::new();
+        let (mut columns, mut blanks) = (Vec::new(), Vec::new());
         self.record(&mut at, |field| columns.push(self.unquoted(field)))?;
         while at.offset < self.bytes.len() {
             if let Some(width) = self.blank_line(at.offset) {
+                blanks.push(at.offset..at.offset + width);
                 at.offset += width;
                 at.line += 1;
                 continue;
@@ -71,7 +75,22 @@ impl Delimited<'_> {
                 return Err(self.ragged(at, line, found, columns.len()));
             }
         }
-        Ok(Outline { columns, rows: at.row })
+        Ok(Outline { columns, rows: at.row, blanks })
+    }
+
+    /// The bytes without the given blank lines, which a column reader would take for rows. Most files have none.
+    pub(crate) fn without(&self, blanks: &[Range<usize>]) -> Cow<'_, [u8]> {
+        if blanks.is_empty() {
+            return Cow::Borrowed(self.bytes);
+        }
+        let mut kept = Vec::with_capacity(self.bytes.len());
+        let mut from = 0;
+        for blank in blanks {
+            kept.extend_from_slice(&self.bytes[from..blank.start]);
+            from = blank.end;
+        }
+        kept.extend_from_slice(&self.bytes[from..]);
+        Cow::Owned(kept)
     }
 
     fn ragged(&self, at: At, line: usize, found: usize, expected: usize) -> DataError {
@@ -173,7 +192,7 @@ impl Delimited<'_> {
 
 /// Keys and number of the objects in one JSON array.
 pub(crate) fn json_array(path: &Path, bytes: &[u8]) -> Result<Outline, DataError> {
-    let mut outline = Outline { columns: Vec::new(), rows: 0 };
+    let mut outline = Outline::default();
     let mut parser = serde_json::Deserializer::from_slice(bytes);
     let result = Objects(&mut outline).deserialize(&mut parser).and_then(|()| parser.end());
     match result {
@@ -184,7 +203,7 @@ pub(crate) fn json_array(path: &Path, bytes: &[u8]) -> Result<Outline, DataError
 
 /// Keys and number of the objects in a file of one object a line.
 pub(crate) fn json_lines(path: &Path, bytes: &[u8]) -> Result<Outline, DataError> {
-    let mut outline = Outline { columns: Vec::new(), rows: 0 };
+    let mut outline = Outline::default();
     for (before, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
         if line.iter().all(u8::is_ascii_whitespace) {
             continue;

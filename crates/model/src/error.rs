@@ -13,7 +13,7 @@ pub enum ModelError {
         message: String,
     },
     /// Another architecture, or a variant of Llama that is computed differently.
-    #[error("{origin}: `{key}` is {found}, but this program runs only {supported}")]
+    #[error("{origin}: `{key}` is {found}, but this program runs only {supported}; give such a model to --model")]
     Unsupported {
         /// The file.
         origin: String,

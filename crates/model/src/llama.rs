@@ -1,9 +1,13 @@
 //! The whole model, in the pieces that training and answering run.
 
+use std::convert::Infallible;
+
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Distribution, Int, Tensor};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 use buzzer_kernels::{AttentionIndex, Dropout, KernelBackend, RotaryAngles};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::{Block, BlockContext, KvCache, LlamaConfig, Lora, LoraSettings, Target, Weight};
 
@@ -36,23 +40,23 @@ impl<B: Backend> Llama<B> {
     }
 
     /// A dense model with random weights (normal, σ 0.02; norms 1), all of them trainable; f32.
+    ///
+    /// `seed` decides them on every backend alike, whatever else runs: a backend's own generator is one for the whole
+    /// process.
     #[must_use]
     pub fn init(config: &LlamaConfig, seed: u64, device: &B::Device) -> Self {
-        B::seed(device, seed);
-        let normal = |dims: [usize; 2]| {
-            let random = Tensor::random(dims, Distribution::Normal(0.0, 0.02), device);
-            Param::from_tensor(random)
-        };
+        let mut generator = ChaCha8Rng::seed_from_u64(seed);
+        let mut normal = |dims| Param::from_tensor(normal(dims, &mut generator, device));
         let ones = || Param::from_tensor(Tensor::ones([config.hidden_size], device));
         let table = [config.vocab_size, config.hidden_size];
-        let block = |_| {
-            let weight = |target| Ok::<_, std::convert::Infallible>(Weight::Dense(normal(config.linear_shape(target))));
+        let mut block = || {
+            let weight = |target| Ok::<_, Infallible>(Weight::Dense(normal(config.linear_shape(target))));
             match Block::build(config, ones(), ones(), weight) {
                 Ok(block) => block,
                 Err(never) => match never {},
             }
         };
-        let blocks = (0..config.num_hidden_layers).map(block).collect();
+        let blocks = (0..config.num_hidden_layers).map(|_| block()).collect();
         let head = (!config.tie_word_embeddings).then(|| normal(table));
         Self::new(config, normal(table), blocks, ones(), head)
     }
@@ -197,4 +201,13 @@ impl<B: KernelBackend> Llama<B> {
             }
         }
     }
+}
+
+/// Numbers with mean 0 and deviation 0.02, by Box and Muller's transformation of two uniform ones each.
+fn normal<B: Backend>(dims: [usize; 2], generator: &mut ChaCha8Rng, device: &B::Device) -> Tensor<B, 2> {
+    // Above 0, because of the logarithm, and at most 1.
+    let mut uniform = || (f64::from(generator.next_u32()) + 1.0) / 4_294_967_296.0;
+    let mut value = || 0.02 * (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
+    let values: Vec<f32> = (0..dims[0] * dims[1]).map(|_| value() as f32).collect();
+    Tensor::from_data(TensorData::new(values, dims), (device, DType::F32))
 }

@@ -104,7 +104,7 @@ impl Tokenizer {
     }
 
     /// Trains byte-pair merges on texts in the shape of Llama 2's tokenizer: spaces as `▁`, unknown characters as
-    /// bytes, no piece across two words, at most 12 characters a piece.
+    /// bytes, no piece across two words or across letters and signs, at most 12 characters a piece.
     ///
     /// # Errors
     /// If `vocab_size` does not hold the 3 special tokens, the 256 bytes and every character of the texts.
@@ -248,8 +248,9 @@ fn train(texts: Vec<&str>, vocab_size: usize) -> tokenizers::Result<HfTokenizer>
         Prepend::new("▁".into()).into(),
         Replace::new(" ", "▁")?.into(),
     ])));
-    let behaviour = SplitDelimiterBehavior::MergedWithNext;
-    inner.with_pre_tokenizer(Some(Split::new(SplitPattern::String("▁".into()), behaviour, false)?));
+    // Letters and signs never merge, so a word has the same tokens before a full stop as before nothing.
+    let words = SplitPattern::Regex(r"▁?[\p{L}\p{N}]+|▁?[^\p{L}\p{N}▁]+|▁".into());
+    inner.with_pre_tokenizer(Some(Split::new(words, SplitDelimiterBehavior::Isolated, false)?));
     let reserved = load::reserved_tokens().map(|token| AddedToken::from(token, true)).collect();
     let trainer = BpeTrainer::builder()
         .vocab_size(vocab_size)

@@ -179,6 +179,13 @@ impl TrainSettings {
         if !(0.0..=1.0).contains(&self.warmup_ratio) {
             return wrong("--warmup", self.warmup_ratio.to_string(), "a share from 0 to 1");
         }
+        let decay = self.optimizer.weight_decay;
+        if !(decay >= 0.0 && decay.is_finite()) {
+            return wrong("--weight-decay", decay.to_string(), "0 or a positive number");
+        }
+        if let Some(most) = self.optimizer.max_grad_norm.filter(|&most| !positive(most)) {
+            return wrong("--max-grad-norm", most.to_string(), "a positive number, or no limit");
+        }
         Ok(())
     }
 }

@@ -145,7 +145,11 @@ fn fields_may_span_lines_and_line_ends_do_not_matter() {
         let whole = delimited(COLUMNS, &ROWS, ",", line_end);
         assert_eq!(cleaned("a.csv", &whole).clues, expected());
         assert_eq!(cleaned("a.csv", whole.trim_end()).clues, expected());
-        assert_eq!(cleaned("a.csv", whole + line_end + line_end).clues, expected());
+        assert_eq!(cleaned("a.csv", whole.clone() + line_end + line_end).clues, expected());
+        let blank_before_each_show =
+            whole.replace(&format!("{line_end}\"2\""), &format!("{line_end}{line_end}\"2\""));
+        assert_ne!(blank_before_each_show, whole);
+        assert_eq!(cleaned("a.csv", blank_before_each_show).clues, expected());
     }
 }
 

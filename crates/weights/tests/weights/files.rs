@@ -3,74 +3,24 @@
 //! The bad ones are made in temporary folders; the real ones lie beside the workspace and are passed over, with a
 //! printed line, where they do not.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
-
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use buzzer_model::Target;
 use buzzer_weights::{
-    Absmax, Adapter, AdapterConfig, Checkpoint, Dtype, Factors, FloatType, Nf4Stored, Target, TensorSpec,
-    TensorToWrite, WeightsError, describe, write_atomic, write_model, write_safetensors,
+    Absmax, Adapter, AdapterConfig, Checkpoint, Dtype, Factors, FloatType, Nf4Stored, TensorSpec, TensorToWrite,
+    WeightsError, describe, write_atomic, write_model, write_safetensors,
     write_safetensors_with,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// A tensor of a file made here: name, dtype, shape, bytes.
-type Raw<'a> = (&'a str, &'a str, &'a [usize], &'a [u8]);
+use crate::support::{INDEX, Raw, expect, floats, folder_with, index, raw_file, shared};
+
 /// Dtype, shape and bytes of a part.
 type Part<'a> = (&'a str, &'a [usize], Vec<u8>);
-
-fn raw_file(tensors: &[Raw<'_>]) -> Vec<u8> {
-    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-    for (name, dtype, shape, bytes) in tensors {
-        let offsets = [data.len(), data.len() + bytes.len()];
-        header.insert((*name).into(), json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
-        data.extend_from_slice(bytes);
-    }
-    let header = Value::Object(header).to_string();
-    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()
-}
-
-fn folder_with(files: &[(&str, &[u8])]) -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    for (name, bytes) in files {
-        fs::write(folder.path().join(name), bytes).unwrap();
-    }
-    folder
-}
-
-fn floats(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
-}
-
-fn index(pairs: &[(&str, &str)]) -> Vec<u8> {
-    let map: serde_json::Map<_, _> = pairs.iter().map(|&(name, shard)| (name.into(), shard.into())).collect();
-    json!({"metadata": {"total_size": 8}, "weight_map": map}).to_string().into_bytes()
-}
-
-/// The message of an error that must hold every one of these pieces.
-#[track_caller]
-fn expect<T>(result: Result<T, WeightsError>, pieces: &[&str]) {
-    let error = result.err().expect("this must be refused").to_string();
-    for piece in pieces {
-        assert!(error.contains(piece), "`{piece}` is not in: {error}");
-    }
-}
-
-/// A file or folder beside the workspace.
-fn shared(path: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared").join(path);
-    if !path.exists() {
-        println!("skipped: there is no {}", path.display());
-        return None;
-    }
-    Some(path)
-}
-
-const INDEX: &str = "model.safetensors.index.json";
 
 #[test]
 fn a_folder_without_weights_says_what_is_there() {

@@ -1,0 +1,9 @@
+//! Tests of the weights crate through its public face, in one binary.
+//!
+//! What needs real files looks for `../shared` beside the repository and says so where it is not there.
+
+#![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
+
+mod files;
+mod load;
+mod support;

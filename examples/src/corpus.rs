@@ -1,0 +1,199 @@
+//! A clue file on its way to packed rows, with an account of every row.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use buzzer::data::{
+    Clue, Date, DropReason, Format, LossOn, PackOptions, PackReport, Packed, ReadOptions, Split, clean, pack,
+    read_clues, split,
+};
+use buzzer::text::{Fields, Renderer, show_masked};
+use clap::Args;
+use serde::Serialize;
+
+use crate::Failure;
+
+pub use buzzer::data::Packing;
+
+/// The clue file that ships with the project, and the first date of its held-out wordings.
+const SAMPLE: &str = "datasets/sample/clues.csv";
+const SAMPLE_EVAL_FROM: &str = "2006-01-01";
+
+/// Which clues to use.
+#[derive(Args, Clone, Debug)]
+pub struct DataArgs {
+    /// Clue file: CSV, TSV, JSON, JSON lines or Parquet
+    #[arg(long, value_name = "FILE", default_value = SAMPLE)]
+    pub data: PathBuf,
+    /// Format, if the file's extension does not tell: csv, tsv, json, json-lines, parquet
+    #[arg(long)]
+    pub format: Option<Format>,
+    /// Name of the question column, if it is not found by itself
+    #[arg(long, value_name = "NAME")]
+    pub question_column: Option<String>,
+    /// Name of the answer column
+    #[arg(long, value_name = "NAME")]
+    pub answer_column: Option<String>,
+    /// Name of the category column
+    #[arg(long, value_name = "NAME")]
+    pub category_column: Option<String>,
+    /// Name of the air-date column
+    #[arg(long, value_name = "NAME")]
+    pub air_date_column: Option<String>,
+    /// Read only the first rows
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Hold out clues aired on this date or later (YYYY-MM-DD), instead of a share chosen by hash
+    #[arg(long, value_name = "DATE", conflicts_with = "eval_fraction")]
+    pub eval_from: Option<Date>,
+    /// Share of the clues to hold out, chosen by a hash of the question [default: 0.05; the sample is split by date]
+    #[arg(long, value_name = "SHARE")]
+    pub eval_fraction: Option<f64>,
+    /// Another seed holds out other clues
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub split_seed: u64,
+    /// Judge at most so many of the clues held out
+    #[arg(long, value_name = "N", default_value_t = 300)]
+    pub eval_limit: usize,
+}
+
+/// How documents become rows.
+#[derive(Clone, Copy, Debug)]
+pub struct PackArgs {
+    /// How documents share rows.
+    pub packing: Packing,
+    /// Tokens of a row.
+    pub row_len: usize,
+    /// Which tokens are targets.
+    pub loss_on: LossOn,
+    /// Order of documents.
+    pub seed: u64,
+}
+
+/// What became of the file's rows.
+#[derive(Clone, Debug, Serialize)]
+pub struct CorpusReport {
+    /// The file.
+    pub file: PathBuf,
+    /// Data rows read.
+    pub rows_read: usize,
+    /// Clues that are trained on or held out.
+    pub rows_kept: usize,
+    /// Rows left out, by reason.
+    pub dropped: BTreeMap<DropReason, usize>,
+    /// Clues trained on.
+    pub train: usize,
+    /// Clues held out.
+    pub held_out: usize,
+}
+
+/// Packed rows, held-out clues, and the account.
+#[derive(Debug)]
+pub struct Corpus {
+    /// Rows to train on.
+    pub train: Packed,
+    /// Rows of held-out clues, for their loss.
+    pub eval: Packed,
+    /// Held-out clues to answer.
+    pub eval_clues: Vec<Clue>,
+    /// The account.
+    pub report: CorpusReport,
+    /// One document as the model sees it, loss-bearing part marked.
+    sample: String,
+}
+
+impl DataArgs {
+    fn read_options(&self) -> ReadOptions {
+        ReadOptions {
+            format: self.format,
+            question: self.question_column.clone(),
+            answer: self.answer_column.clone(),
+            category: self.category_column.clone(),
+            air_date: self.air_date_column.clone(),
+            limit: self.limit,
+        }
+    }
+
+    fn split(&self) -> Split {
+        let sample_date = || {
+            let is_sample = self.data == Path::new(SAMPLE) && self.eval_fraction.is_none();
+            is_sample.then(|| SAMPLE_EVAL_FROM.parse().ok()).flatten()
+        };
+        match self.eval_from.or_else(sample_date) {
+            Some(from) => Split::AirDate { from },
+            None => Split::Hash { fraction: self.eval_fraction.unwrap_or(0.05), seed: self.split_seed },
+        }
+    }
+
+    /// Reads, cleans and splits: clues to train on, clues held out, and the account so far.
+    ///
+    /// # Errors
+    /// If the file is missing or damaged, lacks a column, or cannot be split as asked.
+    pub fn clues(&self) -> Result<(Vec<Clue>, Vec<Clue>, CorpusReport), Failure> {
+        let cleaned = clean(read_clues(&self.data, &self.read_options())?);
+        let (train, eval) = split(cleaned.clues, &self.split())?;
+        let report = CorpusReport {
+            file: self.data.clone(),
+            rows_read: cleaned.report.rows_read,
+            rows_kept: cleaned.report.rows_kept,
+            dropped: cleaned.report.dropped,
+            train: train.len(),
+            held_out: eval.len(),
+        };
+        Ok((train, eval, report))
+    }
+}
+
+/// Reads, cleans, splits, tokenizes and packs.
+///
+/// # Errors
+/// As [`DataArgs::clues`], and if a clue cannot be tokenized.
+pub fn build(args: &DataArgs, renderer: &Renderer, options: PackArgs) -> Result<Corpus, Failure> {
+    let (train, mut eval, mut report) = args.clues()?;
+    let options = PackOptions {
+        packing: options.packing,
+        row_len: options.row_len,
+        loss_on: options.loss_on,
+        seed: options.seed,
+    };
+    let examples = renderer.examples(&fields(&train))?;
+    let sample = examples.first().map(|example| show_masked(renderer.tokenizer(), example)).unwrap_or_default();
+    let packed = pack(&examples, &options);
+    let eval_packed = pack(&renderer.examples(&fields(&eval))?, &options);
+    let too_long = packed.report.too_long + eval_packed.report.too_long;
+    if too_long > 0 {
+        report.dropped.insert(DropReason::TooLong, too_long);
+        report.rows_kept -= too_long;
+    }
+    eval.truncate(args.eval_limit);
+    Ok(Corpus { train: packed, eval: eval_packed, eval_clues: eval, report, sample })
+}
+
+fn fields(clues: &[Clue]) -> Vec<Fields<'_>> {
+    clues.iter().map(|Clue { category, question, answer, .. }| Fields { category, question, answer }).collect()
+}
+
+impl Corpus {
+    /// The lines before every run: what was dropped, how rows came out, and one document with its loss mask.
+    #[must_use]
+    pub fn describe(&self, options: PackArgs) -> String {
+        let CorpusReport { file, rows_read, rows_kept, dropped, train, held_out } = &self.report;
+        let PackReport { rows, documents, tokens, loss_tokens, efficiency, longest, mean_len, .. } = self.train.report;
+        let mut out = format!("data      {}: {rows_read} rows read, {rows_kept} kept", file.display());
+        for (reason, count) in dropped {
+            let _ = write!(out, ", {count} dropped ({reason})");
+        }
+        let _ = write!(out, "; {train} train, {held_out} held out\n");
+        let _ = write!(
+            out,
+            "packing   {}: {documents} documents in {rows} rows of {} ({:.1} % full), {tokens} tokens, {loss_tokens} of \
+             them targets; a document has {mean_len:.1} tokens, at most {longest}\n",
+            options.packing,
+            options.row_len,
+            100.0 * efficiency,
+        );
+        let _ = write!(out, "sample    {}", self.sample.replace('\n', "\\n"));
+        out
+    }
+}

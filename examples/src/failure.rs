@@ -1,0 +1,49 @@
+//! How a program ends when it cannot go on.
+
+use std::error::Error;
+use std::fmt;
+use std::process::ExitCode;
+
+/// A message for the user and the exit status.
+pub struct Failure {
+    status: u8,
+    message: String,
+}
+
+impl Failure {
+    /// A check that ran and failed: status 1.
+    #[must_use]
+    pub fn check(message: impl Into<String>) -> Self {
+        Self { status: 1, message: message.into() }
+    }
+
+    /// Bad arguments or input: status 2.
+    #[must_use]
+    pub fn input(message: impl Into<String>) -> Self {
+        Self { status: 2, message: message.into() }
+    }
+}
+
+/// Any library error means that something given to the program was wrong.
+impl<E: Error> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::input(error.to_string())
+    }
+}
+
+impl fmt::Debug for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+/// Ends a program: prints what went wrong, if anything did.
+pub fn finish(result: Result<(), Failure>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("error: {}", failure.message);
+            ExitCode::from(failure.status)
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Reports, run folders, and what the operating system knows of this process.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use buzzer::weights::write_json;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::Failure;
+
+/// Writes `DIR/report.json`; it appears whole or not at all.
+///
+/// # Errors
+/// If the folder or the file cannot be written.
+pub fn write_report(dir: &Path, report: &impl Serialize) -> Result<PathBuf, Failure> {
+    create(dir)?;
+    let path = dir.join("report.json");
+    write_json(&path, report)?;
+    Ok(path)
+}
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// If it cannot be read or is no such JSON; the message names the file.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Failure> {
+    let text = fs::read_to_string(path).map_err(|error| Failure::input(format!("{}: {error}", path.display())))?;
+    serde_json::from_str(&text).map_err(|error| Failure::input(format!("{}: {error}", path.display())))
+}
+
+/// Makes the first of `runs/NAME-001`, `runs/NAME-002` ... that does not exist yet.
+///
+/// # Errors
+/// If no folder can be made.
+pub fn next_run_dir(name: &str) -> Result<PathBuf, Failure> {
+    create(Path::new("runs"))?;
+    for number in 1_u32.. {
+        let dir = PathBuf::from(format!("runs/{name}-{number:03}"));
+        match fs::create_dir(&dir) {
+            Ok(()) => return Ok(dir),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(Failure::input(format!("{}: {error}; choose a folder with --out", dir.display()))),
+        }
+    }
+    Err(Failure::input("runs/ is full; choose a folder with --out"))
+}
+
+fn create(dir: &Path) -> Result<(), Failure> {
+    fs::create_dir_all(dir)
+        .map_err(|error| Failure::input(format!("{}: {error}; choose another folder with --out", dir.display())))
+}
+
+/// The most memory this process has held, in bytes; 0 where the system does not tell.
+#[must_use]
+pub fn peak_memory_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kilobytes.unwrap_or(0) * 1024
+}
+
+/// Bytes for people.
+#[must_use]
+pub fn bytes(count: u64) -> String {
+    let count = count as f64;
+    if count < 1024.0 * 1024.0 {
+        format!("{:.0} KiB", count / 1024.0)
+    } else if count < 1024.0 * 1024.0 * 1024.0 {
+        format!("{:.1} MiB", count / (1024.0 * 1024.0))
+    } else {
+        format!("{:.2} GiB", count / (1024.0 * 1024.0 * 1024.0))
+    }
+}
