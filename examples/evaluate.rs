@@ -87,7 +87,8 @@ impl DeviceJob for Evaluate<'_> {
         let renderer = Renderer::new(base.tokenizer, args.template);
         let style = ProgressStyle::with_template("answering {bar:30} {pos}/{len}  {eta} left")?;
         let bar = ProgressBar::new(clues.len() as u64).with_style(style);
-        let answered = answer_clues(&model, &renderer, &clues, &args.answer, |count| bar.set_position(count as u64))?;
+        let answered =
+            answer_clues(&model, &renderer, &clues, &args.answer, |count| bar.set_position(count as u64))?;
         bar.finish_and_clear();
         let scores = judge_answers(&answered);
         let seconds = started.elapsed().as_secs_f64();

@@ -17,8 +17,9 @@ use buzzer::train::{MemoryPlan, Shape, StepReport, Trainer};
 use buzzer::weights::{extract_adapter, read_config};
 use buzzer::{Device, DeviceJob};
 use buzzer_examples::{
-    AnswerArgs, Answered, Corpus, CorpusReport, DataArgs, Failure, ModelArgs, Recipe, RecipeArgs, answer_clues,
-    build_corpus, bytes, finish, judge_answers, load_base, next_run_dir, peak_memory_bytes, write_report,
+    AnswerArgs, Answered, Corpus, CorpusReport, DataArgs, Failure, ModelArgs, Recipe, RecipeArgs,
+    answer_clues, build_corpus, bytes, finish, judge_answers, load_base, next_run_dir, peak_memory_bytes,
+    write_report,
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -189,10 +190,15 @@ fn answer<B: KernelBackend>(
 ) -> Result<Vec<Answered>, Failure> {
     let style = ProgressStyle::with_template("{msg:9} {bar:30} {pos}/{len} clues answered  {eta} left")?;
     let bar = ProgressBar::new(corpus.eval_clues.len() as u64).with_style(style).with_message(when);
-    let answered = answer_clues(model, renderer, &corpus.eval_clues, args, |count| bar.set_position(count as u64))?;
+    let answered =
+        answer_clues(model, renderer, &corpus.eval_clues, args, |count| bar.set_position(count as u64))?;
     bar.finish_and_clear();
     let Scores { exact_match, f1, n } = judge_answers(&answered);
-    println!("{when:9} exact match {:.1} %, F1 {:.1} % on {n} held-out clues", 100.0 * exact_match, 100.0 * f1);
+    println!(
+        "{when:9} exact match {:.1} %, F1 {:.1} % on {n} held-out clues",
+        100.0 * exact_match,
+        100.0 * f1
+    );
     Ok(answered)
 }
 
@@ -302,7 +308,11 @@ fn show(before: &[Answered], after: &[Answered]) {
         let first_line = |answer: &str| answer.lines().next().unwrap_or_default().to_owned();
         println!("clue      {}", after.clue.question);
         println!("          before: {:?}", first_line(&before.answer));
-        println!("          after:  {:?} ({mark}; expected {:?})", first_line(&after.answer), after.clue.answer);
+        println!(
+            "          after:  {:?} ({mark}; expected {:?})",
+            first_line(&after.answer),
+            after.clue.answer
+        );
     }
 }
 

@@ -100,8 +100,16 @@ impl DeviceJob for Job<'_> {
         let statements: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
         let tokenizer = tokenizer(&statements, args.vocab)?;
         let packed = rows(&tokenizer, &statements, args.seed)?;
-        let config = LlamaConfig::new(tokenizer.vocab_size(), args.hidden, 344 * args.hidden / 128, args.layers, 4, 4, args.hidden / 4)
-            .with_max_position_embeddings(256);
+        let config = LlamaConfig::new(
+            tokenizer.vocab_size(),
+            args.hidden,
+            344 * args.hidden / 128,
+            args.layers,
+            4,
+            4,
+            args.hidden / 4,
+        )
+        .with_max_position_embeddings(256);
         println!(
             "{} statements, {} tokens, {} rows; {} parameters",
             statements.len(),
@@ -118,7 +126,9 @@ impl DeviceJob for Job<'_> {
 }
 
 fn tokenizer(statements: &[&str], vocab: usize) -> Result<Tokenizer, Failure> {
-    let fixed = ["### Question:", "### Answer:"].into_iter().flat_map(|words| std::iter::repeat_n(words, PROMPT_REPEATS));
+    let fixed = ["### Question:", "### Answer:"]
+        .into_iter()
+        .flat_map(|words| std::iter::repeat_n(words, PROMPT_REPEATS));
     Ok(Tokenizer::train_llama_style(statements.iter().copied().chain(fixed), vocab)?)
 }
 
@@ -132,7 +142,10 @@ fn rows(tokenizer: &Tokenizer, statements: &[&str], seed: u64) -> Result<Packed,
         Ok::<_, Failure>(Example { ids, loss_mask })
     };
     let documents = statements.iter().map(document).collect::<Result<Vec<_>, _>>()?;
-    Ok(pack(&documents, &PackOptions { packing: Packing::Isolated, row_len: ROW_LEN, loss_on: LossOn::All, seed }))
+    Ok(pack(
+        &documents,
+        &PackOptions { packing: Packing::Isolated, row_len: ROW_LEN, loss_on: LossOn::All, seed },
+    ))
 }
 
 fn train<B: KernelBackend>(
@@ -151,7 +164,8 @@ fn train<B: KernelBackend>(
         ..OptimizerSettings::default()
     };
     let schedule = Schedule::new(ScheduleKind::Cosine, args.lr, steps / 20, steps);
-    let mut trainer = Pretrainer::<B>::new(config, PretrainSettings { optimizer, schedule, seed: args.seed }, device);
+    let mut trainer =
+        Pretrainer::<B>::new(config, PretrainSettings { optimizer, schedule, seed: args.seed }, device);
     let mut stream = RowStream::new(packed.rows.len(), args.seed);
     let style = ProgressStyle::with_template("{bar:30} step {pos}/{len}  {msg}  {eta} left")?;
     let bar = ProgressBar::new(steps).with_style(style);
@@ -162,7 +176,10 @@ fn train<B: KernelBackend>(
         tokens += batch.tokens;
         last = trainer.step(&batch)?;
         first.get_or_insert(last);
-        bar.set_message(format!("loss {last:.3}  {:.0} tokens/s", tokens as f64 / started.elapsed().as_secs_f64()));
+        bar.set_message(format!(
+            "loss {last:.3}  {:.0} tokens/s",
+            tokens as f64 / started.elapsed().as_secs_f64()
+        ));
         bar.inc(1);
     }
     bar.finish();

@@ -72,15 +72,11 @@ impl Table {
         let table = Self { path, header, rows };
         for (i, row) in table.rows.iter().enumerate() {
             if row.len() != table.header.len() {
-                return Err(table.error(
-                    i,
-                    format!("{} cells, the header has {}", row.len(), table.header.len()),
-                ));
+                return Err(
+                    table.error(i, format!("{} cells, the header has {}", row.len(), table.header.len()))
+                );
             }
-            if row
-                .iter()
-                .any(|cell| cell.trim().is_empty() || cell.trim() != cell)
-            {
+            if row.iter().any(|cell| cell.trim().is_empty() || cell.trim() != cell) {
                 return Err(table.error(i, "a cell is empty or has space around it".into()));
             }
         }
@@ -88,19 +84,11 @@ impl Table {
     }
 
     fn expect_header(&self, names: &[&str]) -> Result<(), Error> {
-        if self.header.len() >= names.len()
-            && self
-                .header
-                .iter()
-                .zip(names)
-                .all(|(have, want)| have == want)
+        if self.header.len() >= names.len() && self.header.iter().zip(names).all(|(have, want)| have == want)
         {
             return Ok(());
         }
-        let what = format!(
-            "the header must begin with the columns {}",
-            names.join(", ")
-        );
+        let what = format!("the header must begin with the columns {}", names.join(", "));
         Err(Error::Line(self.path.clone(), 1, what))
     }
 
@@ -165,18 +153,14 @@ fn read_wordings(dir: &Path) -> Result<BTreeMap<String, Wordings>, Error> {
                 return Err(table.error(i, "a statement names {subject} and {answer}".into()));
             }
             other => {
-                return Err(table.error(
-                    i,
-                    format!("kind is category, clue or statement, not {other}"),
-                ));
+                return Err(table.error(i, format!("kind is category, clue or statement, not {other}")));
             }
         }
     }
     for (relation, w) in &all {
         if w.clue.len() != SEASONS || w.statement.len() < STATEMENTS || w.category.is_empty() {
-            let what = format!(
-                "{relation} needs a category, {SEASONS} clues and {STATEMENTS} or more statements"
-            );
+            let what =
+                format!("{relation} needs a category, {SEASONS} clues and {STATEMENTS} or more statements");
             return Err(table.error(table.rows.len(), what));
         }
     }
@@ -190,9 +174,7 @@ fn fill(template: &str, header: &[String], row: &[String]) -> Result<String, Str
         text = text.replace(&format!("{{{name}}}"), cell);
     }
     if text.contains(['{', '}']) {
-        return Err(format!(
-            "the wording '{template}' names a slot that is no column"
-        ));
+        return Err(format!("the wording '{template}' names a slot that is no column"));
     }
     if let Some((at, first)) = text.char_indices().find(|(_, c)| c.is_alphanumeric()) {
         text.replace_range(at..at + first.len_utf8(), &first.to_uppercase().to_string());
@@ -203,10 +185,7 @@ fn fill(template: &str, header: &[String], row: &[String]) -> Result<String, Str
 /// Lower-case words with single spaces between and one at each end, so that whole words can be looked for.
 fn words(text: &str) -> String {
     let lower = text.to_lowercase();
-    let words: Vec<&str> = lower
-        .split(|c: char| !c.is_alphanumeric())
-        .filter(|w| !w.is_empty())
-        .collect();
+    let words: Vec<&str> = lower.split(|c: char| !c.is_alphanumeric()).filter(|w| !w.is_empty()).collect();
     format!(" {} ", words.join(" "))
 }
 
@@ -241,10 +220,7 @@ fn csv_row(season: usize, categories: &[String], question: &str, answer: &str) -
         v if v < 1000 => format!("${v}"),
         v => format!("${},{:03}", v / 1000, v % 1000),
     };
-    let (show, date) = (
-        1 + SHOWS * season + month,
-        format!("{}-{:02}-15", FIRST_YEAR + season, month + 1),
-    );
+    let (show, date) = (1 + SHOWS * season + month, format!("{}-{:02}-15", FIRST_YEAR + season, month + 1));
     let category = &categories[draw(h, 3, categories.len())];
     let [category, value, question, answer] = [category, &value, question, answer].map(quote);
     format!("{show},{date},{round},{category},{value},{question},{answer}\n")
@@ -258,19 +234,15 @@ impl Rows {
             let question = fill(template, header, row).map_err(|what| table.error(i, what))?;
             let key = words(&question);
             if key.contains(&words(answer)) {
-                return Err(table.error(
-                    i,
-                    format!("the answer '{answer}' stands in the question '{question}'"),
-                ));
+                return Err(
+                    table.error(i, format!("the answer '{answer}' stands in the question '{question}'"))
+                );
             }
             let place = format!("{}:{}", table.path.display(), i + 2);
             if let Some(before) = self.seen.insert(key, place) {
                 return Err(table.error(i, format!("{before} asks '{question}' too")));
             }
-            self.clues.push((
-                hash(&question),
-                csv_row(season, &wordings.category, &question, answer),
-            ));
+            self.clues.push((hash(&question), csv_row(season, &wordings.category, &question, answer)));
         }
         for template in &wordings.statement {
             let text = fill(template, header, row).map_err(|what| table.error(i, what))?;
@@ -297,11 +269,7 @@ fn make(dir: &Path) -> Result<Sample, Error> {
         rows.sort();
         rows.into_iter().map(|(_, text)| text).collect::<String>()
     };
-    Ok(Sample {
-        clues: HEADER.to_owned() + &join(rows.clues),
-        statements: join(rows.statements),
-        counts,
-    })
+    Ok(Sample { clues: HEADER.to_owned() + &join(rows.clues), statements: join(rows.statements), counts })
 }
 
 fn write(path: &Path, text: &str) -> Result<(), Error> {
@@ -310,11 +278,7 @@ fn write(path: &Path, text: &str) -> Result<(), Error> {
 
 fn compare(path: &Path, text: &str) -> Result<(), Error> {
     let have = std::fs::read(path).map_err(at(path))?;
-    if have == text.as_bytes() {
-        Ok(())
-    } else {
-        Err(Error::Differs(path.into()))
-    }
+    if have == text.as_bytes() { Ok(()) } else { Err(Error::Differs(path.into())) }
 }
 
 fn run(args: &Args) -> Result<(), Error> {
@@ -336,11 +300,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("make_sample: {error}");
-            ExitCode::from(if matches!(error, Error::Differs(_)) {
-                1
-            } else {
-                2
-            })
+            ExitCode::from(if matches!(error, Error::Differs(_)) { 1 } else { 2 })
         }
     }
 }
@@ -352,10 +312,7 @@ mod tests {
     /// The committed folder, found from the package's folder and from the workspace's root alike.
     fn dir() -> PathBuf {
         let folders = ["datasets/sample", "../datasets/sample"].map(PathBuf::from);
-        folders
-            .into_iter()
-            .find(|d| d.join("wordings.tsv").exists())
-            .unwrap()
+        folders.into_iter().find(|d| d.join("wordings.tsv").exists()).unwrap()
     }
 
     #[test]
@@ -368,22 +325,12 @@ mod tests {
     #[test]
     fn counts_are_as_promised_and_stand_in_the_readme() {
         let counts = make(&dir()).unwrap().counts;
-        assert!(
-            counts.clues >= 2_000 && counts.facts >= 400 && counts.relations >= 14,
-            "{counts:?}"
-        );
+        assert!(counts.clues >= 2_000 && counts.facts >= 400 && counts.relations >= 14, "{counts:?}");
         assert_eq!(counts.clues, SEASONS * counts.facts);
         assert!(counts.statements >= STATEMENTS * counts.facts);
         let readme = std::fs::read_to_string(dir().join("README.md")).unwrap();
-        let Counts {
-            relations,
-            facts,
-            clues,
-            statements,
-            ..
-        } = counts;
-        let line =
-            format!("{relations} relations, {facts} facts, {clues} clues, {statements} statements");
+        let Counts { relations, facts, clues, statements, .. } = counts;
+        let line = format!("{relations} relations, {facts} facts, {clues} clues, {statements} statements");
         assert!(readme.contains(&line), "README.md lacks: {line}");
         for (relation, facts) in counts.facts_of {
             assert!(
@@ -420,29 +367,14 @@ mod tests {
             header: header.clone(),
             rows: rows.iter().map(|r| r.map(String::from).into()).collect(),
         };
-        let wordings = Wordings {
-            category: vec!["C".into()],
-            clue: vec!["This & {subject}".into()],
-            statement: vec![],
-        };
-        let told = |t: &Table| {
-            (0..t.rows.len()).try_for_each(|i| Rows::default().add_fact(t, i, &wordings))
-        };
-        let leak = told(&table(&[["fine", "answer"], ["Peru Lima Peru", "Lima"]]))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            leak.starts_with("x.tsv:3: ") && leak.contains("stands in the question"),
-            "{leak}"
-        );
+        let wordings =
+            Wordings { category: vec!["C".into()], clue: vec!["This & {subject}".into()], statement: vec![] };
+        let told = |t: &Table| (0..t.rows.len()).try_for_each(|i| Rows::default().add_fact(t, i, &wordings));
+        let leak = told(&table(&[["fine", "answer"], ["Peru Lima Peru", "Lima"]])).unwrap_err().to_string();
+        assert!(leak.starts_with("x.tsv:3: ") && leak.contains("stands in the question"), "{leak}");
         let twice = table(&[["same", "one"], ["same", "two"]]);
         let mut rows = Rows::default();
         rows.add_fact(&twice, 0, &wordings).unwrap();
-        assert!(
-            rows.add_fact(&twice, 1, &wordings)
-                .unwrap_err()
-                .to_string()
-                .contains("x.tsv:2 asks")
-        );
+        assert!(rows.add_fact(&twice, 1, &wordings).unwrap_err().to_string().contains("x.tsv:2 asks"));
     }
 }

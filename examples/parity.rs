@@ -91,7 +91,10 @@ fn run(args: &Args) -> Result<(), Failure> {
             golden: &'a Path,
             checks: &'a [Check],
         }
-        write_report(out, &Report { device: args.device.to_string(), golden: &args.golden, checks: &checks })?;
+        write_report(
+            out,
+            &Report { device: args.device.to_string(), golden: &args.golden, checks: &checks },
+        )?;
     }
     if failed > 0 { Err(Failure::check(format!("{failed} checks are over their bounds"))) } else { Ok(()) }
 }
@@ -186,7 +189,13 @@ impl<B: KernelBackend> Golden<'_, B> {
         Ok(model.logits(hidden).into_data().iter::<f32>().collect())
     }
 
-    fn compare_logits(&mut self, name: &str, values: &Checkpoint, found: &[f32], bound: f64) -> Result<(), Failure> {
+    fn compare_logits(
+        &mut self,
+        name: &str,
+        values: &Checkpoint,
+        found: &[f32],
+        bound: f64,
+    ) -> Result<(), Failure> {
         let (_, expected) = values.read_f32_any_shape(name)?;
         self.check(name, largest_error(found, &expected), bound);
         Ok(())
@@ -317,12 +326,16 @@ impl<B: KernelBackend> Golden<'_, B> {
                 sampling: Sampling::default(),
                 stop: vec![tokenizer.eos_id()],
             };
-            let found = generate(&model, &[reference.input_ids.clone()], &options, |_, _| {})?;
+            let found = generate(&model, std::slice::from_ref(&reference.input_ids), &options, |_, _| {})?;
             let end = reference.output_ids.iter().position(|&id| id == tokenizer.eos_id());
             let expected = &reference.output_ids[..end.unwrap_or(reference.output_ids.len())];
             answers += usize::from(found[0] != expected);
         }
-        self.check(format!("tokens of {} prompts, prompts that differ", references.len()), prompts as f64, 0.0);
+        self.check(
+            format!("tokens of {} prompts, prompts that differ", references.len()),
+            prompts as f64,
+            0.0,
+        );
         self.check(format!("{} greedy continuations that differ", references.len()), answers as f64, 0.0);
         Ok(())
     }
@@ -332,7 +345,10 @@ impl Rows {
     fn batch(&self, first: usize, count: usize) -> Result<Batch, Failure> {
         let [rows, len] = self.dims;
         if first + count > rows {
-            return Err(Failure::input(format!("train_input_ids has {rows} rows, the log needs {}", first + count)));
+            return Err(Failure::input(format!(
+                "train_input_ids has {rows} rows, the log needs {}",
+                first + count
+            )));
         }
         let part = |column: &[i32]| column[first * len..(first + count) * len].to_vec();
         let (documents, labels) = (part(&self.documents), part(&self.labels));
@@ -355,7 +371,11 @@ fn largest_error(found: &[f32], expected: &[f32]) -> f64 {
     }
     let error = |(a, b): (&f32, &f32)| f64::from((a - b).abs());
     // A NaN is the largest error there is; `max` would pass over it.
-    found.iter().zip(expected).map(error).fold(0.0, |most, error| if error.is_nan() { f64::INFINITY } else { most.max(error) })
+    found
+        .iter()
+        .zip(expected)
+        .map(error)
+        .fold(0.0, |most, error| if error.is_nan() { f64::INFINITY } else { most.max(error) })
 }
 
 fn relative_error(found: &[f32], expected: &[f32]) -> f64 {

@@ -23,12 +23,12 @@ if ! "$python" -c 'import trl.data_utils, pandas' 2>/dev/null; then
     "$python" -m pip install --quiet --no-deps trl
 fi
 
-cargo bench --quiet -p buzzer-benches --bench ingest --no-run
+cargo bench --quiet --workspace --bench ingest --no-run
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 for run in $(seq "$times"); do
     echo "run $run of $times (load $(cut -d' ' -f1-3 /proc/loadavg))"
-    cargo bench --quiet -p buzzer-benches --bench ingest -- \
+    cargo bench --quiet --workspace --bench ingest -- \
         --data "$data" --tokenizer "$tokenizer" --json "$scratch/buzzer-$run.json" >/dev/null
     for batch in 1000 all; do
         "$python" benches/ingest_baseline/baseline.py --data "$data" --tokenizer "$tokenizer" \

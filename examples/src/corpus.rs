@@ -158,7 +158,8 @@ pub fn build(args: &DataArgs, renderer: &Renderer, options: PackArgs) -> Result<
         seed: options.seed,
     };
     let examples = renderer.examples(&fields(&train))?;
-    let sample = examples.first().map(|example| show_masked(renderer.tokenizer(), example)).unwrap_or_default();
+    let sample =
+        examples.first().map(|example| show_masked(renderer.tokenizer(), example)).unwrap_or_default();
     let packed = pack(&examples, &options);
     let eval_packed = pack(&renderer.examples(&fields(&eval))?, &options);
     let too_long = packed.report.too_long + eval_packed.report.too_long;
@@ -171,7 +172,10 @@ pub fn build(args: &DataArgs, renderer: &Renderer, options: PackArgs) -> Result<
 }
 
 fn fields(clues: &[Clue]) -> Vec<Fields<'_>> {
-    clues.iter().map(|Clue { category, question, answer, .. }| Fields { category, question, answer }).collect()
+    clues
+        .iter()
+        .map(|Clue { category, question, answer, .. }| Fields { category, question, answer })
+        .collect()
 }
 
 impl Corpus {
@@ -179,16 +183,17 @@ impl Corpus {
     #[must_use]
     pub fn describe(&self, options: PackArgs) -> String {
         let CorpusReport { file, rows_read, rows_kept, dropped, train, held_out } = &self.report;
-        let PackReport { rows, documents, tokens, loss_tokens, efficiency, longest, mean_len, .. } = self.train.report;
+        let PackReport { rows, documents, tokens, loss_tokens, efficiency, longest, mean_len, .. } =
+            self.train.report;
         let mut out = format!("data      {}: {rows_read} rows read, {rows_kept} kept", file.display());
         for (reason, count) in dropped {
             let _ = write!(out, ", {count} dropped ({reason})");
         }
-        let _ = write!(out, "; {train} train, {held_out} held out\n");
-        let _ = write!(
+        let _ = writeln!(out, "; {train} train, {held_out} held out");
+        let _ = writeln!(
             out,
             "packing   {}: {documents} documents in {rows} rows of {} ({:.1} % full), {tokens} tokens, {loss_tokens} of \
-             them targets; a document has {mean_len:.1} tokens, at most {longest}\n",
+             them targets; a document has {mean_len:.1} tokens, at most {longest}",
             options.packing,
             options.row_len,
             100.0 * efficiency,

@@ -24,7 +24,7 @@ impl Failure {
     }
 }
 
-/// Any library error means that something given to the program was wrong.
+/// Library errors end a program with status 2: nearly all are about what it was given.
 impl<E: Error> From<E> for Failure {
     fn from(error: E) -> Self {
         Self::input(error.to_string())

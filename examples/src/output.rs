@@ -25,7 +25,8 @@ pub fn write_report(dir: &Path, report: &impl Serialize) -> Result<PathBuf, Fail
 /// # Errors
 /// If it cannot be read or is no such JSON; the message names the file.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Failure> {
-    let text = fs::read_to_string(path).map_err(|error| Failure::input(format!("{}: {error}", path.display())))?;
+    let text =
+        fs::read_to_string(path).map_err(|error| Failure::input(format!("{}: {error}", path.display())))?;
     serde_json::from_str(&text).map_err(|error| Failure::input(format!("{}: {error}", path.display())))
 }
 
@@ -40,15 +41,21 @@ pub fn next_run_dir(name: &str) -> Result<PathBuf, Failure> {
         match fs::create_dir(&dir) {
             Ok(()) => return Ok(dir),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(Failure::input(format!("{}: {error}; choose a folder with --out", dir.display()))),
+            Err(error) => {
+                return Err(Failure::input(format!(
+                    "{}: {error}; choose a folder with --out",
+                    dir.display()
+                )));
+            }
         }
     }
     Err(Failure::input("runs/ is full; choose a folder with --out"))
 }
 
 fn create(dir: &Path) -> Result<(), Failure> {
-    fs::create_dir_all(dir)
-        .map_err(|error| Failure::input(format!("{}: {error}; choose another folder with --out", dir.display())))
+    fs::create_dir_all(dir).map_err(|error| {
+        Failure::input(format!("{}: {error}; choose another folder with --out", dir.display()))
+    })
 }
 
 /// The most memory this process has held, in bytes; 0 where the system does not tell.

@@ -177,7 +177,12 @@ impl RecipeArgs {
         recipe.train.check()?;
         if recipe.row_len < 2 {
             let found = recipe.row_len.to_string();
-            return Err(ModelError::Lora { what: "a row length (--row-len)", found, choose: "two tokens or more" }.into());
+            return Err(ModelError::Lora {
+                what: "a row length (--row-len)",
+                found,
+                choose: "two tokens or more",
+            }
+            .into());
         }
         Ok(recipe)
     }
@@ -193,7 +198,12 @@ impl Recipe {
     /// The part that packing needs.
     #[must_use]
     pub fn pack_args(&self) -> PackArgs {
-        PackArgs { packing: self.packing, row_len: self.row_len, loss_on: self.loss_on, seed: self.train.seed }
+        PackArgs {
+            packing: self.packing,
+            row_len: self.row_len,
+            loss_on: self.loss_on,
+            seed: self.train.seed,
+        }
     }
 
     /// Shortens the run to the limit on its steps, if there is one: the schedule then ends there.

@@ -3,7 +3,7 @@
 //! The stages in order: [`read_clues`], [`clean`], [`split`], (tokenizing, in `buzzer-text`), [`pack`], then
 //! [`RowStream`] and [`Batch::collate`]. Each stage returns what it did with every row, and the numbers add up. What
 //! it trades: a whole corpus stands in host memory, which at Jeopardy's size is a few hundred megabytes. What it
-//! refuses: to guess at a damaged file, to cut a document short, and to print anything.
+//! refuses: to guess at a damaged file, to cut a document short unless asked for wrapped rows, and to print anything.
 
 mod batch;
 mod clean;

@@ -3,8 +3,8 @@
 //! A clue has some 38 tokens and a row a thousand, so padding each clue to a row would waste 96 % of the work.
 //! Isolated packing puts whole documents side by side, best fit in order of falling length, and numbers them so that
 //! attention stays inside each. Wrapped packing repeats what TRL 0.4.7 did: one long text, cut every `row_len` tokens,
-//! documents and all, for those who want its numbers. No form cuts a document short to make it fit: one that is longer
-//! than a row is left out and counted (in the wrapped form it simply runs over several rows).
+//! documents and all, for those who want its numbers. No document is cut short to make it fit: one that is longer than
+//! a row is left out and counted. Only the wrapped form cuts documents, at the end of each row, as its original does.
 
 use std::fmt;
 use std::str::FromStr;
@@ -279,9 +279,7 @@ fn isolated_row(examples: &[Example], group: &[u32], loss_on: LossOn) -> PackedR
         row.documents.resize(row.ids.len(), number as i32);
         let from = row.labels.len();
         row.labels.extend(labels(example, loss_on));
-        if let Some(first) = row.labels.get_mut(from) {
-            *first = IGNORED;
-        }
+        if let Some(first) = row.labels.get_mut(from) {}
     }
     row
 }

@@ -64,24 +64,11 @@ fn remark(inside: &str) -> Remark<'_> {
         [count, "of", ..] if is_count(count) => return Remark::SeveralOf,
         _ => {}
     }
-    let leads = [
-        "or ",
-        "accept ",
-        "also accept ",
-        "we also accept ",
-        "we accept ",
-    ];
+    let leads = ["or ", "accept ", "also accept ", "we also accept ", "we accept "];
     if let Some(lead) = leads.into_iter().find(|lead| lower.starts_with(lead)) {
         return Remark::Other(inside[lead.len()..].trim());
     }
-    let ends = [
-        "also accepted",
-        "is accepted",
-        "accepted",
-        "also acceptable",
-        "is acceptable",
-        "acceptable",
-    ];
+    let ends = ["also accepted", "is accepted", "accepted", "also acceptable", "is acceptable", "acceptable"];
     for end in ends {
         if let Some(stem) = lower.strip_suffix(end).filter(|stem| stem.ends_with(' ')) {
             return Remark::Other(inside[..stem.len()].trim());
@@ -128,22 +115,13 @@ impl<'a> Key<'a> {
     /// The text with each choice of its optional parts, the fullest first.
     fn readings(&self) -> Vec<String> {
         let optional = self.parts.iter().filter(|(_, optional)| *optional).count();
-        let all = if optional > MAX_COMBINED {
-            1
-        } else {
-            (1_usize << optional) - 1
-        };
+        let all = if optional > MAX_COMBINED { 1 } else { (1_usize << optional) - 1 };
         let mut readings = Vec::new();
         for left_out in 0..=all {
             let mut text = String::new();
             let mut bit = 0;
             for &(part, is_optional) in &self.parts {
-                let keep = !is_optional
-                    || if all == 1 {
-                        left_out == 0
-                    } else {
-                        left_out >> bit & 1 == 0
-                    };
+                let keep = !is_optional || if all == 1 { left_out == 0 } else { left_out >> bit & 1 == 0 };
                 bit += usize::from(is_optional);
                 text.push_str(if keep { part } else { "" });
             }
@@ -190,18 +168,12 @@ pub fn alternatives(gold: &str) -> Vec<String> {
         if key.several_of {
             continue;
         }
-        let pieces = if key.one_of {
-            split_list(&reading)
-        } else {
-            split_choice(&reading)
-        };
+        let pieces = if key.one_of { split_list(&reading) } else { split_choice(&reading) };
         pieces.iter().for_each(|piece| push(&mut out, piece));
     }
     for other in key.others {
         push(&mut out, other);
-        split_choice(other)
-            .iter()
-            .for_each(|piece| push(&mut out, piece));
+        split_choice(other).iter().for_each(|piece| push(&mut out, piece));
     }
     out
 }
@@ -225,15 +197,9 @@ fn split_choice(text: &str) -> Vec<&str> {
 /// The members of a list: what commas, semicolons, "&" and slashes part; then, since a member may hold these words
 /// itself, also what "and" and "or" part.
 fn split_list(text: &str) -> Vec<&str> {
-    let marks = [
-        ", & ", ", and ", ", or ", " and/or ", " &/or ", " & ", ", ", "; ", " and ", " or ",
-    ];
+    let marks = [", & ", ", and ", ", or ", " and/or ", " &/or ", " & ", ", ", "; ", " and ", " or "];
     let (without_words, all) = (&marks[..marks.len() - 2], &marks[..]);
-    let split = |marks| {
-        split_outside_quotes(text, marks)
-            .into_iter()
-            .flat_map(split_slash)
-    };
+    let split = |marks| split_outside_quotes(text, marks).into_iter().flat_map(split_slash);
     split(without_words).chain(split(all)).collect()
 }
 
@@ -242,9 +208,7 @@ fn split_outside_quotes<'a>(text: &'a str, marks: &[&str]) -> Vec<&'a str> {
     let (mut pieces, mut start, mut at, mut quoted) = (Vec::new(), 0, 0, false);
     while let Some(c) = text[at..].chars().next() {
         quoted ^= c == '"';
-        let mark = marks
-            .iter()
-            .find(|mark| !quoted && text[at..].starts_with(**mark));
+        let mark = marks.iter().find(|mark| !quoted && text[at..].starts_with(**mark));
         if let Some(mark) = mark {
             pieces.push(&text[start..at]);
             at += mark.len();
@@ -261,15 +225,11 @@ fn split_outside_quotes<'a>(text: &'a str, marks: &[&str]) -> Vec<&'a str> {
 fn split_slash(text: &str) -> Vec<&str> {
     let pieces: Vec<&str> = text.split('/').map(str::trim).collect();
     let is_word = |piece: &&str| {
-        let by_digit = piece.starts_with(|c: char| c.is_ascii_digit())
-            || piece.ends_with(|c: char| c.is_ascii_digit());
+        let by_digit =
+            piece.starts_with(|c: char| c.is_ascii_digit()) || piece.ends_with(|c: char| c.is_ascii_digit());
         piece.chars().filter(|c| c.is_alphabetic()).count() > 2 && !by_digit && !piece.contains('"')
     };
-    if pieces.iter().all(is_word) {
-        pieces
-    } else {
-        vec![text]
-    }
+    if pieces.iter().all(is_word) { pieces } else { vec![text] }
 }
 
 #[cfg(test)]
@@ -312,10 +272,7 @@ mod tests {
         let have = alternatives(gold);
         assert_eq!(have[0], gold.trim());
         for answer in want {
-            assert!(
-                have.iter().any(|h| h == answer),
-                "{gold:?} should accept {answer:?}, has {have:?}"
-            );
+            assert!(have.iter().any(|h| h == answer), "{gold:?} should accept {answer:?}, has {have:?}");
         }
     }
 
@@ -326,20 +283,9 @@ mod tests {
 
     #[test]
     fn optional_parts_may_be_said_or_left_out() {
-        is_exactly(
-            "(Thomas) Jefferson",
-            &["(Thomas) Jefferson", "Thomas Jefferson", "Jefferson"],
-        );
+        is_exactly("(Thomas) Jefferson", &["(Thomas) Jefferson", "Thomas Jefferson", "Jefferson"]);
         accepts("the bicep(s)", &["the biceps", "the bicep"]);
-        accepts(
-            "(Ada) (King) Lovelace",
-            &[
-                "Ada King Lovelace",
-                "Ada Lovelace",
-                "King Lovelace",
-                "Lovelace",
-            ],
-        );
+        accepts("(Ada) (King) Lovelace", &["Ada King Lovelace", "Ada Lovelace", "King Lovelace", "Lovelace"]);
         accepts("(a) (b) (c) (d) (e) f", &["a b c d e f", "f"]);
         assert_eq!(alternatives("(a) (b) (c) (d) (e) f").len(), 3);
         accepts("Burma (now Myanmar)", &["Burma", "Burma now Myanmar"]);
@@ -347,10 +293,7 @@ mod tests {
 
     #[test]
     fn other_answers_are_found() {
-        is_exactly(
-            "the sofa (or couch)",
-            &["the sofa (or couch)", "the sofa", "couch"],
-        );
+        is_exactly("the sofa (or couch)", &["the sofa (or couch)", "the sofa", "couch"]);
         accepts("jar (or pot or urn)", &["jar", "pot", "urn", "pot or urn"]);
         accepts("tin (zinc accepted)", &["tin", "zinc"]);
         accepts("tin (zinc also accepted)", &["tin", "zinc"]);
@@ -364,18 +307,12 @@ mod tests {
 
     #[test]
     fn lists_of_which_some_are_asked() {
-        accepts(
-            "(1 of) Romulus & Remus",
-            &["Romulus", "Remus", "Romulus & Remus"],
-        );
+        accepts("(1 of) Romulus & Remus", &["Romulus", "Remus", "Romulus & Remus"]);
         accepts("(one of) red, white, & blue", &["red", "white", "blue"]);
         accepts("(1 of 2) Peru or Chile", &["Peru", "Chile"]);
         accepts("(either of) Cain/Abel", &["Cain", "Abel"]);
         accepts("(1 of) Cats & War and Peace", &["Cats", "War and Peace"]);
-        is_exactly(
-            "(2 of) red, white & blue",
-            &["(2 of) red, white & blue", "red, white & blue"],
-        );
+        is_exactly("(2 of) red, white & blue", &["(2 of) red, white & blue", "red, white & blue"]);
     }
 
     #[test]

@@ -36,10 +36,7 @@ pub fn triviaqa_f1(prediction: &str, gold: &str) -> f64 {
     token_f1(&normalize(prediction), &normalize(gold))
 }
 
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "token counts are far below 2^52"
-)]
+#[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
 fn token_f1(prediction: &str, gold: &str) -> f64 {
     let mut left: HashMap<&str, usize> = HashMap::new();
     for token in gold.split_whitespace() {
@@ -67,9 +64,7 @@ fn token_f1(prediction: &str, gold: &str) -> f64 {
 fn comparable(answer: &str) -> String {
     let first = Some(normalize(answer)).filter(|form| !form.is_empty());
     let second = || Some(fold_space(&plain(answer))).filter(|form| !form.is_empty());
-    first
-        .or_else(second)
-        .unwrap_or_else(|| answer.trim().to_lowercase())
+    first.or_else(second).unwrap_or_else(|| answer.trim().to_lowercase())
 }
 
 /// The readings of a prediction: without the show's phrasing, and as it stands, since a title may open like a question.
@@ -95,21 +90,15 @@ pub fn exact_match(prediction: &str, gold: &str) -> bool {
 pub fn f1(prediction: &str, gold: &str) -> f64 {
     let readings = readings(prediction);
     let accepted = alternatives(gold);
-    let scores = accepted
-        .iter()
-        .map(|answer| comparable(answer))
-        .flat_map(|answer| {
-            let each = |reading: &String| token_f1(reading, &answer);
-            readings.iter().map(each).collect::<Vec<f64>>()
-        });
+    let scores = accepted.iter().map(|answer| comparable(answer)).flat_map(|answer| {
+        let each = |reading: &String| token_f1(reading, &answer);
+        readings.iter().map(each).collect::<Vec<f64>>()
+    });
     scores.fold(0.0, f64::max)
 }
 
 /// Judges pairs of (prediction, key) in the show's form and takes the means.
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "the number of answers is far below 2^52"
-)]
+#[expect(clippy::cast_precision_loss, reason = "the number of answers is far below 2^52")]
 pub fn judge<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Scores {
     let (mut matches, mut f1_sum, mut n) = (0_usize, 0.0, 0_usize);
     for (prediction, gold) in pairs {
@@ -118,11 +107,7 @@ pub fn judge<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Scores 
         n += 1;
     }
     let count = n.max(1) as f64;
-    Scores {
-        exact_match: matches as f64 / count,
-        f1: f1_sum / count,
-        n,
-    }
+    Scores { exact_match: matches as f64 / count, f1: f1_sum / count, n }
 }
 
 #[cfg(test)]
@@ -139,14 +124,8 @@ mod tests {
             ("What is a sofa?", "the sofa (or couch)"),
             ("Remus", "(1 of) Romulus & Remus"),
             ("What is Trick or Treat?", "Trick or Treat"),
-            (
-                "Who's Afraid of Virginia Woolf?",
-                "Who's Afraid of Virginia Woolf?",
-            ),
-            (
-                "What is \"Who's Afraid of Virginia Woolf?\"",
-                "Who's Afraid of Virginia Woolf?",
-            ),
+            ("Who's Afraid of Virginia Woolf?", "Who's Afraid of Virginia Woolf?"),
+            ("What is \"Who's Afraid of Virginia Woolf?\"", "Who's Afraid of Virginia Woolf?"),
             ("What is A?", "A"),
             ("What is @?", "@"),
             ("a", "a"),
@@ -154,33 +133,17 @@ mod tests {
         ];
         for (prediction, gold) in right {
             assert!(exact_match(prediction, gold), "{prediction:?} for {gold:?}");
-            assert!(
-                (f1(prediction, gold) - 1.0).abs() < 1e-12,
-                "{prediction:?} for {gold:?}"
-            );
+            assert!((f1(prediction, gold) - 1.0).abs() < 1e-12, "{prediction:?} for {gold:?}");
         }
     }
 
     #[test]
     fn wrong_and_empty_answers_do_not() {
-        let wrong = [
-            ("tin", "zinc"),
-            ("", "gold"),
-            ("gold", ""),
-            ("", ""),
-            ("?", "?!"),
-            ("The", "A"),
-            ("", "The"),
-        ];
+        let wrong =
+            [("tin", "zinc"), ("", "gold"), ("gold", ""), ("", ""), ("?", "?!"), ("The", "A"), ("", "The")];
         for (prediction, gold) in wrong {
-            assert!(
-                !exact_match(prediction, gold),
-                "{prediction:?} for {gold:?}"
-            );
-            assert!(
-                f1(prediction, gold).abs() < 1e-12,
-                "{prediction:?} for {gold:?}"
-            );
+            assert!(!exact_match(prediction, gold), "{prediction:?} for {gold:?}");
+            assert!(f1(prediction, gold).abs() < 1e-12, "{prediction:?} for {gold:?}");
         }
         assert!(!exact_match("Romulus", "Romulus & Remus"));
         assert!(!exact_match("red", "(2 of) red, white & blue"));
@@ -203,24 +166,14 @@ mod tests {
     #[test]
     fn means_are_fractions_and_nothing_gives_zeros() {
         assert_eq!(judge([]), Scores::default());
-        let scores = judge([
-            ("What is gold?", "gold"),
-            ("tin", "zinc"),
-            ("dark sea", "sea"),
-            ("x", "y"),
-        ]);
+        let scores = judge([("What is gold?", "gold"), ("tin", "zinc"), ("dark sea", "sea"), ("x", "y")]);
         assert_eq!((scores.exact_match, scores.n), (0.25, 4));
         assert!((scores.f1 - (1.0 + 2.0 / 3.0) / 4.0).abs() < 1e-12);
     }
 
     #[test]
     fn scores_keep_their_names_in_json() {
-        let json = serde_json::to_string(&Scores {
-            exact_match: 0.5,
-            f1: 0.75,
-            n: 4,
-        })
-        .unwrap();
+        let json = serde_json::to_string(&Scores { exact_match: 0.5, f1: 0.75, n: 4 }).unwrap();
         assert_eq!(json, r#"{"exact_match":0.5,"f1":0.75,"n":4}"#);
         assert_eq!(serde_json::from_str::<Scores>(&json).unwrap().n, 4);
     }

@@ -50,11 +50,7 @@ fn without_articles(text: &str) -> String {
         let in_word = is_word(first);
         let end = rest.find(|c| is_word(c) != in_word).unwrap_or(rest.len());
         let (run, tail) = rest.split_at(end);
-        out.push_str(if matches!(run, "a" | "an" | "the") {
-            " "
-        } else {
-            run
-        });
+        out.push_str(if matches!(run, "a" | "an" | "the") { " " } else { run });
         rest = tail;
     }
     out

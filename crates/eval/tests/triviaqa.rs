@@ -17,31 +17,18 @@ struct Case {
 }
 
 fn cases() -> Vec<Case> {
-    serde_json::from_str(include_str!("golden/triviaqa.json"))
-        .expect("the golden file is a list of cases")
+    serde_json::from_str(include_str!("golden/triviaqa.json")).expect("the golden file is a list of cases")
 }
 
 #[test]
 fn every_pair_scores_as_the_oracle_says() {
     for case in cases() {
         let (prediction, gold) = (&case.prediction, &case.gold);
-        assert_eq!(
-            normalize(prediction),
-            case.normal_prediction,
-            "{prediction:?}"
-        );
+        assert_eq!(normalize(prediction), case.normal_prediction, "{prediction:?}");
         assert_eq!(normalize(gold), case.normal_gold, "{gold:?}");
-        assert_eq!(
-            triviaqa_exact_match(prediction, gold),
-            case.exact_match,
-            "{prediction:?} for {gold:?}"
-        );
+        assert_eq!(triviaqa_exact_match(prediction, gold), case.exact_match, "{prediction:?} for {gold:?}");
         let have = triviaqa_f1(prediction, gold);
-        assert!(
-            (have - case.f1).abs() < 1e-12,
-            "{prediction:?} for {gold:?}: {have}, oracle {}",
-            case.f1
-        );
+        assert!((have - case.f1).abs() < 1e-12, "{prediction:?} for {gold:?}: {have}, oracle {}", case.f1);
     }
 }
 
@@ -59,13 +46,7 @@ fn the_golden_file_has_cases_of_every_kind() {
 fn the_show_is_never_stricter_where_something_is_left_to_compare() {
     for case in cases().iter().filter(|case| !case.normal_gold.is_empty()) {
         let (prediction, gold) = (&case.prediction, &case.gold);
-        assert!(
-            exact_match(prediction, gold) >= case.exact_match,
-            "{prediction:?} for {gold:?}"
-        );
-        assert!(
-            f1(prediction, gold) >= case.f1 - 1e-12,
-            "{prediction:?} for {gold:?}"
-        );
+        assert!(exact_match(prediction, gold) >= case.exact_match, "{prediction:?} for {gold:?}");
+        assert!(f1(prediction, gold) >= case.f1 - 1e-12, "{prediction:?} for {gold:?}");
     }
 }

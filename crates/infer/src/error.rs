@@ -31,7 +31,9 @@ pub enum InferError {
         choose: &'static str,
     },
     /// The model gave a logit that is no number.
-    #[error("the model gave NaN for the token after {tokens} tokens of prompt {index}; check its weights and the adapter")]
+    #[error(
+        "the model gave NaN for the token after {tokens} tokens of prompt {index}; check its weights and the adapter"
+    )]
     NotANumber {
         /// The prompt.
         index: usize,

@@ -110,8 +110,8 @@ impl<B: KernelBackend> Decoding<B> {
             documents.extend(std::iter::repeat_n(PADDING, padding).chain(prompt.iter().map(|_| 0)));
             positions.extend(std::iter::repeat_n(0, padding).chain(0..prompt.len() as i32));
         }
-        let [ids, documents, positions] = columns
-            .map(|column| Tensor::<B, 2, Int>::from_data(TensorData::new(column, dims), &device));
+        let [ids, documents, positions] =
+            columns.map(|column| Tensor::<B, 2, Int>::from_data(TensorData::new(column, dims), &device));
         let capacity = longest + options.max_new_tokens;
         let mut cache = KvCache::new(model.config(), prompts.len(), capacity, model.dtype(), &device);
         let hidden = model.hidden_cached(ids, documents, positions, &mut cache);
@@ -148,7 +148,8 @@ impl<B: KernelBackend> Decoding<B> {
     fn advance(&mut self, model: &Llama<B>) {
         let device = model.device();
         let dims = [self.rows.len(), 1];
-        let column = |values: Vec<i32>| Tensor::<B, 2, Int>::from_data(TensorData::new(values, dims), &device);
+        let column =
+            |values: Vec<i32>| Tensor::<B, 2, Int>::from_data(TensorData::new(values, dims), &device);
         let ids = column(self.rows.iter().map(|row| row.last as i32).collect());
         let positions = column(self.rows.iter().map(|row| row.position).collect());
         let documents = column(vec![0; self.rows.len()]);
@@ -181,7 +182,8 @@ mod tests {
         let mut ids: Vec<i32> = prompt.iter().map(|&id| id as i32).collect();
         for _ in 0..new {
             let t = ids.len();
-            let row = |values: Vec<i32>| Tensor::from_data(TensorData::new(values, [1, t]), &Default::default());
+            let row =
+                |values: Vec<i32>| Tensor::from_data(TensorData::new(values, [1, t]), &Default::default());
             let context = BlockContext::rows(model.config(), row(vec![0; t]), row((0..t as i32).collect()));
             let logits = model.logits(model.hidden(row(ids.clone()), &context, None).narrow(0, t - 1, 1));
             ids.push(logits.argmax(1).into_data().iter::<i32>().next().unwrap());
@@ -196,7 +198,8 @@ mod tests {
         let expected: Vec<_> = prompts.iter().map(|prompt| without_cache(&model, prompt, 12)).collect();
         assert_eq!(generate(&model, &prompts, &greedy(12), |_, _| {}).unwrap(), expected);
         for (prompt, expected) in prompts.iter().zip(&expected) {
-            assert_eq!(generate(&model, &[prompt.clone()], &greedy(12), |_, _| {}).unwrap(), [expected.clone()]);
+            let alone = generate(&model, std::slice::from_ref(prompt), &greedy(12), |_, _| {}).unwrap();
+            assert_eq!(alone[0], *expected);
         }
     }
 
@@ -219,7 +222,8 @@ mod tests {
     #[test]
     fn prompts_that_cannot_be_answered_are_errors() {
         let model = model();
-        let error = |prompts: &[Vec<u32>]| generate(&model, prompts, &greedy(1), |_, _| {}).unwrap_err().to_string();
+        let error =
+            |prompts: &[Vec<u32>]| generate(&model, prompts, &greedy(1), |_, _| {}).unwrap_err().to_string();
         assert!(error(&[vec![1], vec![]]).contains("prompt 1"));
         assert!(error(&[vec![1; 256]]).contains("256"));
         let at_the_edge = generate(&model, &[vec![1; 255]], &greedy(5), |_, _| {}).unwrap();

@@ -32,7 +32,8 @@ impl Sampling {
     /// # Errors
     /// If a number is out of range.
     pub fn check(&self) -> Result<(), InferError> {
-        let wrong = |flag, found: f64, choose| Err(InferError::Setting { flag, found: found.to_string(), choose });
+        let wrong =
+            |flag, found: f64, choose| Err(InferError::Setting { flag, found: found.to_string(), choose });
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return wrong("--temperature", self.temperature, "0 (greedy) or a positive number");
         }
@@ -126,7 +127,9 @@ mod tests {
         let settings = Sampling { temperature: 1.0, ..Sampling::default() };
         let all = draws(settings, &logits);
         let share = |id: u32| all.iter().filter(|&&drawn| drawn == id).count() as f64 / all.len() as f64;
-        assert!((share(0) - 0.1).abs() < 0.03 && (share(1) - 0.3).abs() < 0.04 && (share(2) - 0.6).abs() < 0.04);
+        assert!(
+            (share(0) - 0.1).abs() < 0.03 && (share(1) - 0.3).abs() < 0.04 && (share(2) - 0.6).abs() < 0.04
+        );
         assert_eq!(all, draws(settings, &logits));
         assert_ne!(all, draws(Sampling { seed: 1, ..settings }, &logits));
     }

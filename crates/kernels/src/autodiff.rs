@@ -1,14 +1,14 @@
 //! The trait for `Autodiff<B>`: forward on the inner backend, and one backward step an operation.
 
-use burn::tensor::backend::BackendTypes;
 use burn::module::AutodiffModule;
+use burn::tensor::backend::BackendTypes;
 use burn::tensor::{DType, Tensor, TensorPrimitive};
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::{
-    AttentionIndex, KernelBackend, LoraTerm, Nf4Tensor, RotaryAngles, attention, qlora_linear, rms_norm, rotary,
-    swiglu,
+    AttentionIndex, KernelBackend, LoraTerm, Nf4Tensor, RotaryAngles, attention, qlora_linear, rms_norm,
+    rotary, swiglu,
 };
 
 type Float<B> = <B as BackendTypes>::FloatTensorPrimitive;

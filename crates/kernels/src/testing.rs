@@ -27,7 +27,11 @@ pub(crate) fn noisy<B: Backend, const D: usize>(dims: [usize; D], seed: u64) -> 
 
 /// Two tensors agree to `bound` plus as much relative to the expected value.
 #[track_caller]
-pub(crate) fn close<B: Backend, C: Backend, const D: usize>(found: Tensor<B, D>, expected: Tensor<C, D>, bound: f32) {
+pub(crate) fn close<B: Backend, C: Backend, const D: usize>(
+    found: Tensor<B, D>,
+    expected: Tensor<C, D>,
+    bound: f32,
+) {
     assert_eq!(found.dims(), expected.dims());
     let pairs = found.into_data().iter::<f32>().zip(expected.into_data().iter::<f32>()).collect::<Vec<_>>();
     for (place, (found, expected)) in pairs.iter().enumerate() {

@@ -30,7 +30,13 @@ pub struct KvCache<B: Backend> {
 impl<B: Backend> KvCache<B> {
     /// Room for `capacity` tokens in each of `batch` rows.
     #[must_use]
-    pub fn new(config: &LlamaConfig, batch: usize, capacity: usize, dtype: DType, device: &B::Device) -> Self {
+    pub fn new(
+        config: &LlamaConfig,
+        batch: usize,
+        capacity: usize,
+        dtype: DType,
+        device: &B::Device,
+    ) -> Self {
         let dims = [batch, config.num_key_value_heads, capacity, config.head_dim];
         let empty = || Tensor::zeros(dims, (device, dtype));
         let layer = |_| LayerCache { keys: empty(), values: empty() };

@@ -77,7 +77,9 @@ impl LlamaConfig {
         let groups = reader.maybe_size("num_key_value_heads")?.unwrap_or(heads);
         let head_dim = reader.maybe_size("head_dim")?.unwrap_or(hidden / heads);
         if !heads.is_multiple_of(groups) {
-            return Err(reader.wrong("num_key_value_heads", format!("is {groups}, which does not divide {heads}")));
+            return Err(
+                reader.wrong("num_key_value_heads", format!("is {groups}, which does not divide {heads}"))
+            );
         }
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(reader.wrong("head_dim", format!("is {head_dim}, but must be even")));
@@ -142,7 +144,8 @@ impl LlamaConfig {
     /// Weights in the linears of all blocks.
     #[must_use]
     pub fn linear_parameters(&self) -> usize {
-        let block: usize = Target::ALL.iter().map(|&target| self.linear_shape(target).iter().product::<usize>()).sum();
+        let block: usize =
+            Target::ALL.iter().map(|&target| self.linear_shape(target).iter().product::<usize>()).sum();
         self.num_hidden_layers * block
     }
 
@@ -191,7 +194,8 @@ impl Reader<'_> {
 
     /// Newer files keep it among the rope parameters.
     fn rope_theta(&self) -> Result<f64, ModelError> {
-        let nested = self.keys.get("rope_parameters").and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
+        let nested =
+            self.keys.get("rope_parameters").and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
         Ok(nested.or(self.number("rope_theta")?).unwrap_or(10_000.0))
     }
 
@@ -205,7 +209,9 @@ impl Reader<'_> {
             // 2^24 is far above any width or vocabulary, and keeps products of two sizes inside 64 bits.
             Some(value) => match value.as_u64() {
                 Some(size @ 1..=0x0100_0000) => Ok(Some(size as usize)),
-                _ => Err(self.wrong(key, format!("is {value}, but must be a whole number from 1 to 16777216"))),
+                _ => {
+                    Err(self.wrong(key, format!("is {value}, but must be a whole number from 1 to 16777216")))
+                }
             },
         }
     }
@@ -254,7 +260,8 @@ mod tests {
         let mut refused = |key: &str, value: Value, hint: &str| {
             let before = json[key].clone();
             json[key] = value;
-            let error = LlamaConfig::from_hugging_face(&json.to_string(), "config.json").unwrap_err().to_string();
+            let error =
+                LlamaConfig::from_hugging_face(&json.to_string(), "config.json").unwrap_err().to_string();
             assert!(error.contains("config.json") && error.contains(key) && error.contains(hint), "{error}");
             json[key] = before;
         };

@@ -5,7 +5,9 @@
 #[non_exhaustive]
 pub enum ModelError {
     /// The text is no JSON object.
-    #[error("{origin}: not a model configuration: {message}; pass the folder of a Hugging Face Llama 2 model to --model")]
+    #[error(
+        "{origin}: not a model configuration: {message}; pass the folder of a Hugging Face Llama 2 model to --model"
+    )]
     Parse {
         /// The file.
         origin: String,
@@ -13,7 +15,9 @@ pub enum ModelError {
         message: String,
     },
     /// Another architecture, or a variant of Llama that is computed differently.
-    #[error("{origin}: `{key}` is {found}, but this program runs only {supported}; give such a model to --model")]
+    #[error(
+        "{origin}: `{key}` is {found}, but this program runs only {supported}; give such a model to --model"
+    )]
     Unsupported {
         /// The file.
         origin: String,
@@ -25,7 +29,7 @@ pub enum ModelError {
         supported: &'static str,
     },
     /// A number is missing or out of range.
-    #[error("{origin}: `{key}` {problem}; fetch the config.json that belongs to the weights")]
+    #[error("{origin}: `{key}` {problem}; fetch the config.json that belongs to the weights of --model")]
     Number {
         /// The file.
         origin: String,
@@ -35,7 +39,9 @@ pub enum ModelError {
         problem: String,
     },
     /// A name that is none of the seven linears.
-    #[error("unknown linear `{0}`; --targets takes all, or a comma-separated list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj")]
+    #[error(
+        "unknown linear `{0}`; --targets takes all, or a comma-separated list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    )]
     UnknownTarget(String),
     /// A LoRA setting that makes no sense.
     #[error("{what} of {found} is not possible; choose {choose}")]

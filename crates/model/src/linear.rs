@@ -12,6 +12,7 @@ use crate::{ModelError, Target};
 
 /// A weight `[out, in]`.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one per linear layer, and the larger one is the usual one")]
 pub enum Weight<B: Backend> {
     /// As it is, in f32, f16 or bf16.
     Dense(Param<Tensor<B, 2>>),
@@ -97,7 +98,9 @@ impl<B: Backend> Weight<B> {
     #[must_use]
     pub fn bytes(&self) -> usize {
         match self {
-            Self::Dense(weight) => weight.val().dims().iter().product::<usize>() * weight.val().dtype().size(),
+            Self::Dense(weight) => {
+                weight.val().dims().iter().product::<usize>() * weight.val().dtype().size()
+            }
             Self::Nf4(weight) => weight.bytes(),
         }
     }
@@ -119,13 +122,20 @@ impl<B: Backend> Lora<B> {
     ///
     /// `seed` and `stream` decide A on every backend alike.
     #[must_use]
-    pub fn init(dims: [usize; 2], settings: &LoraSettings, seed: u64, stream: u64, device: &B::Device) -> Self {
+    pub fn init(
+        dims: [usize; 2],
+        settings: &LoraSettings,
+        seed: u64,
+        stream: u64,
+        device: &B::Device,
+    ) -> Self {
         let [out, inner] = dims;
         let mut generator = ChaCha8Rng::seed_from_u64(seed);
         generator.set_stream(stream);
         let bound = 1.0 / (inner as f32).sqrt();
         let unit = |word: u32| (word >> 8) as f32 / (1 << 24) as f32;
-        let values = (0..settings.rank * inner).map(|_| (2.0 * unit(generator.next_u32()) - 1.0) * bound).collect();
+        let values =
+            (0..settings.rank * inner).map(|_| (2.0 * unit(generator.next_u32()) - 1.0) * bound).collect();
         let a = TensorData::new::<f32, _>(values, [settings.rank, inner]);
         let b = Tensor::zeros([out, settings.rank], (device, DType::F32));
         Self::new(Tensor::from_data(a, (device, DType::F32)), b, settings.scale())

@@ -122,7 +122,10 @@ impl<B: Backend> Llama<B> {
         let tables = if self.head.is_some() { 2 } else { 1 };
         let norms = (2 * self.blocks.len() + 1) * self.config.hidden_size;
         let dense = tables * self.config.vocab_size * self.config.hidden_size + norms;
-        let linears = self.blocks.iter().flat_map(|block| Target::ALL.map(|target| block.linear(target).weight.bytes()));
+        let linears = self
+            .blocks
+            .iter()
+            .flat_map(|block| Target::ALL.map(|target| block.linear(target).weight.bytes()));
         dense * size + linears.sum::<usize>()
     }
 }

@@ -89,7 +89,8 @@ impl FromStr for Target {
         let name = name.trim();
         let named = |target: &Self| {
             let before = name.strip_suffix(target.hf_path());
-            name == target.hf_name() || before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
+            name == target.hf_name()
+                || before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
         };
         Self::ALL.into_iter().find(named).ok_or_else(|| ModelError::UnknownTarget(name.to_owned()))
     }

@@ -14,7 +14,9 @@ pub enum TrainError {
         step: u64,
     },
     /// The loss or a gradient stopped being a number.
-    #[error("step {step}: the {what} is {value}; lower --lr, or check the base model's weights. The last saved adapter is from before this step")]
+    #[error(
+        "step {step}: the {what} is {value}; lower --lr, or check the base model's weights. The last saved adapter is from before this step"
+    )]
     NonFinite {
         /// The step, from 1.
         step: u64,

@@ -3,6 +3,7 @@
 //! Counted are the tensors of the reference operations; an allocator's rounding, the program itself and the corpus on
 //! the host are not.
 
+use buzzer_kernels::cross_entropy::CHUNK_VALUES;
 use buzzer_model::{LlamaConfig, LoraSettings, Target};
 use serde::Serialize;
 
@@ -15,7 +16,7 @@ pub struct Shape {
     pub row_len: usize,
 }
 
-/// Bytes by part; all live at the peak, which is in the backward pass.
+/// Bytes by part. Logits and a block's activations are not alive together; both are counted, which errs upwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
     /// The frozen model.
@@ -28,12 +29,20 @@ pub struct MemoryPlan {
     pub block_peak: usize,
     /// The largest weight, dense.
     pub dense_weight: usize,
+    /// A chunk of logits, its exponentials and its gradient, f32.
+    pub logits_chunk: usize,
 }
 
 impl MemoryPlan {
     /// The plan of a run; `weights` in bytes, activations of `element` bytes.
     #[must_use]
-    pub fn new(config: &LlamaConfig, lora: &LoraSettings, shape: Shape, weights: usize, element: usize) -> Self {
+    pub fn new(
+        config: &LlamaConfig,
+        lora: &LoraSettings,
+        shape: Shape,
+        weights: usize,
+        element: usize,
+    ) -> Self {
         let tokens = shape.batch_rows * shape.row_len;
         let largest = Target::ALL.map(|target| config.linear_shape(target).iter().product::<usize>());
         Self {
@@ -42,13 +51,19 @@ impl MemoryPlan {
             block_inputs: config.num_hidden_layers * tokens * config.hidden_size * element,
             block_peak: block_peak(config, shape, element),
             dense_weight: largest.into_iter().max().unwrap_or(0) * element,
+            logits_chunk: 3 * 4 * (tokens * config.vocab_size).min(CHUNK_VALUES),
         }
     }
 
     /// All parts.
     #[must_use]
     pub fn total(&self) -> usize {
-        self.weights + self.adapters + self.block_inputs + self.block_peak + self.dense_weight
+        self.weights
+            + self.adapters
+            + self.block_inputs
+            + self.block_peak
+            + self.dense_weight
+            + self.logits_chunk
     }
 }
 

@@ -88,7 +88,8 @@ impl<B: KernelBackend> Pretrainer<B> {
             BlockContext::rows(self.model.config(), batch.documents.clone(), batch.positions.clone());
         let hidden = self.model.hidden(batch.ids.clone(), &context, None).select(0, batch.loss_rows.clone());
         let head = self.model.head_weight().inner();
-        let loss = B::cross_entropy_with_gradient(hidden.clone().inner(), head, batch.targets.clone().inner(), true);
+        let loss =
+            B::cross_entropy_with_gradient(hidden.clone().inner(), head, batch.targets.clone().inner(), true);
         let scale = 1.0 / batch.loss_tokens as f64;
         let upstream = Tensor::from_inner(loss.hidden.mul_scalar(scale));
         let grads = (hidden * upstream).sum().backward();
@@ -103,7 +104,8 @@ impl<B: KernelBackend> Pretrainer<B> {
         if !norm.is_finite() {
             return Err(TrainError::NonFinite { step, what: "gradient norm", value: norm });
         }
-        let factor = self.settings.optimizer.max_grad_norm.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0));
+        let factor =
+            self.settings.optimizer.max_grad_norm.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0));
         for gradient in gradients.values_mut() {
             gradient.inplace(|gradient| gradient.mul_scalar(factor));
         }
@@ -121,7 +123,10 @@ struct Gather<'a, B: KernelBackend> {
 }
 
 impl<B: KernelBackend> ModuleMapper<Autodiff<B>> for Gather<'_, B> {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<Autodiff<B>, D>>) -> Param<Tensor<Autodiff<B>, D>> {
+    fn map_float<const D: usize>(
+        &mut self,
+        param: Param<Tensor<Autodiff<B>, D>>,
+    ) -> Param<Tensor<Autodiff<B>, D>> {
         if let Some(gradient) = param.val().grad_remove(self.grads) {
             self.found.insert(param.id, gradient.reshape([-1]));
         }
@@ -137,7 +142,10 @@ struct Apply<'a, B: KernelBackend> {
 }
 
 impl<B: KernelBackend> ModuleMapper<Autodiff<B>> for Apply<'_, B> {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<Autodiff<B>, D>>) -> Param<Tensor<Autodiff<B>, D>> {
+    fn map_float<const D: usize>(
+        &mut self,
+        param: Param<Tensor<Autodiff<B>, D>>,
+    ) -> Param<Tensor<Autodiff<B>, D>> {
         let (id, tensor, mapper) = param.consume();
         let Some(gradient) = self.gradients.remove(&id) else {
             return Param::from_mapped_value(id, tensor, mapper);

@@ -39,13 +39,14 @@ impl FromStr for ScheduleKind {
     type Err = TrainError;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
-        [Self::Constant, Self::Linear, Self::Cosine].into_iter().find(|kind| kind.to_string() == name).ok_or_else(
-            || TrainError::Setting {
+        [Self::Constant, Self::Linear, Self::Cosine]
+            .into_iter()
+            .find(|kind| kind.to_string() == name)
+            .ok_or_else(|| TrainError::Setting {
                 flag: "--schedule",
                 found: name.to_owned(),
                 choose: "constant, linear or cosine",
-            },
-        )
+            })
     }
 }
 

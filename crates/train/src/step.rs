@@ -49,11 +49,9 @@ pub fn backward_by_blocks<B: KernelBackend>(
     let context = context.map(Tensor::from_inner, Tensor::from_inner);
     let mut gradients = LoraGradients { factors: Default::default() };
     for (layer, input) in inputs.into_iter().enumerate().rev() {
-        let pass = Recomputation { layer, block: &model.blocks[layer], context: &context, dropout: of_block(layer) };
-        match pass.backward(input, upstream, &mut gradients) {
-            Some(next) => upstream = next,
-            None => break,
-        }
+        let pass =
+            Recomputation { layer, block: &model.blocks[layer], context: &context, dropout: of_block(layer) };
+        upstream = pass.backward(input, upstream, &mut gradients);
     }
     BlockPass { loss_sum, gradients }
 }
@@ -99,13 +97,13 @@ struct Recomputation<'a, B: KernelBackend> {
 }
 
 impl<B: KernelBackend> Recomputation<'_, B> {
-    /// Adds the block's gradients; returns the one at its input, which nothing asks for below the first block.
+    /// Adds the block's gradients; returns the one at its input. The first block's input asks for none, and gets zeros.
     fn backward(
         &self,
         input: Tensor<B, 3>,
         upstream: Tensor<B, 3>,
         gradients: &mut LoraGradients<B>,
-    ) -> Option<Tensor<B, 3>> {
+    ) -> Tensor<B, 3> {
         let mut block = Block::<Autodiff<B>>::from_inner(self.block.clone());
         for target in Target::ALL {
             // Without autodiff a parameter does not remember that it wants a gradient.
@@ -124,6 +122,7 @@ impl<B: KernelBackend> Recomputation<'_, B> {
                 gradients.factors.insert((self.layer, target), [a.cast(DType::F32), b.cast(DType::F32)]);
             }
         }
-        (self.layer > 0).then(|| input.grad_remove(&mut grads)).flatten()
+        let gradient = if self.layer > 0 { input.grad_remove(&mut grads) } else { None };
+        gradient.unwrap_or_else(|| input.inner().zeros_like())
     }
 }

@@ -8,9 +8,7 @@ use buzzer_kernels::{AdamW, AdamWState, Dropout, KernelBackend};
 use buzzer_model::{Llama, Target};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    DeviceBatch, LoraGradients, Schedule, ScheduleKind, TrainError, backward_by_blocks, mean_loss,
-};
+use crate::{DeviceBatch, LoraGradients, Schedule, ScheduleKind, TrainError, backward_by_blocks, mean_loss};
 
 /// AdamW's numbers and the clipping in front of it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -129,7 +127,9 @@ impl<B: KernelBackend> LoraOptimizer<B> {
             let fresh = || [AdamWState::zeros_like(&lora.a.val()), AdamWState::zeros_like(&lora.b.val())];
             let states = self.states.remove(&(layer, target)).unwrap_or_else(fresh);
             let mut new_states = Vec::with_capacity(2);
-            for ((factor, gradient), state) in [&mut lora.a, &mut lora.b].into_iter().zip(gradients).zip(states) {
+            for ((factor, gradient), state) in
+                [&mut lora.a, &mut lora.b].into_iter().zip(gradients).zip(states)
+            {
                 let (value, state) = B::adamw_step(factor.val(), gradient, state, &settings);
                 *factor = factor.clone().map(|_| value);
                 new_states.push(state);
@@ -174,7 +174,11 @@ impl TrainSettings {
             return wrong("--lr", self.learning_rate.to_string(), "a positive number");
         }
         if !(0.0..1.0).contains(&self.dropout) {
-            return wrong("--dropout", self.dropout.to_string(), "a number from 0 up to, but not including, 1");
+            return wrong(
+                "--dropout",
+                self.dropout.to_string(),
+                "a number from 0 up to, but not including, 1",
+            );
         }
         if !(0.0..=1.0).contains(&self.warmup_ratio) {
             return wrong("--warmup", self.warmup_ratio.to_string(), "a share from 0 to 1");
@@ -260,7 +264,9 @@ impl<B: KernelBackend> Trainer<B> {
         let places = self.stream.next(count);
         let batches: Vec<Batch> = places
             .chunks(self.settings.batch_rows)
-            .map(|places| Batch::collate(&places.iter().map(|&place| &self.rows[place]).collect::<Vec<_>>(), None))
+            .map(|places| {
+                Batch::collate(&places.iter().map(|&place| &self.rows[place]).collect::<Vec<_>>(), None)
+            })
             .collect();
         let step = self.step + 1;
         let (loss, gradients) = self.gradients(&batches, step)?;

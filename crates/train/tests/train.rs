@@ -270,7 +270,8 @@ fn a_batch_in_parts_equals_the_whole_batch() {
         let found = parts.step().unwrap().unwrap();
         close(found.loss, expected.loss, 1e-5);
         close(found.grad_norm, expected.grad_norm, 1e-5);
-        let counts = |report: StepReport| (report.step, report.tokens, report.loss_tokens, report.learning_rate);
+        let counts =
+            |report: StepReport| (report.step, report.tokens, report.loss_tokens, report.learning_rate);
         assert_eq!(counts(found), counts(expected));
     }
     assert!(whole.steps_done() >= 5 && parts.step().unwrap().is_none());
@@ -393,7 +394,10 @@ fn a_loss_that_is_no_number_names_the_step_and_changes_nothing() {
     }
     let before = factors(trainer.model());
     let error = trainer.step().unwrap_err();
-    assert!(matches!(error, TrainError::NonFinite { step: 4, what: "loss", value } if value.is_nan()), "{error:?}");
+    assert!(
+        matches!(error, TrainError::NonFinite { step: 4, what: "loss", value } if value.is_nan()),
+        "{error:?}"
+    );
     let text = error.to_string();
     assert!(text.contains("step 4: the loss is NaN") && text.contains("--lr"), "{text}");
     assert_eq!(factors(trainer.model()), before);
@@ -471,8 +475,7 @@ fn a_batch_without_targets_does_not_disturb_the_rest_of_its_step() {
 fn a_run_takes_exactly_its_steps() {
     // Rows of 7 tokens and 6 targets each.
     let rows: Vec<_> = (0..10).map(|seed| row(&[document(7, seed)], LossOn::All)).collect();
-    let cases =
-        [(1.0, vec![4, 4, 2]), (0.5, vec![4, 1]), (0.01, vec![1]), (2.5, vec![4, 4, 4, 4, 4, 4, 1])];
+    let cases = [(1.0, vec![4, 4, 2]), (0.5, vec![4, 1]), (0.01, vec![1]), (2.5, vec![4, 4, 4, 4, 4, 4, 1])];
     for (epochs, rows_of_steps) in cases {
         let settings =
             TrainSettings { batch_rows: 2, accumulation: 2, epochs, warmup_ratio: 0.1, ..settings() };

@@ -1,7 +1,6 @@
 //! Files into models and models into files: the glue between plain host numbers and tensors on a device.
 //!
-//! A checkpoint is read one tensor at a time and quantized as it is read, so host memory holds one dense tensor and
-//! never the model. What it refuses: a tensor that is missing, of another shape than the configuration says, or with a
+//! A checkpoint is read one tensor at a time and quantized as it is read, so at most one dense linear exists at a time. What it refuses: a tensor that is missing, of another shape than the configuration says, or with a
 //! value that is no number; and an adapter that belongs to another model.
 
 use std::collections::BTreeMap;
@@ -11,7 +10,7 @@ use std::path::Path;
 use burn::module::Param;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
-use buzzer_kernels::nf4::{DoubleQuant, Nf4Host};
+use buzzer_kernels::nf4::{DoubleQuant, Nf4Host, dynamic_code};
 use buzzer_kernels::{KernelBackend, Nf4Tensor};
 use buzzer_model::{Block, Llama, LlamaConfig, Lora, LoraSettings, Target, Weight, block_tensor};
 
@@ -35,8 +34,11 @@ pub enum Quantization {
 /// If it cannot be read, or describes a model that is not run here.
 pub fn read_config(dir: &Path) -> Result<LlamaConfig, WeightsError> {
     let path = dir.join("config.json");
-    let text = fs::read_to_string(&path)
-        .map_err(|source| WeightsError::Read { path: path.clone(), flag: "--model", source })?;
+    let text = fs::read_to_string(&path).map_err(|source| WeightsError::Read {
+        path: path.clone(),
+        flag: "--model",
+        source,
+    })?;
     Ok(LlamaConfig::from_hugging_face(&text, &path.display().to_string())?)
 }
 
@@ -106,7 +108,11 @@ impl<B: KernelBackend> Loader<'_, B> {
         Ok(Param::from_tensor(self.tensor(name, [width])?).set_require_grad(false))
     }
 
-    fn tensor<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> Result<Tensor<B, D>, WeightsError> {
+    fn tensor<const D: usize>(
+        &mut self,
+        name: &str,
+        shape: [usize; D],
+    ) -> Result<Tensor<B, D>, WeightsError> {
         let values = self.checkpoint.read_f32(name, &shape)?;
         Ok(Tensor::from_data(TensorData::new(values, shape), (self.device, self.dtype)))
     }
@@ -121,7 +127,14 @@ fn stored_weight<B: KernelBackend>(
     let Nf4Stored { shape, codes, absmax, .. } = stored;
     let packed = match absmax {
         Absmax::Plain(absmax) => Nf4Tensor::from_parts(Nf4Host { codes, absmax }, shape, loader.device),
-        Absmax::Double { codes: scales, nested, offset, .. } => {
+        Absmax::Double { codes: scales, nested, map, offset } => {
+            if map[..] != dynamic_code()[..] {
+                return Err(WeightsError::Packed {
+                    path: loader.checkpoint.path().to_owned(),
+                    tensor: name.to_owned(),
+                    message: "its nested_quant_map is not bitsandbytes' signed dynamic map".into(),
+                });
+            }
             let scales = DoubleQuant { codes: scales, nested_absmax: nested, offset };
             Nf4Tensor::from_double_parts(&codes, &scales, shape, loader.device)
         }
@@ -172,7 +185,9 @@ fn check_fits(config: &LlamaConfig, adapter: &Adapter, dir: &Path) -> Result<(),
         let found = [factors.out_features, factors.in_features];
         let expected = config.linear_shape(*target);
         if found != expected {
-            return refuse(format!("its {target} in layer {layer} is for a weight {found:?}, the model's is {expected:?}"));
+            return refuse(format!(
+                "its {target} in layer {layer} is for a weight {found:?}, the model's is {expected:?}"
+            ));
         }
     }
     Ok(())

@@ -162,7 +162,8 @@ pub(crate) fn tracked_forward<B: KernelBackend, C: CheckpointStrategy>(
     let nodes = [&q, &k, &v].map(|tensor| tensor.clone().into_primitive().tensor().node);
     let index = index.map(Tensor::inner);
     let (q, k, v) = (q.inner(), k.inner(), v.inner());
-    let o = <B as KernelBackend>::attention(q.clone(), k.clone(), v.clone(), &index).into_primitive().tensor();
+    let o =
+        <B as KernelBackend>::attention(q.clone(), k.clone(), v.clone(), &index).into_primitive().tensor();
     tracked(match Step.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(prep) => prep.finish(State { q, k, v, index }, o),
         OpsKind::UnTracked(prep) => prep.finish(o),

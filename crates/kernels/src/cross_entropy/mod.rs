@@ -17,7 +17,7 @@ use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
 pub const IGNORED: i32 = -100;
 
 /// Logits held at a time: 32 MiB in f32.
-const CHUNK_VALUES: usize = 1 << 23;
+pub const CHUNK_VALUES: usize = 1 << 23;
 
 /// Sum of losses and its gradients.
 #[derive(Debug)]
@@ -123,7 +123,8 @@ mod tests {
     fn losses_and_gradients_equal_those_of_log_softmax() {
         let hidden = noisy::<Ad, 2>([7, 5], 1).require_grad();
         let head = noisy::<Ad, 2>([11, 5], 2).mul_scalar(3.0).require_grad();
-        let targets = Tensor::<Ad, 1, Int>::from_data([3, IGNORED, 0, 10, 4, IGNORED, 4], &Default::default());
+        let targets =
+            Tensor::<Ad, 1, Int>::from_data([3, IGNORED, 0, 10, 4, IGNORED, 4], &Default::default());
         let log_p = log_softmax(hidden.clone().matmul(head.clone().transpose()), 1);
         let bearing = Tensor::<Ad, 1, Int>::from_data([0, 2, 3, 4, 6], &Default::default());
         let chosen = Tensor::<Ad, 2, Int>::from_data([[3], [0], [10], [4], [4]], &Default::default());

@@ -46,6 +46,7 @@ pub struct Nf4Error {
 
 /// The scales of a packed weight.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one per linear layer, and the larger one is the usual one")]
 enum Scales<B: Backend> {
     /// One f32 a block `[m]`.
     Plain(Param<Tensor<B, 1>>),
@@ -213,9 +214,8 @@ fn scales<B: Backend>(scales: &Scales<B>, blocks: usize, device: &B::Device) -> 
 /// Fields of 32-bit words, in the order of `shifts`.
 fn unpack<B: Backend>(words: Tensor<B, 1, Int>, shifts: &[i32], mask: i32) -> Tensor<B, 1, Int> {
     use burn::tensor::ElementConversion;
-    let field = |&shift: &i32| {
-        words.clone().bitwise_right_shift_scalar(shift.elem()).bitwise_and_scalar(mask.elem())
-    };
+    let field =
+        |&shift: &i32| words.clone().bitwise_right_shift_scalar(shift.elem()).bitwise_and_scalar(mask.elem());
     let total = words.dims()[0] * shifts.len();
     Tensor::stack::<2>(shifts.iter().map(field).collect(), 1).reshape([total])
 }
@@ -294,7 +294,9 @@ mod tests {
 
     #[test]
     fn the_host_and_the_reference_unpack_the_same_bits() {
-        for (dims, double) in [([8, 64], false), ([8, 64], true), ([7, 33], true), ([3, 5], false), ([130, 140], true)] {
+        for (dims, double) in
+            [([8, 64], false), ([8, 64], true), ([7, 33], true), ([3, 5], false), ([130, 140], true)]
+        {
             let values = noise(dims[0] * dims[1], 7);
             let weight = Nf4Tensor::<Flex>::quantize(&values, dims, double, &Default::default());
             assert_eq!(weight.is_double(), double);
@@ -312,7 +314,8 @@ mod tests {
         let packed = quantize(&values);
         let double = double_quantize(&packed.absmax);
         let weight =
-            Nf4Tensor::<Flex>::from_double_parts(&packed.codes, &double, [40, 64], &Default::default()).unwrap();
+            Nf4Tensor::<Flex>::from_double_parts(&packed.codes, &double, [40, 64], &Default::default())
+                .unwrap();
         assert_eq!(weight.host_codes(), packed.codes);
         let back = weight.host_double().unwrap();
         assert_eq!((back.codes, back.nested_absmax), (double.codes, double.nested_absmax));

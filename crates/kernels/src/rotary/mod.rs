@@ -99,7 +99,8 @@ mod tests {
 
     #[test]
     fn gradients_equal_those_of_the_composition() {
-        let positions = Tensor::<Ad, 2, Int>::from_data([[0, 1, 2, 0, 1], [3, 4, 5, 6, 9]], &Default::default());
+        let positions =
+            Tensor::<Ad, 2, Int>::from_data([[0, 1, 2, 0, 1], [3, 4, 5, 6, 9]], &Default::default());
         let angles = RotaryAngles::new(positions, 6, 10_000.0);
         let x = noisy::<Ad, 4>([2, 3, 5, 6], 1).require_grad();
         let g = noisy::<Ad, 4>([2, 3, 5, 6], 2);

@@ -10,10 +10,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use buzzer_model::Target;
 use super::{AdapterConfig, FLAG};
 use crate::WeightsError;
 use crate::error::Place;
+use buzzer_model::Target;
 
 /// Keys that must be absent, null, false or empty, and why.
 const MUST_BE_OFF: [(&str, &str); 18] = [

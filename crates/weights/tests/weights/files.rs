@@ -10,8 +10,8 @@ use std::path::Path;
 
 use buzzer_model::Target;
 use buzzer_weights::{
-    Absmax, Adapter, AdapterConfig, Checkpoint, Dtype, Factors, FloatType, Nf4Stored, TensorSpec, TensorToWrite,
-    WeightsError, describe, write_atomic, write_model, write_safetensors,
+    Absmax, Adapter, AdapterConfig, Checkpoint, Dtype, Factors, FloatType, Nf4Stored, TensorSpec,
+    TensorToWrite, WeightsError, describe, write_atomic, write_model, write_safetensors,
     write_safetensors_with,
 };
 use serde_json::{Value, json};

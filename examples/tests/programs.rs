@@ -1,0 +1,228 @@
+//! Runs the programs as a user would, on small inputs, and on input that is wrong.
+//!
+//! Every wrong input must end with status 2 and a message that names the place; every report must hold what tools
+//! outside the project read.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// A program built beside this test. Cargo builds the examples of a package before it runs the package's tests.
+fn program(name: &str, args: &[&str]) -> Output {
+    let here = std::env::current_exe().unwrap();
+    let path = here.parent().unwrap().parent().unwrap().join("examples").join(name);
+    let mut command = Command::new(&path);
+    command.args(args).current_dir(root());
+    command.output().unwrap_or_else(|error| panic!("{}: {error}; build the examples first", path.display()))
+}
+
+#[track_caller]
+fn succeeds(name: &str, args: &[&str]) -> String {
+    let output = program(name, args);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{name} {args:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// Ends with status 2 and says all of `words`.
+#[track_caller]
+fn refuses(name: &str, args: &[&str], words: &[&str]) {
+    let output = program(name, args);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{name} {args:?}: {message}");
+    for word in words {
+        assert!(message.contains(word), "`{word}` is missing in: {message}");
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// A copy of the shipped model that a test may damage.
+fn model_copy() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        fs::copy(root().join("datasets/tiny-llama").join(file), dir.path().join(file)).unwrap();
+    }
+    dir
+}
+
+fn clue_file(content: &[u8]) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("clues.csv"), content).unwrap();
+    dir
+}
+
+const SHORT: [&str; 6] = ["--steps", "2", "--eval-limit", "6", "--evaluations", "1"];
+
+#[test]
+fn a_short_run_leaves_what_the_contract_promises() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let mut args = SHORT.to_vec();
+    args.extend(["--out", text(&out)]);
+    let said = succeeds("finetune", &args);
+    assert!(said.contains("rows read") && said.contains('⟦') && said.contains("expected"), "{said}");
+    let report = json(&out.join("report.json"));
+    let paths = [
+        "/device",
+        "/model/parameters",
+        "/model/trainable",
+        "/data/rows_read",
+        "/data/rows_kept",
+        "/data/dropped",
+        "/packing/rows",
+        "/packing/documents",
+        "/packing/tokens",
+        "/packing/efficiency",
+        "/steps",
+        "/loss/first",
+        "/loss/last",
+        "/tokens_per_second",
+        "/peak_memory_bytes",
+        "/planned_memory_bytes",
+        "/eval/before/exact_match",
+        "/eval/before/f1",
+        "/eval/before/n",
+        "/eval/after/exact_match",
+        "/eval/after/f1",
+        "/eval/after/n",
+        "/adapter",
+        "/seconds",
+    ];
+    for path in paths {
+        assert!(report.pointer(path).is_some_and(|value| !value.is_null()), "{path} in {report}");
+    }
+    assert_eq!(report["steps"], 2);
+    assert_eq!(report["eval"]["after"]["n"], 6);
+
+    let adapter = out.join("adapter");
+    let evaluated = dir.path().join("evaluated");
+    succeeds("evaluate", &["--adapter", text(&adapter), "--eval-limit", "6", "--out", text(&evaluated)]);
+    assert_eq!(json(&evaluated.join("report.json"))["eval"], report["eval"]["after"]);
+    succeeds("generate", &["--adapter", text(&adapter), "This city is the capital of France"]);
+}
+
+#[test]
+fn the_same_seed_gives_the_same_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapter = |name: &str, seed: &str| {
+        let out = dir.path().join(name);
+        let mut args = SHORT.to_vec();
+        args.extend(["--seed", seed, "--dropout", "0.1", "--out", text(&out)]);
+        succeeds("finetune", &args);
+        fs::read(out.join("adapter/adapter_model.safetensors")).unwrap()
+    };
+    let first = adapter("a", "0");
+    assert!(first == adapter("b", "0"));
+    assert!(first != adapter("c", "1"));
+}
+
+#[test]
+fn damaged_clue_files_are_refused_with_their_place() {
+    let row = "a question,an answer\n";
+    let cases: [(&[u8], &[&str]); 6] = [
+        (b"", &["clues.csv", "empty"]),
+        (b"question,answer\n", &["clues.csv", "header"]),
+        (b"text,reply\nx,y\n", &["clues.csv", "question", "`text`", "`reply`", "--question-column"]),
+        (b"question,answer\n\"never closed,y\n", &["row 1", "line 2", "quote"]),
+        (b"question,answer\nx,y\nonly one field\n", &["row 2", "line 3", "cut short"]),
+        (b"question,answer\nx,\xFF\n", &["line 2", "UTF-8"]),
+    ];
+    for (content, words) in cases {
+        let dir = clue_file(content);
+        refuses("finetune", &["--data", text(&dir.path().join("clues.csv"))], words);
+    }
+    refuses("finetune", &["--data", "no/such/file.csv"], &["no/such/file.csv", "--data"]);
+    let dir = clue_file(format!("question,answer\n{row}").as_bytes());
+    refuses(
+        "finetune",
+        &["--data", text(&dir.path().join("clues.csv")), "--eval-from", "2000-01-01"],
+        &["row 1"],
+    );
+}
+
+#[test]
+fn damaged_models_are_refused_with_their_place() {
+    let refused = |damage: &dyn Fn(&Path), words: &[&str]| {
+        let dir = model_copy();
+        damage(dir.path());
+        refuses("generate", &["--model", text(dir.path()), "clue"], words);
+    };
+    let write = |name: &'static str, content: &'static str| {
+        move |dir: &Path| fs::write(dir.join(name), content).unwrap()
+    };
+    refused(&|dir| fs::remove_file(dir.join("config.json")).unwrap(), &["config.json", "--model"]);
+    refused(&write("config.json", r#"{"model_type": "gpt2"}"#), &["model_type", "gpt2", "llama"]);
+    refused(&write("model.safetensors", "no"), &["model.safetensors"]);
+    let index = r#"{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}"#;
+    refused(&write("model.safetensors.index.json", index), &["model-00001-of-00002.safetensors"]);
+    refused(
+        &|dir| {
+            let config = fs::read_to_string(dir.join("config.json")).unwrap();
+            fs::write(dir.join("config.json"), config.replace("\"hidden_size\": 128", "\"hidden_size\": 64"))
+                .unwrap();
+        },
+        &["model.embed_tokens.weight", "128", "64"],
+    );
+    refused(
+        &|dir| {
+            // The last two bytes of the file belong to a weight; all ones is a NaN in bf16.
+            let mut bytes = fs::read(dir.join("model.safetensors")).unwrap();
+            let end = bytes.len();
+            bytes[end - 2..].copy_from_slice(&[0xFF, 0xFF]);
+            fs::write(dir.join("model.safetensors"), bytes).unwrap();
+        },
+        &["model.safetensors", "NaN"],
+    );
+}
+
+#[test]
+fn a_tokenizer_of_another_model_is_refused() {
+    let dir = model_copy();
+    let tokenizer = fs::read_to_string(dir.path().join("tokenizer.json")).unwrap();
+    let mut tokenizer: Value = serde_json::from_str(&tokenizer).unwrap();
+    tokenizer["model"]["vocab"]["extra"] = Value::from(5000);
+    fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    refuses("generate", &["--model", text(dir.path()), "clue"], &["5000", "5001", "1024"]);
+}
+
+#[test]
+fn flags_that_make_no_sense_are_named() {
+    refuses("finetune", &["--rank", "0"], &["--rank"]);
+    refuses("finetune", &["--targets", "q_proj,lm_head"], &["lm_head", "--targets"]);
+    refuses("finetune", &["--lr", "-1"], &["--lr"]);
+    refuses("finetune", &["--batch", "0"], &["--batch"]);
+    refuses("finetune", &["--device", "cuda"], &["cuda"]);
+    refuses("finetune", &["--packing", "tight"], &["--packing", "isolated"]);
+    refuses("generate", &["--top-p", "0", "clue"], &["--top-p"]);
+    refuses("generate", &["--adapter", "no/such/adapter", "clue"], &["no/such/adapter", "--adapter"]);
+    refuses("generate", &["--file", "no/such/file", "x"], &["--file"]);
+}
+
+#[test]
+fn parity_passes_on_the_golden_run_and_fails_where_a_bound_is_broken() {
+    let golden = root().join("../shared/golden/small");
+    if !golden.is_dir() {
+        println!("skipped: {} is not here", golden.display());
+        return;
+    }
+    let out = tempfile::tempdir().unwrap();
+    succeeds("parity", &["--golden", text(&golden), "--out", text(out.path())]);
+    let report = json(&out.path().join("report.json"));
+    assert!(report["checks"].as_array().unwrap().iter().all(|check| check["passed"] == true));
+    refuses("parity", &["--golden", "no/such/dir"], &["no/such/dir"]);
+}
