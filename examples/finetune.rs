@@ -48,6 +48,9 @@ struct Args {
     /// Folder for the adapters and report.json [default: runs/finetune-NNN]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Set by the signal handler.
+    #[arg(skip)]
+    stop: Arc<AtomicBool>,
 }
 
 #[derive(Serialize)]
@@ -108,7 +111,13 @@ struct Eval {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    finish(args.device.run(Finetune { args: &args }))
+    finish(listen(&args.stop).and_then(|()| args.device.run(Finetune { args: &args })))
+}
+
+/// From here on Ctrl-C, a hang-up or a polite kill ends the run after the step in hand.
+fn listen(stop: &Arc<AtomicBool>) -> Result<(), Failure> {
+    let told = Arc::clone(stop);
+    Ok(ctrlc::set_handler(move || told.store(true, Ordering::SeqCst))?)
 }
 
 struct Finetune<'a> {
@@ -224,9 +233,7 @@ struct Trained<B: KernelBackend> {
 
 impl Run<'_> {
     fn train<B: KernelBackend>(&self, model: Llama<B>) -> Result<Trained<B>, Failure> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let told = Arc::clone(&stop);
-        ctrlc::set_handler(move || told.store(true, Ordering::SeqCst))?;
+        let stop = &self.args.stop;
         let mut trainer = Trainer::new(model, self.corpus.train.rows.clone(), self.recipe.train.clone())?;
         let total = trainer.total_steps();
         let every = (total / self.args.evaluations.max(1)).max(1);

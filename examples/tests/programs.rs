@@ -131,6 +131,32 @@ fn the_same_seed_gives_the_same_adapter() {
     assert!(first != adapter("c", "1"));
 }
 
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_saves_its_adapter_and_ends_well() {
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
+    let dir = tempfile::tempdir().unwrap();
+    let finetune =
+        std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("examples/finetune");
+    let mut run = Command::new(finetune)
+        .args(["--epochs", "1000", "--eval-limit", "4", "--evaluations", "0", "--out", text(dir.path())])
+        .current_dir(root())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(run.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.starts_with("before")));
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert!(Command::new("kill").args(["-INT", &run.id().to_string()]).status().unwrap().success());
+    assert!(lines.any(|line| line.starts_with("stopped")));
+    lines.for_each(drop);
+    assert_eq!(run.wait().unwrap().code(), Some(0));
+    assert_eq!(json(&dir.path().join("report.json"))["interrupted"], true);
+    let loaded = ["--adapter", text(&dir.path().join("adapter")), "--eval-limit", "4"].map(str::to_owned);
+    succeeds("evaluate", &loaded.iter().map(String::as_str).collect::<Vec<_>>());
+}
+
 #[test]
 fn damaged_clue_files_are_refused_with_their_place() {
     let row = "a question,an answer\n";

@@ -279,7 +279,9 @@ fn isolated_row(examples: &[Example], group: &[u32], loss_on: LossOn) -> PackedR
         row.documents.resize(row.ids.len(), number as i32);
         let from = row.labels.len();
         row.labels.extend(labels(example, loss_on));
-        if let Some(first) = row.labels.get_mut(from) {}
+        if let Some(first) = row.labels.get_mut(from) {
+            *first = IGNORED;
+        }
     }
     row
 }

@@ -321,7 +321,8 @@ fn a_handful_of_rows_is_learned_by_heart() {
 fn documents_in_a_row_do_not_feel_each_other() {
     let model = trained();
     let (first, second) = (document(7, 1), document(9, 2));
-    let [one, two] = [&first, &second].map(|document| on_device(&[row(&[document.clone()], LossOn::All)]));
+    let [one, two] =
+        [&first, &second].map(|document| on_device(&[row(std::slice::from_ref(document), LossOn::All)]));
     let together = on_device(&[row(&[first.clone(), second.clone()], LossOn::All)]);
     let [(one_mean, one_count), (two_mean, two_count)] = [&one, &two].map(|batch| mean_loss(&model, batch));
     let (mean, count) = mean_loss(&model, &together);
