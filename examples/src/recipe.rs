@@ -65,7 +65,7 @@ pub struct RecipeArgs {
     #[arg(long, value_name = "N")]
     pub epochs: Option<f64>,
     /// Stop after so many steps; the schedule ends there too
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: Option<u64>,
     /// How clues share rows: isolated, wrapped or none
     #[arg(long)]

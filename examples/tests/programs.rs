@@ -230,7 +230,7 @@ fn a_tokenizer_of_another_model_is_refused() {
 fn flags_that_make_no_sense_are_named() {
     refuses("finetune", &["--rank", "0"], &["--rank"]);
     refuses("finetune", &["--targets", "q_proj,lm_head"], &["lm_head", "--targets"]);
-    refuses("finetune", &["--lr", "-1"], &["--lr"]);
+    refuses("finetune", &["--lr=-1"], &["--lr"]);
     refuses("finetune", &["--batch", "0"], &["--batch"]);
     refuses("finetune", &["--device", "cuda"], &["cuda"]);
     refuses("finetune", &["--packing", "tight"], &["--packing", "isolated"]);
