@@ -4,13 +4,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use buzzer::DeviceJob;
 use buzzer::eval::{Scores, exact_match};
 use buzzer::kernels::KernelBackend;
-use buzzer::text::{Renderer, Template};
-use buzzer::{Device, DeviceJob};
 use buzzer_examples::{
-    AnswerArgs, DataArgs, Failure, ModelArgs, answer_clues, attach, bytes, finish, judge_answers, load_base,
-    peak_memory_bytes, write_report,
+    AnswererArgs, DataArgs, Failure, answer_clues, bytes, finish, judge_answers, peak_memory_bytes,
+    write_report,
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -25,21 +24,7 @@ struct Args {
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    answer: AnswerArgs,
-    /// PEFT adapter to put onto the model
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
-    /// Prompt: question, category or chat
-    #[arg(long, default_value = "question")]
-    template: Template,
-    /// Device to run on
-    #[arg(long, default_value = "cpu")]
-    device: Device,
-    /// Folder for report.json with every answer
-    #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
+    with: AnswererArgs,
 }
 
 #[derive(Serialize)]
@@ -64,7 +49,7 @@ struct Answer {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    finish(args.device.run(Evaluate { args: &args }))
+    finish(args.with.device.run(Evaluate { args: &args }))
 }
 
 struct Evaluate<'a> {
@@ -79,16 +64,12 @@ impl DeviceJob for Evaluate<'_> {
         let args = self.args;
         let (_, mut clues, _) = args.data.clues()?;
         clues.truncate(args.data.eval_limit);
-        let base = load_base::<B>(&args.model, device)?;
-        let mut model = base.model;
-        if let Some(dir) = &args.adapter {
-            println!("adapter   {}", attach(&mut model, dir)?);
-        }
-        let renderer = Renderer::new(base.tokenizer, args.template);
+        let (model, renderer) = args.with.load::<B>(device)?;
         let style = ProgressStyle::with_template("answering {bar:30} {pos}/{len}  {eta} left")?;
         let bar = ProgressBar::new(clues.len() as u64).with_style(style);
-        let answered =
-            answer_clues(&model, &renderer, &clues, &args.answer, |count| bar.set_position(count as u64))?;
+        let answered = answer_clues(&model, &renderer, &clues, &args.with.answer, |count| {
+            bar.set_position(count as u64)
+        })?;
         bar.finish_and_clear();
         let scores = judge_answers(&answered);
         let seconds = started.elapsed().as_secs_f64();
@@ -99,7 +80,7 @@ impl DeviceJob for Evaluate<'_> {
             scores.n,
             bytes(peak_memory_bytes())
         );
-        let Some(out) = &args.out else { return Ok(()) };
+        let Some(out) = &args.with.out else { return Ok(()) };
         let answer = |answered: buzzer_examples::Answered| Answer {
             row: answered.clue.row,
             exact_match: exact_match(&answered.answer, &answered.clue.answer),
@@ -108,9 +89,9 @@ impl DeviceJob for Evaluate<'_> {
             answer: answered.answer,
         };
         let report = Report {
-            device: args.device.to_string(),
-            model: args.model.model.clone(),
-            adapter: args.adapter.clone(),
+            device: args.with.device.to_string(),
+            model: args.with.model.model.clone(),
+            adapter: args.with.adapter.clone(),
             eval: scores,
             answers: answered.into_iter().map(answer).collect(),
             peak_memory_bytes: peak_memory_bytes(),

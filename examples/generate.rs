@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use buzzer::DeviceJob;
 use buzzer::infer::generate;
 use buzzer::kernels::KernelBackend;
 use buzzer::model::Llama;
-use buzzer::text::{Renderer, StreamDecoder, Template};
-use buzzer::{Device, DeviceJob};
-use buzzer_examples::{AnswerArgs, Failure, ModelArgs, attach, finish, load_base, write_report};
+use buzzer::text::{Renderer, StreamDecoder};
+use buzzer_examples::{AnswererArgs, Failure, finish, write_report};
 use clap::Parser;
 use serde::Serialize;
 
@@ -30,21 +30,7 @@ struct Args {
     #[arg(long, default_value = "")]
     category: String,
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    answer: AnswerArgs,
-    /// PEFT adapter to put onto the model
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
-    /// Prompt: question, category or chat
-    #[arg(long, default_value = "question")]
-    template: Template,
-    /// Device to run on
-    #[arg(long, default_value = "cpu")]
-    device: Device,
-    /// Folder for report.json
-    #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
+    with: AnswererArgs,
 }
 
 #[derive(Serialize)]
@@ -65,7 +51,7 @@ struct Answer {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    finish(args.device.run(Generate { args: &args }))
+    finish(args.with.device.run(Generate { args: &args }))
 }
 
 struct Generate<'a> {
@@ -78,12 +64,8 @@ impl DeviceJob for Generate<'_> {
     fn run<B: KernelBackend>(self, device: &B::Device) -> Result<(), Failure> {
         let started = Instant::now();
         let args = self.args;
-        let base = load_base::<B>(&args.model, device)?;
-        let mut model = base.model;
-        if let Some(dir) = &args.adapter {
-            eprintln!("adapter   {}", attach(&mut model, dir)?);
-        }
-        let answerer = Answerer { args, renderer: Renderer::new(base.tokenizer, args.template), model };
+        let (model, renderer) = args.with.load::<B>(device)?;
+        let answerer = Answerer { args, renderer, model };
         let answers = match (&args.clue, &args.file) {
             (Some(clue), _) => vec![answerer.stream(clue)?],
             (None, Some(path)) => {
@@ -94,11 +76,11 @@ impl DeviceJob for Generate<'_> {
             }
             (None, None) => answerer.converse()?,
         };
-        if let Some(out) = &args.out {
+        if let Some(out) = &args.with.out {
             let report = Report {
-                device: args.device.to_string(),
-                model: args.model.model.clone(),
-                adapter: args.adapter.clone(),
+                device: args.with.device.to_string(),
+                model: args.with.model.model.clone(),
+                adapter: args.with.adapter.clone(),
                 answers,
                 seconds: started.elapsed().as_secs_f64(),
             };
@@ -118,7 +100,7 @@ impl<B: KernelBackend> Answerer<'_, B> {
     /// Answers one clue; the text comes out as it is made.
     fn stream(&self, clue: &str) -> Result<Answer, Failure> {
         let prompt = self.renderer.prompt(&self.args.category, clue)?;
-        let options = self.args.answer.options(self.renderer.tokenizer().eos_id());
+        let options = self.args.with.answer.options(self.renderer.tokenizer().eos_id());
         let mut decoder = StreamDecoder::new(self.renderer.tokenizer());
         let (mut answer, mut failed) = (String::new(), None);
         let mut say = |text: &str| {

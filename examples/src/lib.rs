@@ -13,6 +13,6 @@ mod recipe;
 pub use answer::{AnswerArgs, Answered, answer_clues, judge_answers};
 pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, build as build_corpus};
 pub use failure::{Failure, finish};
-pub use model::{Base, ModelArgs, attach, load_base};
+pub use model::{AnswererArgs, Base, ModelArgs, load_base};
 pub use output::{bytes, next_run_dir, peak_memory_bytes, read_json, write_report};
 pub use recipe::{Preset, Recipe, RecipeArgs};

@@ -2,14 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use buzzer::Device;
 use buzzer::burn::tensor::DType;
 use buzzer::kernels::KernelBackend;
 use buzzer::model::Llama;
-use buzzer::text::Tokenizer;
+use buzzer::text::{Renderer, Template, Tokenizer};
 use buzzer::weights::{Adapter, Quantization, attach_adapter, describe, load_llama};
 use clap::{Args, ValueEnum};
 
-use crate::Failure;
+use crate::{AnswerArgs, Failure};
 
 /// The base model that ships with the project.
 pub(crate) const TINY_LLAMA: &str = "datasets/tiny-llama";
@@ -26,6 +27,29 @@ pub struct ModelArgs {
     /// How the frozen weights are held
     #[arg(long, value_enum, default_value_t = QuantizationArg::Nf4Double)]
     pub quantization: QuantizationArg,
+}
+
+/// A model to answer with: base, adapter, prompt, device.
+#[derive(Args, Clone, Debug)]
+pub struct AnswererArgs {
+    /// The base.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// How to answer.
+    #[command(flatten)]
+    pub answer: AnswerArgs,
+    /// PEFT adapter to put onto the model
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Prompt: question, category or chat
+    #[arg(long, default_value = "question")]
+    pub template: Template,
+    /// Device to run on
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
+    /// Folder for report.json
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
 }
 
 /// [`Quantization`] as an argument.
@@ -85,12 +109,18 @@ pub fn load_base<B: KernelBackend>(args: &ModelArgs, device: &B::Device) -> Resu
     Ok(Base { model, tokenizer })
 }
 
-/// Reads an adapter and puts it onto the model; says in words what it is.
-///
-/// # Errors
-/// If it cannot be read or does not fit.
-pub fn attach<B: KernelBackend>(model: &mut Llama<B>, dir: &Path) -> Result<String, Failure> {
-    let adapter = Adapter::read(dir)?;
-    attach_adapter(model, &adapter, dir)?;
-    Ok(describe(&adapter))
+impl AnswererArgs {
+    /// Loads the model with its adapter, which is described on the error stream, and the renderer of its prompts.
+    ///
+    /// # Errors
+    /// If a file is missing or damaged, or parts do not belong together.
+    pub fn load<B: KernelBackend>(&self, device: &B::Device) -> Result<(Llama<B>, Renderer), Failure> {
+        let Base { mut model, tokenizer } = load_base::<B>(&self.model, device)?;
+        if let Some(dir) = &self.adapter {
+            let adapter = Adapter::read(dir)?;
+            attach_adapter(&mut model, &adapter, dir)?;
+            eprintln!("adapter   {}", describe(&adapter));
+        }
+        Ok((model, Renderer::new(tokenizer, self.template)))
+    }
 }
