@@ -280,9 +280,9 @@ impl<B: KernelBackend> Golden<'_, B> {
             }
             let rate = schedule.rate(step as u64);
             let norm = optimizer.step(&mut model, pass.gradients, rate);
-            loss_error = loss_error.max((pass.loss_sum * scale - logged.loss).abs());
-            norm_error = norm_error.max((norm / logged.grad_norm - 1.0).abs());
-            rate_error = rate_error.max((rate - logged.lr).abs());
+            loss_error = larger(loss_error, (pass.loss_sum * scale - logged.loss).abs());
+            norm_error = larger(norm_error, (norm / logged.grad_norm - 1.0).abs());
+            rate_error = larger(rate_error, (rate - logged.lr).abs());
         }
         self.check(format!("{total} training losses"), loss_error, 5e-3);
         self.check(format!("{total} gradient norms (relative)"), norm_error, 1e-2);
@@ -302,7 +302,7 @@ impl<B: KernelBackend> Golden<'_, B> {
                 let name = format!("base_model.model.{}", block_tensor(*layer, &rest));
                 let expected = expected.read_f32(&name, &factor.dims())?;
                 let found: Vec<f32> = factor.clone().into_data().iter::<f32>().collect();
-                worst = worst.max(relative_error(&found, &expected));
+                worst = larger(worst, relative_error(&found, &expected));
             }
         }
         let missing = expected.names().len() - 2 * found.factors.len();
@@ -370,12 +370,12 @@ fn largest_error(found: &[f32], expected: &[f32]) -> f64 {
         return f64::INFINITY;
     }
     let error = |(a, b): (&f32, &f32)| f64::from((a - b).abs());
-    // A NaN is the largest error there is; `max` would pass over it.
-    found
-        .iter()
-        .zip(expected)
-        .map(error)
-        .fold(0.0, |most, error| if error.is_nan() { f64::INFINITY } else { most.max(error) })
+    found.iter().zip(expected).map(error).fold(0.0, larger)
+}
+
+/// The larger of two errors. A NaN is the largest there is; `max` would pass over it.
+fn larger(most: f64, error: f64) -> f64 {
+    if error.is_nan() { f64::INFINITY } else { most.max(error) }
 }
 
 fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
