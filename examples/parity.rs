@@ -279,8 +279,9 @@ impl<B: KernelBackend> Golden<'_, B> {
                 self.gradients(&pass.gradients)?;
             }
             let rate = schedule.rate(step as u64);
+            let loss = pass.loss_sum() * scale;
             let norm = optimizer.step(&mut model, pass.gradients, rate);
-            loss_error = larger(loss_error, (pass.loss_sum * scale - logged.loss).abs());
+            loss_error = larger(loss_error, (loss - logged.loss).abs());
             norm_error = larger(norm_error, (norm / logged.grad_norm - 1.0).abs());
             rate_error = larger(rate_error, (rate - logged.lr).abs());
         }

@@ -4,11 +4,14 @@ use burn::module::AutodiffModule;
 use burn::tensor::backend::BackendTypes;
 use burn::tensor::{DType, Tensor, TensorPrimitive};
 use burn_autodiff::Autodiff;
-use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn_autodiff::checkpoint::base::Checkpointer;
+use burn_autodiff::checkpoint::strategy::{CheckpointStrategy, NoCheckpointing};
+use burn_autodiff::grads::Gradients;
+use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
 use crate::{
-    AttentionIndex, KernelBackend, LoraTerm, Nf4Tensor, RotaryAngles, attention, qlora_linear, rms_norm,
-    rotary, swiglu,
+    AttentionIndex, Dropout, Heads, KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, attention,
+    qlora_linear, rms_norm, rotary, swiglu,
 };
 
 type Float<B> = <B as BackendTypes>::FloatTensorPrimitive;
@@ -32,30 +35,63 @@ impl<B: KernelBackend, C: CheckpointStrategy> KernelBackend for Autodiff<B, C> {
 
     fn qlora_linear(
         x: Tensor<Self, 2>,
-        weight: &Nf4Tensor<Self>,
-        lora: Option<LoraTerm<Self>>,
-    ) -> Tensor<Self, 2> {
-        qlora_linear::tracked_forward(x, &weight.valid(), lora)
+        parts: &[LinearPart<Self>],
+        dropout: Option<Dropout>,
+    ) -> Projection<Self> {
+        Projection { y: qlora_linear::tracked_forward(x, parts, dropout), u: None }
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
         rms_norm::tracked_forward(x, weight, epsilon)
     }
 
-    fn rotary(x: Tensor<Self, 4>, angles: &RotaryAngles<Self>) -> Tensor<Self, 4> {
-        rotary::tracked_forward(x, angles)
+    fn rotary(rows: Tensor<Self, 2>, angles: &RotaryAngles<Self>, heads: usize) -> Tensor<Self, 2> {
+        rotary::tracked_forward(rows, angles, heads)
     }
 
-    fn attention(
-        q: Tensor<Self, 4>,
-        k: Tensor<Self, 4>,
-        v: Tensor<Self, 4>,
+    fn attention_of_rows(
+        rows: Tensor<Self, 2>,
+        heads: Heads,
         index: &AttentionIndex<Self>,
-    ) -> Tensor<Self, 4> {
-        attention::tracked_forward(q, k, v, index)
+    ) -> Tensor<Self, 2> {
+        attention::tracked_forward(rows, heads, index)
     }
 
-    fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        swiglu::tracked_forward(gate, up)
+    fn swiglu(gate_up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        swiglu::tracked_forward(gate_up)
+    }
+}
+
+/// A scalar whose gradient for each of two results is the upstream gradient that is given for it: what seeds a
+/// backward pass that begins in the middle of a model. The scalar itself is 0.
+#[must_use]
+pub fn seeded<B: KernelBackend, const D: usize>(
+    results: [Tensor<Autodiff<B>, D>; 2],
+    upstream: [Tensor<B, D>; 2],
+) -> Tensor<Autodiff<B>, 1> {
+    let device = upstream[0].device();
+    let nodes = results.map(|result| result.into_primitive().tensor().node);
+    let zero = Tensor::<B, 1>::zeros([1], (&device, DType::F32)).into_primitive().tensor();
+    tracked(match Seed.prepare::<NoCheckpointing>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(prep) => {
+            prep.finish(upstream.map(|gradient| gradient.into_primitive().tensor()), zero)
+        }
+        OpsKind::UnTracked(prep) => prep.finish(zero),
+    })
+}
+
+#[derive(Debug)]
+struct Seed;
+
+impl<B: KernelBackend> Backward<B, 2> for Seed {
+    type State = [Float<B>; 2];
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let _ = grads.consume::<B>(&ops.node);
+        for (parent, gradient) in ops.parents.into_iter().zip(ops.state) {
+            if let Some(parent) = parent {
+                grads.register::<B>(parent.id, gradient);
+            }
+        }
     }
 }

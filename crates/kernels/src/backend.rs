@@ -9,8 +9,8 @@ use burn_flex::Flex;
 
 use crate::nf4::Nf4Tensor;
 use crate::{
-    AdamW, AdamWState, AttentionIndex, CrossEntropyGradient, LoraTerm, RotaryAngles, adamw, attention,
-    cross_entropy, nf4, qlora_linear, rms_norm, rotary, swiglu,
+    AdamW, AdamWState, Attended, AttentionIndex, CrossEntropyGradient, Dropout, Heads, LinearPart, Projection,
+    RotaryAngles, adamw, attention, cross_entropy, nf4, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 /// Burn's `Backend` and the operations of QLoRA training.
@@ -23,23 +23,28 @@ pub trait KernelBackend: Backend {
         nf4::reference(weight, dtype)
     }
 
-    /// `y = x Wᵀ + s · drop(x) Aᵀ Bᵀ`; see [`qlora_linear`]. `x` `[n, in]`, the result `[n, out]`.
-    fn qlora_linear(
-        x: Tensor<Self, 2>,
-        weight: &Nf4Tensor<Self>,
-        lora: Option<LoraTerm<Self>>,
-    ) -> Tensor<Self, 2> {
-        qlora_linear::forward(x, weight, lora)
+    /// `drop(x)` of rows `[n, d]`; see [`Dropout`].
+    fn dropout(x: Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
+        dropout.apply(x)
     }
 
-    /// Gradients of [`Self::qlora_linear`] for `x` and, where there is a LoRA term, for its factors.
+    /// `y = x Wᵀ + s · drop(x) Aᵀ Bᵀ` of all layers that share x `[n, in]`; see [`qlora_linear`].
+    fn qlora_linear(
+        x: Tensor<Self, 2>,
+        parts: &[LinearPart<Self>],
+        dropout: Option<Dropout>,
+    ) -> Projection<Self> {
+        qlora_linear::reference(x, parts, dropout)
+    }
+
+    /// Gradients of [`Self::qlora_linear`] for x and for the factors.
     fn qlora_linear_backward(
         x: Tensor<Self, 2>,
-        weight: &Nf4Tensor<Self>,
-        lora: Option<LoraTerm<Self>>,
-        grad: Tensor<Self, 2>,
+        parts: &[LinearPart<Self>],
+        dropout: Option<Dropout>,
+        upstream: qlora_linear::Upstream<Self>,
     ) -> qlora_linear::Gradients<Self> {
-        qlora_linear::backward(x, weight, lora, grad)
+        qlora_linear::backward(x, parts, dropout, upstream)
     }
 
     /// Root-mean-square normalisation of rows `[n, d]`; see [`rms_norm`].
@@ -58,9 +63,14 @@ pub trait KernelBackend: Backend {
         rms_norm::backward(x, weight, epsilon, grad, with_weight)
     }
 
-    /// Rotary position embedding of `[b, h, t, k]`; see [`rotary`]. Its gradient is the rotation back.
-    fn rotary(x: Tensor<Self, 4>, angles: &RotaryAngles<Self>) -> Tensor<Self, 4> {
-        rotary::reference(x, angles)
+    /// Rotary position embedding of the first `heads` heads of every row `[n, width]`; see [`rotary`].
+    fn rotary(rows: Tensor<Self, 2>, angles: &RotaryAngles<Self>, heads: usize) -> Tensor<Self, 2> {
+        rotary::reference(rows, angles, heads)
+    }
+
+    /// Gradient of [`Self::rotary`]: the rotation back.
+    fn rotary_backward(grad: Tensor<Self, 2>, angles: &RotaryAngles<Self>, heads: usize) -> Tensor<Self, 2> {
+        rotary::reference(grad, &angles.reversed(), heads)
     }
 
     /// Causal attention inside documents; see [`attention`]. Queries `[b, h, t, k]`, keys and values
@@ -70,33 +80,39 @@ pub trait KernelBackend: Backend {
         k: Tensor<Self, 4>,
         v: Tensor<Self, 4>,
         index: &AttentionIndex<Self>,
-    ) -> Tensor<Self, 4> {
-        attention::reference(q, k, v, index)
+    ) -> Attended<Self> {
+        Attended { o: attention::reference(q, k, v, index), log_sum: None }
     }
 
-    /// Gradients of [`Self::attention`] for queries, keys and values.
+    /// Gradient of [`Self::attention`] for queries, keys and values of the same tokens, joined
+    /// `[b, t, h + 2 g, k]`. `attended` is what the forward pass gave.
     fn attention_backward(
-        q: Tensor<Self, 4>,
-        k: Tensor<Self, 4>,
-        v: Tensor<Self, 4>,
+        qkv: [Tensor<Self, 4>; 3],
+        attended: Attended<Self>,
         index: &AttentionIndex<Self>,
         grad: Tensor<Self, 4>,
-    ) -> [Tensor<Self, 4>; 3] {
-        attention::backward(q, k, v, index, grad)
+    ) -> Tensor<Self, 4> {
+        let _ = attended;
+        attention::backward(qkv, index, grad)
     }
 
-    /// `silu(gate) · up`, element by element on `[n, f]`; see [`swiglu`].
-    fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        swiglu::reference(gate, up)
+    /// [`Self::attention`] of joined rows `[b t, (h + 2 g) k]`, to rows `[b t, h k]`; the differentiable form.
+    fn attention_of_rows(
+        rows: Tensor<Self, 2>,
+        heads: Heads,
+        index: &AttentionIndex<Self>,
+    ) -> Tensor<Self, 2> {
+        attention::of_rows(rows, heads, index).0
     }
 
-    /// Gradients of [`Self::swiglu`] for gate and up.
-    fn swiglu_backward(
-        gate: Tensor<Self, 2>,
-        up: Tensor<Self, 2>,
-        grad: Tensor<Self, 2>,
-    ) -> [Tensor<Self, 2>; 2] {
-        swiglu::backward(gate, up, grad)
+    /// `silu(gate) · up` of joined rows `[n, 2 f]`, to `[n, f]`; see [`swiglu`].
+    fn swiglu(gate_up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        swiglu::reference(gate_up)
+    }
+
+    /// Gradient of [`Self::swiglu`] `[n, 2 f]`.
+    fn swiglu_backward(gate_up: Tensor<Self, 2>, grad: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        swiglu::backward(gate_up, grad)
     }
 
     /// Cross-entropy of every row `[n]` against its target; see [`cross_entropy`].

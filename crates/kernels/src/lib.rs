@@ -25,11 +25,12 @@ mod backend;
 mod testing;
 
 pub use adamw::{AdamW, AdamWState};
-pub use attention::{AttentionIndex, SEPARATE};
+pub use attention::{Attended, AttentionIndex, Heads, SEPARATE};
 pub use cross_entropy::{CrossEntropyGradient, IGNORED};
 pub use dropout::Dropout;
 pub use nf4::{Nf4Error, Nf4Tensor};
-pub use qlora_linear::LoraTerm;
+pub use qlora_linear::{FrozenWeight, LinearPart, LoraTerm, Projection};
 pub use rotary::RotaryAngles;
 
+pub use autodiff::seeded;
 pub use backend::KernelBackend;

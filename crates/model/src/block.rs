@@ -3,8 +3,10 @@
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use buzzer_kernels::{AttentionIndex, Dropout, KernelBackend, RotaryAngles};
+use buzzer_kernels::qlora_linear::Gradients;
+use buzzer_kernels::{AttentionIndex, Dropout, Heads, KernelBackend, RotaryAngles};
 
+use crate::linear::project;
 use crate::{LayerCache, LlamaConfig, LoraLinear, Target, Weight};
 
 /// A block of the model.
@@ -30,6 +32,15 @@ pub struct BlockContext<B: Backend> {
     pub angles: RotaryAngles<B>,
     /// Who may look at whom.
     pub index: AttentionIndex<B>,
+}
+
+/// What a block has computed before its last product.
+#[derive(Clone, Debug)]
+pub struct Trunk<B: Backend> {
+    /// The residual stream after attention `[n, d]`.
+    pub residual: Tensor<B, 2>,
+    /// The input of the last product `[n, f]`.
+    pub activated: Tensor<B, 2>,
 }
 
 impl<B: Backend> BlockContext<B> {
@@ -115,58 +126,84 @@ impl<B: Backend> Block<B> {
 }
 
 impl<B: KernelBackend> Block<B> {
-    /// `x [b, t, d]` to `[b, t, d]`. `dropout` is this block's; each linear draws a mask of its own from it.
+    /// Rows `x [n, d]` of b rows of t tokens, n = b t, to `[n, d]`. `dropout` is this block's; layers that share an input
+    /// share a mask derived from it.
     ///
     /// With a cache, keys and values are appended to it and the context's keys are those of the cache.
     #[must_use]
     pub fn forward(
         &self,
-        x: Tensor<B, 3>,
+        x: Tensor<B, 2>,
         context: &BlockContext<B>,
         dropout: Option<Dropout>,
         cache: Option<&mut LayerCache<B>>,
-    ) -> Tensor<B, 3> {
-        let [b, t, d] = x.dims();
-        let x = x.reshape([b * t, d]);
-        let x = x.clone() + self.attention(x, [b, t], context, dropout, cache);
-        let x = x.clone() + self.mlp(x, dropout);
-        x.reshape([b, t, d])
+    ) -> Tensor<B, 2> {
+        let Trunk { residual, activated } = self.trunk(x, context, dropout, cache);
+        residual + self.project(&[Target::Down], activated, dropout)
+    }
+
+    /// All of the block but its last product, whose result training does not need a second time.
+    #[must_use]
+    pub fn trunk(
+        &self,
+        x: Tensor<B, 2>,
+        context: &BlockContext<B>,
+        dropout: Option<Dropout>,
+        cache: Option<&mut LayerCache<B>>,
+    ) -> Trunk<B> {
+        let residual = x.clone() + self.attention(x, context, dropout, cache);
+        let h = B::rms_norm(residual.clone(), self.mlp_norm.val(), self.epsilon);
+        let activated = B::swiglu(self.project(&[Target::Gate, Target::Up], h, dropout));
+        Trunk { residual, activated }
     }
 
     fn attention(
         &self,
         x: Tensor<B, 2>,
-        [b, t]: [usize; 2],
         context: &BlockContext<B>,
         dropout: Option<Dropout>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Tensor<B, 2> {
-        let x = B::rms_norm(x, self.attention_norm.val(), self.epsilon);
-        let heads = |target, x: Tensor<B, 2>| {
-            let y = self.project(target, x, dropout);
-            let [_, width] = y.dims();
-            y.reshape([b, t, width / self.head_dim, self.head_dim]).swap_dims(1, 2)
+        let heads = self.heads();
+        let h = B::rms_norm(x, self.attention_norm.val(), self.epsilon);
+        let rows = self.project(&[Target::Q, Target::K, Target::V], h, dropout);
+        let rows = B::rotary(rows, &context.angles, heads.queries + heads.keys);
+        let o = match cache {
+            None => B::attention_of_rows(rows, heads, &context.index),
+            Some(cache) => {
+                let [n, _] = rows.dims();
+                let [q, k, v] = heads.split(rows, context.index.query_documents.dims());
+                let (k, v) = cache.append(k, v, context.index.key_documents.dims()[1]);
+                let o = <B as KernelBackend>::attention(q, k, v, &context.index).o;
+                o.swap_dims(1, 2).reshape([n, heads.queries * heads.width])
+            }
         };
-        let q = B::rotary(heads(Target::Q, x.clone()), &context.angles);
-        let k = B::rotary(heads(Target::K, x.clone()), &context.angles);
-        let v = heads(Target::V, x);
-        let (k, v) = match cache {
-            Some(cache) => cache.append(k, v, context.index.key_documents.dims()[1]),
-            None => (k, v),
-        };
-        let o = <B as KernelBackend>::attention(q, k, v, &context.index).swap_dims(1, 2);
-        let [_, _, h, k] = o.dims();
-        self.project(Target::O, o.reshape([b * t, h * k]), dropout)
+        self.project(&[Target::O], o, dropout)
     }
 
-    fn mlp(&self, x: Tensor<B, 2>, dropout: Option<Dropout>) -> Tensor<B, 2> {
-        let x = B::rms_norm(x, self.mlp_norm.val(), self.epsilon);
-        let gate = self.project(Target::Gate, x.clone(), dropout);
-        let up = self.project(Target::Up, x, dropout);
-        self.project(Target::Down, B::swiglu(gate, up), dropout)
+    fn heads(&self) -> Heads {
+        let heads = |layer: &LoraLinear<B>| layer.weight.dims()[0] / self.head_dim;
+        Heads { queries: heads(&self.q), keys: heads(&self.k), width: self.head_dim }
     }
 
-    fn project(&self, target: Target, x: Tensor<B, 2>, dropout: Option<Dropout>) -> Tensor<B, 2> {
-        self.linear(target).forward(x, dropout.map(|dropout| dropout.derive(target as u64)))
+    fn project(&self, targets: &[Target], x: Tensor<B, 2>, dropout: Option<Dropout>) -> Tensor<B, 2> {
+        let layers = targets.iter().map(|&target| self.linear(target)).collect::<Vec<_>>();
+        project(&layers, x, mask_of(targets[0], dropout))
     }
+
+    /// Gradients of the last product for `activated` and for its factors, given the one at the block's output `[n, d]`.
+    #[must_use]
+    pub fn down_backward(
+        &self,
+        activated: Tensor<B, 2>,
+        dropout: Option<Dropout>,
+        grad: Tensor<B, 2>,
+    ) -> Gradients<B> {
+        self.down.backward(activated, mask_of(Target::Down, dropout), grad)
+    }
+}
+
+/// The mask of the input that a linear shares with those that follow it.
+fn mask_of(first: Target, dropout: Option<Dropout>) -> Option<Dropout> {
+    dropout.map(|dropout| dropout.derive(first as u64))
 }

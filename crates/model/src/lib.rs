@@ -12,7 +12,7 @@ mod linear;
 mod llama;
 mod names;
 
-pub use block::{Block, BlockContext};
+pub use block::{Block, BlockContext, Trunk};
 pub use cache::{KvCache, LayerCache};
 pub use config::LlamaConfig;
 pub use error::ModelError;

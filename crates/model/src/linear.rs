@@ -3,7 +3,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
-use buzzer_kernels::{Dropout, KernelBackend, LoraTerm, Nf4Tensor};
+use buzzer_kernels::qlora_linear::{Gradients, Upstream};
+use buzzer_kernels::{Dropout, FrozenWeight, KernelBackend, LinearPart, LoraTerm, Nf4Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -147,8 +148,8 @@ impl<B: Backend> Lora<B> {
         Self { a: Param::from_tensor(a), b: Param::from_tensor(b), scale }
     }
 
-    fn term(&self, dropout: Option<Dropout>) -> LoraTerm<B> {
-        LoraTerm { a: self.a.val(), b: self.b.val(), scale: self.scale, dropout }
+    fn term(&self) -> LoraTerm<B> {
+        LoraTerm { a: self.a.val(), b: self.b.val(), scale: self.scale }
     }
 }
 
@@ -158,23 +159,47 @@ impl<B: Backend> LoraLinear<B> {
     pub fn new(weight: Weight<B>) -> Self {
         Self { weight, lora: None }
     }
+
+    /// Whether the weight itself is trained.
+    fn is_trained(&self) -> bool {
+        matches!(&self.weight, Weight::Dense(weight) if weight.val().is_require_grad())
+    }
+
+    fn part(&self) -> LinearPart<B> {
+        let weight = match &self.weight {
+            Weight::Dense(weight) => FrozenWeight::Dense(weight.val()),
+            Weight::Nf4(weight) => FrozenWeight::Nf4(weight.clone()),
+        };
+        LinearPart { weight, lora: self.lora.as_ref().map(Lora::term) }
+    }
+}
+
+/// Layers on one input `x [n, in]`, their results side by side `[n, Σ out]`.
+pub(crate) fn project<B: KernelBackend>(
+    layers: &[&LoraLinear<B>],
+    x: Tensor<B, 2>,
+    dropout: Option<Dropout>,
+) -> Tensor<B, 2> {
+    if !layers.iter().any(|layer| layer.is_trained()) {
+        return B::qlora_linear(x, &layers.iter().map(|layer| layer.part()).collect::<Vec<_>>(), dropout).y;
+    }
+    let dropped = dropout.map_or(x.clone(), |dropout| B::dropout(x.clone(), dropout));
+    let result = |layer: &&LoraLinear<B>| {
+        let y = x.clone().matmul(layer.weight.dense(x.dtype()).transpose());
+        match &layer.lora {
+            Some(lora) => y + lora.term().forward(dropped.clone()),
+            None => y,
+        }
+    };
+    Tensor::cat(layers.iter().map(result).collect(), 1)
 }
 
 impl<B: KernelBackend> LoraLinear<B> {
-    /// `x [n, in]` to `[n, out]`.
+    /// The gradients of this layer alone, given its input `x [n, in]` and the upstream gradient `[n, out]`; the weight
+    /// gets none.
     #[must_use]
-    pub fn forward(&self, x: Tensor<B, 2>, dropout: Option<Dropout>) -> Tensor<B, 2> {
-        let term = self.lora.as_ref().map(|lora| lora.term(dropout));
-        match &self.weight {
-            Weight::Nf4(weight) => B::qlora_linear(x, weight, term),
-            Weight::Dense(weight) => {
-                let y = x.clone().matmul(weight.val().cast(x.dtype()).transpose());
-                match term {
-                    Some(term) => y + term.forward(x),
-                    None => y,
-                }
-            }
-        }
+    pub fn backward(&self, x: Tensor<B, 2>, dropout: Option<Dropout>, grad: Tensor<B, 2>) -> Gradients<B> {
+        B::qlora_linear_backward(x, &[self.part()], dropout, Upstream { grad, u: None, with_x: true })
     }
 
     /// The layer with its correction added into a dense weight: `W + s · B A`.

@@ -131,20 +131,17 @@ impl<B: Backend> Llama<B> {
 }
 
 impl<B: KernelBackend> Llama<B> {
-    /// Token ids `[b, t]` to the residual stream `[b, t, d]`.
+    /// Token ids `[b, t]` to the residual stream `[b t, d]`.
     #[must_use]
-    pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
+    pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 2> {
         let [b, t] = ids.dims();
-        let table = self.embedding.val();
-        let [_, d] = table.dims();
-        table.select(0, ids.reshape([b * t])).reshape([b, t, d])
+        self.embedding.val().select(0, ids.reshape([b * t]))
     }
 
-    /// The final norm, as rows: `[b, t, d]` to `[b t, d]`.
+    /// The final norm of rows `[n, d]`.
     #[must_use]
-    pub fn normed(&self, x: Tensor<B, 3>) -> Tensor<B, 2> {
-        let [b, t, d] = x.dims();
-        B::rms_norm(x.reshape([b * t, d]), self.norm.val(), self.config.rms_norm_eps)
+    pub fn normed(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        B::rms_norm(x, self.norm.val(), self.config.rms_norm_eps)
     }
 
     /// The final hidden states `[b t, d]` of rows `[b, t]` that see only themselves.

@@ -3,17 +3,18 @@
 //! ```text
 //! forward   x₀ = embed(ids)    xᵢ₊₁ = blockᵢ(xᵢ)     keep every xᵢ, nothing else
 //! head      loss and dL/dx of the last one
-//! backward  for i from the last to 0: y = blockᵢ(xᵢ) under autodiff, then (y · g).sum().backward(), g ← dL/dxᵢ
+//! backward  for i from the last to 0: blockᵢ(xᵢ) under autodiff up to its last product, whose gradients need no
+//!           second run; they seed the rest, and g ← dL/dxᵢ
 //! ```
 //!
-//! Memory at the peak is one tensor `[b, t, d]` a block, one block's activations, and one chunk of logits. A block's
+//! Memory at the peak is one tensor `[b t, d]` a block, one block's activations, and one chunk of logits. A block's
 //! dropout masks come from a key, so the second run draws the same ones.
 
 use burn::backend::Autodiff;
 use burn::module::AutodiffModule;
-use burn::tensor::{DType, Tensor};
-use buzzer_kernels::{Dropout, KernelBackend};
-use buzzer_model::{Block, BlockContext, Llama, Target};
+use burn::tensor::{DType, IndexingUpdateOp, Tensor};
+use buzzer_kernels::{Dropout, KernelBackend, seeded};
+use buzzer_model::{Block, BlockContext, Llama, Target, Trunk};
 
 use crate::gradients::scalar;
 use crate::{DeviceBatch, LoraGradients};
@@ -21,10 +22,17 @@ use crate::{DeviceBatch, LoraGradients};
 /// Loss and gradients of one batch.
 #[derive(Debug)]
 pub struct BlockPass<B: KernelBackend> {
-    /// Sum of the losses over the batch's targets, not scaled.
-    pub loss_sum: f64,
-    /// Gradients of `loss_sum * scale`.
+    pub(crate) loss: Tensor<B, 1>,
+    /// Gradients of the scaled sum of the losses.
     pub gradients: LoraGradients<B>,
+}
+
+impl<B: KernelBackend> BlockPass<B> {
+    /// Sum of the losses over the batch's targets, not scaled. Waits for the device, so ask late.
+    #[must_use]
+    pub fn loss_sum(&self) -> f64 {
+        f64::from(scalar(self.loss.clone()))
+    }
 }
 
 /// Gradients of `scale` times the sum of a batch's losses, for every LoRA factor.
@@ -45,15 +53,17 @@ pub fn backward_by_blocks<B: KernelBackend>(
         inputs.push(x.clone());
         x = block.forward(x, &context, of_block(layer), None);
     }
-    let (loss_sum, mut upstream) = backward_of_head(model, batch, x, scale);
+    let (loss, upstream) = backward_of_head(model, batch, x, scale);
+    let mut upstream = Some(upstream);
     let context = context.map(Tensor::from_inner, Tensor::from_inner);
-    let mut gradients = LoraGradients { factors: Default::default() };
-    for (layer, input) in inputs.into_iter().enumerate().rev() {
+    let mut gradients = LoraGradients::default();
+    while let (Some(input), Some(grad)) = (inputs.pop(), upstream.take()) {
+        let layer = inputs.len();
         let pass =
             Recomputation { layer, block: &model.blocks[layer], context: &context, dropout: of_block(layer) };
-        upstream = pass.backward(input, upstream, &mut gradients);
+        upstream = pass.backward(input, grad, &mut gradients);
     }
-    BlockPass { loss_sum, gradients }
+    BlockPass { loss, gradients }
 }
 
 /// The mean loss of a batch's targets and their number, without gradients.
@@ -73,19 +83,18 @@ fn context<B: KernelBackend>(model: &Llama<B>, batch: &DeviceBatch<B>) -> BlockC
 fn backward_of_head<B: KernelBackend>(
     model: &Llama<B>,
     batch: &DeviceBatch<B>,
-    x: Tensor<B, 3>,
+    x: Tensor<B, 2>,
     scale: f64,
-) -> (f64, Tensor<B, 3>) {
-    let [b, t, d] = x.dims();
+) -> (Tensor<B, 1>, Tensor<B, 2>) {
+    let everywhere = x.zeros_like();
     let epsilon = model.config().rms_norm_eps;
-    let x = x.reshape([b * t, d]).select(0, batch.loss_rows.clone());
+    let x = x.select(0, batch.loss_rows.clone());
     let normed = B::rms_norm(x.clone(), model.norm.val(), epsilon);
     let loss = B::cross_entropy_with_gradient(normed, model.head_weight(), batch.targets.clone(), false);
     let upstream = loss.hidden.mul_scalar(scale);
     let (dx, _) = B::rms_norm_backward(x, model.norm.val(), epsilon, upstream, false);
-    let everywhere = Tensor::zeros([b * t, d], (&dx.device(), dx.dtype()));
-    let dx = everywhere.select_assign(0, batch.loss_rows.clone(), dx, burn::tensor::IndexingUpdateOp::Add);
-    (f64::from(scalar(loss.loss_sum)), dx.reshape([b, t, d]))
+    let dx = everywhere.select_assign(0, batch.loss_rows.clone(), dx, IndexingUpdateOp::Add);
+    (loss.loss_sum, dx)
 }
 
 /// One block, run again.
@@ -97,24 +106,22 @@ struct Recomputation<'a, B: KernelBackend> {
 }
 
 impl<B: KernelBackend> Recomputation<'_, B> {
-    /// Adds the block's gradients; returns the one at its input. The first block's input asks for none, and gets zeros.
+    /// Adds the block's gradients; returns the one at its input. The first block's input asks for none, and gets none.
     fn backward(
         &self,
-        input: Tensor<B, 3>,
-        upstream: Tensor<B, 3>,
+        input: Tensor<B, 2>,
+        upstream: Tensor<B, 2>,
         gradients: &mut LoraGradients<B>,
-    ) -> Tensor<B, 3> {
-        let mut block = Block::<Autodiff<B>>::from_inner(self.block.clone());
-        for target in Target::ALL {
-            // Without autodiff a parameter does not remember that it wants a gradient.
-            if let Some(lora) = &mut block.linear_mut(target).lora {
-                lora.a = lora.a.clone().set_require_grad(true);
-                lora.b = lora.b.clone().set_require_grad(true);
-            }
+    ) -> Option<Tensor<B, 2>> {
+        let block = self.tracked_block();
+        let input = Tensor::<Autodiff<B>, 2>::from_inner(input).set_require_grad(self.layer > 0);
+        let Trunk { residual, activated } = block.trunk(input.clone(), self.context, self.dropout, None);
+        let down = self.block.down_backward(activated.clone().inner(), self.dropout, upstream.clone());
+        let d_activated = down.x.unwrap_or_else(|| activated.clone().inner().zeros_like());
+        let mut grads = seeded([residual, activated], [upstream, d_activated]).backward();
+        for pair in down.factors {
+            gradients.factors.insert((self.layer, Target::Down), pair);
         }
-        let input = Tensor::<Autodiff<B>, 3>::from_inner(input).set_require_grad(self.layer > 0);
-        let y = block.forward(input.clone(), self.context, self.dropout, None);
-        let mut grads = (y * Tensor::from_inner(upstream)).sum().backward();
         for target in Target::ALL {
             let Some(lora) = &block.linear(target).lora else { continue };
             let [a, b] = [&lora.a, &lora.b].map(|factor| factor.val().grad_remove(&mut grads));
@@ -122,7 +129,18 @@ impl<B: KernelBackend> Recomputation<'_, B> {
                 gradients.factors.insert((self.layer, target), [a.cast(DType::F32), b.cast(DType::F32)]);
             }
         }
-        let gradient = if self.layer > 0 { input.grad_remove(&mut grads) } else { None };
-        gradient.unwrap_or_else(|| input.inner().zeros_like())
+        input.grad_remove(&mut grads)
+    }
+
+    /// Without autodiff a parameter does not remember that it wants a gradient; only those of the factors do here.
+    fn tracked_block(&self) -> Block<Autodiff<B>> {
+        let mut block = Block::<Autodiff<B>>::from_inner(self.block.clone());
+        for target in Target::ALL {
+            if let Some(lora) = &mut block.linear_mut(target).lora {
+                lora.a = lora.a.clone().set_require_grad(true);
+                lora.b = lora.b.clone().set_require_grad(true);
+            }
+        }
+        block
     }
 }

@@ -8,6 +8,7 @@ use buzzer_kernels::{AdamW, AdamWState, Dropout, KernelBackend};
 use buzzer_model::{Llama, Target};
 use serde::{Deserialize, Serialize};
 
+use crate::gradients::scalar;
 use crate::{DeviceBatch, LoraGradients, Schedule, ScheduleKind, TrainError, backward_by_blocks, mean_loss};
 
 /// AdamW's numbers and the clipping in front of it.
@@ -296,12 +297,13 @@ impl<B: KernelBackend> Trainer<B> {
         }
         let scale = 1.0 / targets as f64;
         let mut sum = LoraGradients { factors: BTreeMap::new() };
-        let mut loss_sum = 0.0;
+        let mut losses = Vec::with_capacity(uploaded.len());
         for (number, batch) in uploaded.iter().enumerate().filter(|(_, batch)| batch.loss_tokens > 0) {
             let pass = backward_by_blocks(&self.model, batch, scale, self.dropout(step, number));
-            loss_sum += pass.loss_sum;
+            losses.push(pass.loss);
             sum.add(pass.gradients);
         }
+        let loss_sum: f64 = losses.into_iter().map(|loss| f64::from(scalar(loss))).sum();
         finite(step, "loss", loss_sum * scale)?;
         Ok((loss_sum * scale, sum))
     }

@@ -79,6 +79,41 @@ impl<B: Backend> AttentionIndex<B> {
     }
 }
 
+/// What attention gives.
+#[derive(Clone, Debug)]
+pub struct Attended<B: Backend> {
+    /// o `[b, h, t, k]`, in the dtype of the queries.
+    pub o: Tensor<B, 4>,
+    /// Logarithm of the sum of each query's exponentials `[b, h, t]`, f32, for the backward pass; where it is not kept,
+    /// the backward pass computes the softmax anew.
+    pub log_sum: Option<Tensor<B, 3>>,
+}
+
+/// How many heads of which width stand side by side in joined rows `[n, (h + 2 g) k]`: queries, keys, values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// h.
+    pub queries: usize,
+    /// g, which divides h.
+    pub keys: usize,
+    /// k.
+    pub width: usize,
+}
+
+impl Heads {
+    /// Queries `[b, h, t, k]`, keys and values `[b, g, t, k]` of joined rows `[b t, (h + 2 g) k]`.
+    #[must_use]
+    pub fn split<B: Backend>(self, rows: Tensor<B, 2>, [b, t]: [usize; 2]) -> [Tensor<B, 4>; 3] {
+        let heads = rows.reshape([b, t, self.queries + 2 * self.keys, self.width]).swap_dims(1, 2);
+        let part = |start, count| heads.clone().narrow(1, start, count);
+        [
+            part(0, self.queries),
+            part(self.queries, self.keys),
+            part(self.queries + self.keys, self.keys),
+        ]
+    }
+}
+
 /// The softmax `[b, h, t, s]` in f32.
 fn weights<B: Backend>(q: Tensor<B, 4>, k: Tensor<B, 4>, index: &AttentionIndex<B>) -> Tensor<B, 4> {
     let [b, h, t, width] = q.dims();
@@ -104,13 +139,12 @@ pub fn reference<B: Backend>(
     weights.matmul(v).reshape([b, h, t, width])
 }
 
+/// The gradient for joined queries, keys and values `[b, t, h + 2 g, k]`, where queries and keys are the same tokens.
 pub(crate) fn backward<B: Backend>(
-    q: Tensor<B, 4>,
-    k: Tensor<B, 4>,
-    v: Tensor<B, 4>,
+    [q, k, v]: [Tensor<B, 4>; 3],
     index: &AttentionIndex<B>,
     grad: Tensor<B, 4>,
-) -> [Tensor<B, 4>; 3] {
+) -> Tensor<B, 4> {
     let dtype = q.dtype();
     let [b, h, t, width] = q.dims();
     let [_, groups, s, _] = k.dims();
@@ -123,49 +157,62 @@ pub(crate) fn backward<B: Backend>(
     let ds = (p * (dp - along)).mul_scalar(1.0 / (width as f64).sqrt()).cast(dtype);
     let dq = ds.clone().matmul(k).reshape([b, h, t, width]);
     let dk = ds.swap_dims(2, 3).matmul(q.reshape([b, groups, rows, width]));
-    [dq, dk, dv]
+    Tensor::cat(vec![dq, dk, dv], 1).swap_dims(1, 2)
 }
 
 /// What the backward pass keeps.
 #[derive(Clone, Debug)]
 struct State<B: Backend> {
-    q: Tensor<B, 4>,
-    k: Tensor<B, 4>,
-    v: Tensor<B, 4>,
+    rows: Tensor<B, 2>,
+    heads: Heads,
+    attended: Attended<B>,
     index: AttentionIndex<B>,
 }
 
 #[derive(Debug)]
 struct Step;
 
-impl<B: KernelBackend> Backward<B, 3> for Step {
+impl<B: KernelBackend> Backward<B, 1> for Step {
     type State = State<B>;
 
-    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let State { q, k, v, index } = ops.state;
-        let gradients = B::attention_backward(q, k, v, &index, inner(grad));
-        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
-            if let Some(parent) = parent {
-                grads.register::<B>(parent.id, gradient.into_primitive().tensor());
-            }
+        let State { rows, heads, attended, index } = ops.state;
+        if let [Some(parent)] = ops.parents {
+            let [n, width] = rows.dims();
+            let [b, h, t, k] = attended.o.dims();
+            let grad = inner::<B, 2>(grad).reshape([b, t, h, k]).swap_dims(1, 2);
+            let qkv = heads.split(rows, [b, t]);
+            let dx = B::attention_backward(qkv, attended, &index, grad).reshape([n, width]);
+            grads.register::<B>(parent.id, dx.into_primitive().tensor());
         }
     }
 }
 
+/// Attention of joined rows `[b t, (h + 2 g) k]` to rows `[b t, h k]`, and what the backward pass needs.
+pub(crate) fn of_rows<B: KernelBackend>(
+    rows: Tensor<B, 2>,
+    heads: Heads,
+    index: &AttentionIndex<B>,
+) -> (Tensor<B, 2>, Attended<B>) {
+    let [b, t] = index.query_documents.dims();
+    let [q, k, v] = heads.split(rows, [b, t]);
+    let attended = <B as KernelBackend>::attention(q, k, v, index);
+    let o = attended.o.clone().swap_dims(1, 2).reshape([b * t, heads.queries * heads.width]);
+    (o, attended)
+}
+
 pub(crate) fn tracked_forward<B: KernelBackend, C: CheckpointStrategy>(
-    q: Tensor<Autodiff<B, C>, 4>,
-    k: Tensor<Autodiff<B, C>, 4>,
-    v: Tensor<Autodiff<B, C>, 4>,
+    rows: Tensor<Autodiff<B, C>, 2>,
+    heads: Heads,
     index: &AttentionIndex<Autodiff<B, C>>,
-) -> Tensor<Autodiff<B, C>, 4> {
-    let nodes = [&q, &k, &v].map(|tensor| tensor.clone().into_primitive().tensor().node);
-    let index = index.map(Tensor::inner);
-    let (q, k, v) = (q.inner(), k.inner(), v.inner());
-    let o =
-        <B as KernelBackend>::attention(q.clone(), k.clone(), v.clone(), &index).into_primitive().tensor();
-    tracked(match Step.prepare::<C>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(prep) => prep.finish(State { q, k, v, index }, o),
+) -> Tensor<Autodiff<B, C>, 2> {
+    let node = rows.clone().into_primitive().tensor().node;
+    let (rows, index) = (rows.inner(), index.map(Tensor::inner));
+    let (o, attended) = of_rows(rows.clone(), heads, &index);
+    let o = o.into_primitive().tensor();
+    tracked(match Step.prepare::<C>([node]).compute_bound().stateful() {
+        OpsKind::Tracked(prep) => prep.finish(State { rows, heads, attended, index }, o),
         OpsKind::UnTracked(prep) => prep.finish(o),
     })
 }
@@ -184,18 +231,16 @@ mod tests {
         AttentionIndex::rows(documents, positions)
     }
 
-    fn check(heads: usize, groups: usize) {
-        let q = noisy::<Ad, 4>([2, heads, 6, 4], 1).require_grad();
-        let k = noisy::<Ad, 4>([2, groups, 6, 4], 2).require_grad();
-        let v = noisy::<Ad, 4>([2, groups, 6, 4], 3).require_grad();
-        let g = noisy::<Ad, 4>([2, heads, 6, 4], 4);
-        let ours = tracked_forward(q.clone(), k.clone(), v.clone(), &index());
-        let plain = reference(q.clone(), k.clone(), v.clone(), &index());
+    fn check(queries: usize, keys: usize) {
+        let heads = Heads { queries, keys, width: 4 };
+        let rows = noisy::<Ad, 2>([12, (queries + 2 * keys) * 4], 1).require_grad();
+        let g = noisy::<Ad, 2>([12, queries * 4], 4);
+        let ours = tracked_forward(rows.clone(), heads, &index());
+        let [q, k, v] = heads.split(rows.clone(), [2, 6]);
+        let plain = reference(q, k, v, &index()).swap_dims(1, 2).reshape([12, queries * 4]);
         close(ours.clone(), plain.clone(), 1e-6);
         let (ours, plain) = ((ours * g.clone()).sum().backward(), (plain * g).sum().backward());
-        for leaf in [&q, &k, &v] {
-            close(leaf.grad(&ours).unwrap(), leaf.grad(&plain).unwrap(), 1e-5);
-        }
+        close(rows.grad(&ours).unwrap(), rows.grad(&plain).unwrap(), 1e-5);
     }
 
     #[test]

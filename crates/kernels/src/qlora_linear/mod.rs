@@ -1,4 +1,4 @@
-//! A linear layer whose weight is frozen and whose correction is of low rank.
+//! Linear layers whose weights are frozen and whose corrections are of low rank.
 //!
 //! ```text
 //! y = x Wᵀ + s · drop(x) Aᵀ Bᵀ        x [n, in]   W [out, in]   A [r, in]   B [out, r]
@@ -11,9 +11,13 @@
 //! dB = s · gᵀ u      h = s · g B      dA = hᵀ drop(x)      dx = g W + drop'(h A)
 //! ```
 //!
-//! The backward pass keeps x and the packed weight, unpacks W again, draws the mask again, and never forms dW. The
-//! factors stay in f32 whatever the dtype of x; they are converted where they are used, and their gradients back.
+//! Layers that read the same x are one operation: their results stand side by side in one tensor `[n, Σ out]`, which
+//! is what a device multiplies fastest, and they share one mask, since the mask belongs to x. The backward pass keeps
+//! x, u and the packed weights, unpacks the weights again, draws the mask again, and never forms dW. The factors stay in f32
+//! whatever the dtype of x; they are converted where they are used, and their gradients back.
 
+
+use burn::module::AutodiffModule;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use burn_autodiff::Autodiff;
@@ -25,6 +29,16 @@ use burn_autodiff::ops::{Backward, Ops, OpsKind};
 use crate::autodiff::{inner, tracked};
 use crate::{Dropout, KernelBackend, Nf4Tensor};
 
+/// A weight `[out, in]` that gets no gradient.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "short-lived, and the larger one is the usual one")]
+pub enum FrozenWeight<B: Backend> {
+    /// As it is.
+    Dense(Tensor<B, 2>),
+    /// In four bits.
+    Nf4(Nf4Tensor<B>),
+}
+
 /// The low-rank correction of one linear layer.
 #[derive(Clone, Debug)]
 pub struct LoraTerm<B: Backend> {
@@ -34,102 +48,180 @@ pub struct LoraTerm<B: Backend> {
     pub b: Tensor<B, 2>,
     /// s, usually alpha / r.
     pub scale: f64,
-    /// Dropout of x on the way into A; none when answering.
-    pub dropout: Option<Dropout>,
 }
 
-/// Gradients of the layer.
+/// One of the layers that share an input.
+#[derive(Clone, Debug)]
+pub struct LinearPart<B: Backend> {
+    /// W.
+    pub weight: FrozenWeight<B>,
+    /// The correction, if there is one.
+    pub lora: Option<LoraTerm<B>>,
+}
+
+/// What the layers give.
+#[derive(Clone, Debug)]
+pub struct Projection<B: Backend> {
+    /// The results side by side `[n, Σ out]`, in the dtype of x.
+    pub y: Tensor<B, 2>,
+    /// `drop(x) Aᵀ` of the layers with a correction side by side `[n, Σ r]`, for the backward pass.
+    pub u: Option<Tensor<B, 2>>,
+}
+
+/// Gradients of the layers.
 #[derive(Debug)]
 pub struct Gradients<B: Backend> {
-    /// For x `[n, in]`.
-    pub x: Tensor<B, 2>,
-    /// For A and B, in f32.
-    pub factors: Option<(Tensor<B, 2>, Tensor<B, 2>)>,
+    /// For x `[n, in]`, if it was asked for.
+    pub x: Option<Tensor<B, 2>>,
+    /// For A and B of each layer with a correction, in order and in f32.
+    pub factors: Vec<[Tensor<B, 2>; 2]>,
+}
+
+/// What the backward pass asks for.
+#[derive(Clone, Debug)]
+pub struct Upstream<B: Backend> {
+    /// g `[n, Σ out]`.
+    pub grad: Tensor<B, 2>,
+    /// u, if the forward pass kept it; computed again otherwise.
+    pub u: Option<Tensor<B, 2>>,
+    /// Whether the gradient for x is wanted.
+    pub with_x: bool,
+}
+
+impl<B: Backend> FrozenWeight<B> {
+    /// `[out, in]`.
+    #[must_use]
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Dense(weight) => weight.dims(),
+            Self::Nf4(weight) => weight.dims(),
+        }
+    }
+}
+
+impl<B: KernelBackend> FrozenWeight<B> {
+    fn dense(&self, dtype: DType) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(weight) => weight.clone().cast(dtype),
+            Self::Nf4(weight) => B::nf4_dequantize(weight, dtype),
+        }
+    }
 }
 
 impl<B: Backend> LoraTerm<B> {
-    /// `s · drop(x) Aᵀ Bᵀ` in the dtype of x, as plain operations.
+    /// `s · x Aᵀ Bᵀ` in the dtype of x, as plain operations; x is what dropout left of the input.
     #[must_use]
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let dtype = x.dtype();
-        let u = self.dropped(x).matmul(self.a.clone().cast(dtype).transpose());
+        let u = x.matmul(self.a.clone().cast(dtype).transpose());
         u.matmul(self.b.clone().cast(dtype).transpose()).mul_scalar(self.scale)
     }
 
-    fn dropped(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        self.dropout.map_or(x.clone(), |dropout| dropout.apply(x))
+    /// Gradients for A and B, and for the input, given `drop(x)` and this layer's g.
+    fn backward(&self, dropped: Tensor<B, 2>, grad: Tensor<B, 2>) -> ([Tensor<B, 2>; 2], Tensor<B, 2>) {
+        let dtype = dropped.dtype();
+        let (a, b) = (self.a.clone().cast(dtype), self.b.clone().cast(dtype));
+        let u = dropped.clone().matmul(a.clone().transpose());
+        let grad = grad.mul_scalar(self.scale);
+        let db = grad.clone().transpose().matmul(u).cast(DType::F32);
+        let h = grad.matmul(b);
+        let da = h.clone().transpose().matmul(dropped).cast(DType::F32);
+        ([da, db], h.matmul(a))
     }
 }
 
-pub(crate) fn forward<B: KernelBackend>(
-    x: Tensor<B, 2>,
-    weight: &Nf4Tensor<B>,
-    lora: Option<LoraTerm<B>>,
-) -> Tensor<B, 2> {
-    let dense = B::nf4_dequantize(weight, x.dtype());
-    let y = x.clone().matmul(dense.transpose());
-    match lora {
-        Some(lora) => y + lora.forward(x),
-        None => y,
+/// `drop(x)`, or x.
+pub(crate) fn dropped<B: KernelBackend>(x: Tensor<B, 2>, dropout: Option<Dropout>) -> Tensor<B, 2> {
+    match dropout {
+        Some(dropout) => B::dropout(x, dropout),
+        None => x,
     }
+}
+
+/// The composition of plain operations.
+#[must_use]
+pub fn reference<B: KernelBackend>(
+    x: Tensor<B, 2>,
+    parts: &[LinearPart<B>],
+    dropout: Option<Dropout>,
+) -> Projection<B> {
+    let corrected = parts.iter().any(|part| part.lora.is_some());
+    let input = corrected.then(|| dropped(x.clone(), dropout));
+    let dtype = x.dtype();
+    let result = |part: &LinearPart<B>| {
+        let y = x.clone().matmul(part.weight.dense(dtype).transpose());
+        match (&part.lora, &input) {
+            (Some(lora), Some(input)) => y + lora.forward(input.clone()),
+            _ => y,
+        }
+    };
+    Projection { y: beside(parts.iter().map(result).collect()), u: None }
 }
 
 pub(crate) fn backward<B: KernelBackend>(
     x: Tensor<B, 2>,
-    weight: &Nf4Tensor<B>,
-    lora: Option<LoraTerm<B>>,
-    grad: Tensor<B, 2>,
+    parts: &[LinearPart<B>],
+    dropout: Option<Dropout>,
+    upstream: Upstream<B>,
 ) -> Gradients<B> {
     let dtype = x.dtype();
-    let dx = grad.clone().matmul(B::nf4_dequantize(weight, dtype));
-    let Some(lora) = lora else {
-        return Gradients { x: dx, factors: None };
-    };
-    let (a, b) = (lora.a.clone().cast(dtype), lora.b.clone().cast(dtype));
-    let dropped = lora.dropped(x);
-    let u = dropped.clone().matmul(a.clone().transpose());
-    let grad = grad.mul_scalar(lora.scale);
-    let db = grad.clone().transpose().matmul(u).cast(DType::F32);
-    let h = grad.matmul(b);
-    let da = h.clone().transpose().matmul(dropped).cast(DType::F32);
-    Gradients { x: dx + lora.dropped(h.matmul(a)), factors: Some((da, db)) }
+    let mut start = 0;
+    let (mut dx, mut d_dropped) = (None, None);
+    let mut factors = Vec::new();
+    let input = dropped(x, dropout);
+    for part in parts {
+        let [out, _] = part.weight.dims();
+        let grad = upstream.grad.clone().narrow(1, start, out);
+        start += out;
+        if let Some(lora) = &part.lora {
+            let (pair, part_dx) = lora.backward(input.clone(), grad.clone());
+            factors.push(pair);
+            add_to(&mut d_dropped, part_dx);
+        }
+        if upstream.with_x {
+            add_to(&mut dx, grad.matmul(part.weight.dense(dtype)));
+        }
+    }
+    if let Some(d_dropped) = d_dropped.filter(|_| upstream.with_x) {
+        add_to(&mut dx, dropped(d_dropped, dropout));
+    }
+    Gradients { x: dx, factors }
+}
+
+fn add_to<B: Backend>(sum: &mut Option<Tensor<B, 2>>, term: Tensor<B, 2>) {
+    *sum = Some(match sum.take() {
+        Some(sum) => sum + term,
+        None => term,
+    });
+}
+
+fn beside<B: Backend>(mut columns: Vec<Tensor<B, 2>>) -> Tensor<B, 2> {
+    if columns.len() == 1 { columns.remove(0) } else { Tensor::cat(columns, 1) }
 }
 
 /// What the backward pass keeps.
 #[derive(Clone, Debug)]
 struct State<B: Backend> {
     x: Tensor<B, 2>,
-    weight: Nf4Tensor<B>,
-    lora: Option<LoraTerm<B>>,
+    u: Option<Tensor<B, 2>>,
+    parts: Vec<LinearPart<B>>,
+    dropout: Option<Dropout>,
 }
 
-/// Parents: x, and A and B where there is a LoRA term.
+/// Parents: x, then A and B of each layer with a correction.
 #[derive(Debug)]
-struct Step<const WITH_LORA: bool>;
+struct Step<const PARENTS: usize>;
 
-impl<B: KernelBackend> Backward<B, 1> for Step<false> {
+impl<B: KernelBackend, const PARENTS: usize> Backward<B, PARENTS> for Step<PARENTS> {
     type State = State<B>;
 
-    fn backward(self, ops: Ops<State<B>, 1>, grads: &mut Register, _: &mut Checkpointer) {
-        let grad = grads.consume::<B>(&ops.node);
-        let State { x, weight, .. } = ops.state;
-        if let [Some(parent)] = ops.parents {
-            let gradients = B::qlora_linear_backward(x, &weight, None, inner(grad));
-            grads.register::<B>(parent.id, gradients.x.into_primitive().tensor());
-        }
-    }
-}
-
-impl<B: KernelBackend> Backward<B, 3> for Step<true> {
-    type State = State<B>;
-
-    fn backward(self, ops: Ops<State<B>, 3>, grads: &mut Register, _: &mut Checkpointer) {
-        let grad = grads.consume::<B>(&ops.node);
-        let State { x, weight, lora } = ops.state;
-        let gradients = B::qlora_linear_backward(x, &weight, lora, inner(grad));
-        let (da, db) = gradients.factors.unzip();
-        let all = [Some(gradients.x), da, db];
-        for (parent, gradient) in ops.parents.into_iter().zip(all) {
+    fn backward(self, ops: Ops<State<B>, PARENTS>, grads: &mut Register, _: &mut Checkpointer) {
+        let grad = inner(grads.consume::<B>(&ops.node));
+        let State { x, u, parts, dropout } = ops.state;
+        let with_x = ops.parents.first().is_some_and(Option::is_some);
+        let gradients = B::qlora_linear_backward(x, &parts, dropout, Upstream { grad, u, with_x });
+        let factors = gradients.factors.into_iter().flatten().map(Some);
+        for (parent, gradient) in ops.parents.into_iter().zip([gradients.x].into_iter().chain(factors)) {
             if let (Some(parent), Some(gradient)) = (parent, gradient) {
                 grads.register::<B>(parent.id, gradient.into_primitive().tensor());
             }
@@ -137,30 +229,55 @@ impl<B: KernelBackend> Backward<B, 3> for Step<true> {
     }
 }
 
+fn plain<B: KernelBackend, C: CheckpointStrategy>(part: &LinearPart<Autodiff<B, C>>) -> LinearPart<B> {
+    LinearPart {
+        weight: match &part.weight {
+            FrozenWeight::Dense(weight) => FrozenWeight::Dense(weight.clone().inner()),
+            FrozenWeight::Nf4(weight) => FrozenWeight::Nf4(weight.valid()),
+        },
+        lora: part.lora.as_ref().map(|lora| LoraTerm {
+            a: lora.a.clone().inner(),
+            b: lora.b.clone().inner(),
+            scale: lora.scale,
+        }),
+    }
+}
+
+/// The operation under autodiff. The weights get no gradient, dense ones neither.
+///
+/// # Panics
+/// With more than three layers that have a correction.
 pub(crate) fn tracked_forward<B: KernelBackend, C: CheckpointStrategy>(
     x: Tensor<Autodiff<B, C>, 2>,
-    weight: &Nf4Tensor<B>,
-    lora: Option<LoraTerm<Autodiff<B, C>>>,
+    parts: &[LinearPart<Autodiff<B, C>>],
+    dropout: Option<Dropout>,
 ) -> Tensor<Autodiff<B, C>, 2> {
-    let x_node = x.clone().into_primitive().tensor().node;
-    let plain_lora = lora.as_ref().map(|lora| LoraTerm {
-        a: lora.a.clone().inner(),
-        b: lora.b.clone().inner(),
-        scale: lora.scale,
-        dropout: lora.dropout,
-    });
-    let x = x.inner();
-    let y = B::qlora_linear(x.clone(), weight, plain_lora.clone()).into_primitive().tensor();
-    let state = || State { x, weight: weight.clone(), lora: plain_lora };
-    let Some(lora) = lora else {
-        return tracked(match Step::<false>.prepare::<C>([x_node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(state(), y),
-            OpsKind::UnTracked(prep) => prep.finish(y),
-        });
+    match parts.iter().filter(|part| part.lora.is_some()).count() {
+        0 => tracked_with::<B, C, 1>(x, parts, dropout),
+        1 => tracked_with::<B, C, 3>(x, parts, dropout),
+        2 => tracked_with::<B, C, 5>(x, parts, dropout),
+        3 => tracked_with::<B, C, 7>(x, parts, dropout),
+        more => panic!("{more} corrected layers share an input; at most three do in Llama"),
+    }
+}
+
+fn tracked_with<B: KernelBackend, C: CheckpointStrategy, const PARENTS: usize>(
+    x: Tensor<Autodiff<B, C>, 2>,
+    parts: &[LinearPart<Autodiff<B, C>>],
+    dropout: Option<Dropout>,
+) -> Tensor<Autodiff<B, C>, 2> {
+    let node = |tensor: &Tensor<Autodiff<B, C>, 2>| tensor.clone().into_primitive().tensor().node;
+    let factors = parts.iter().filter_map(|part| part.lora.as_ref()).flat_map(|lora| [&lora.a, &lora.b]);
+    let nodes = {
+        let mut leaves = [&x].into_iter().chain(factors);
+        std::array::from_fn::<_, PARENTS, _>(|_| node(leaves.next().unwrap_or(&x)))
     };
-    let [a, b] = [lora.a, lora.b].map(|factor| factor.into_primitive().tensor().node);
-    tracked(match Step::<true>.prepare::<C>([x_node, a, b]).compute_bound().stateful() {
-        OpsKind::Tracked(prep) => prep.finish(state(), y),
+    let parts = parts.iter().map(plain).collect::<Vec<_>>();
+    let x = x.inner();
+    let Projection { y, u } = B::qlora_linear(x.clone(), &parts, dropout);
+    let y = y.into_primitive().tensor();
+    tracked(match Step::<PARENTS>.prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(prep) => prep.finish(State { x, u, parts, dropout }, y),
         OpsKind::UnTracked(prep) => prep.finish(y),
     })
 }
@@ -172,36 +289,59 @@ mod tests {
     use super::*;
     use crate::testing::{Ad, close, noise, noisy};
 
-    fn check(dims: [usize; 3], rank: usize, dropout: Option<Dropout>) {
-        let [n, inner, out] = dims;
+    /// Layers with and without correction, packed and dense, on one input.
+    fn check(dims: [usize; 2], outs: &[usize], rank: usize, dropout: Option<Dropout>) {
+        let [n, inner] = dims;
         let device = Default::default();
-        let packed = Nf4Tensor::<Flex>::quantize(&noise(out * inner, 1), [out, inner], true, &device);
-        let dense = Tensor::<Ad, 2>::from_inner(Flex::nf4_dequantize(&packed, DType::F32));
-        let x = noisy::<Ad, 2>([n, inner], 2).require_grad();
-        let (a, b) = (noisy::<Ad, 2>([rank, inner], 3).require_grad(), noisy([out, rank], 4).require_grad());
-        let g = noisy::<Ad, 2>([n, out], 5);
-        let term = LoraTerm { a: a.clone(), b: b.clone(), scale: 0.7, dropout };
-        let ours = tracked_forward(x.clone(), &packed, Some(term.clone()));
-        let plain = x.clone().matmul(dense.transpose()) + term.forward(x.clone());
+        let mut leaves = vec![noisy::<Ad, 2>([n, inner], 2).require_grad()];
+        let x = leaves[0].clone();
+        let (mut parts, mut columns) = (Vec::new(), Vec::new());
+        let input = dropout.map_or(x.clone(), |dropout| dropout.apply(x.clone()));
+        for (place, &out) in outs.iter().enumerate() {
+            let seed = 10 * place as u64;
+            let packed = Nf4Tensor::<Flex>::quantize(&noise(out * inner, seed + 1), [out, inner], true, &device);
+            let dense = Tensor::<Ad, 2>::from_inner(Flex::nf4_dequantize(&packed, DType::F32));
+            let weight = if place == 1 {
+                FrozenWeight::Dense(dense.clone())
+            } else {
+                FrozenWeight::Nf4(Nf4Tensor::<Ad>::from_inner(packed))
+            };
+            let y = x.clone().matmul(dense.transpose());
+            let lora = (place != 2).then(|| LoraTerm {
+                a: noisy::<Ad, 2>([rank, inner], seed + 3).require_grad(),
+                b: noisy([out, rank], seed + 4).require_grad(),
+                scale: 0.7,
+            });
+            if let Some(lora) = &lora {
+                leaves.extend([lora.a.clone(), lora.b.clone()]);
+            }
+            columns.push(lora.as_ref().map_or(y.clone(), |lora| y + lora.forward(input.clone())));
+            parts.push(LinearPart { weight, lora });
+        }
+        let ours = Ad::qlora_linear(x, &parts, dropout).y;
+        let plain = beside(columns);
         close(ours.clone(), plain.clone(), 1e-5);
+        let g = noisy::<Ad, 2>(plain.dims(), 5);
         let (ours, plain) = ((ours * g.clone()).sum().backward(), (plain * g).sum().backward());
-        for leaf in [&x, &a, &b] {
+        for leaf in &leaves {
             close(leaf.grad(&ours).unwrap(), leaf.grad(&plain).unwrap(), 1e-4);
         }
     }
 
     #[test]
     fn gradients_equal_those_of_the_composition() {
-        check([5, 64, 32], 4, None);
-        check([3, 33, 7], 2, None);
-        check([16, 96, 48], 8, Some(Dropout { probability: 0.3, key: 9 }));
+        check([5, 64], &[32], 4, None);
+        check([3, 33], &[7, 9], 2, None);
+        check([16, 96], &[48, 16, 8, 24], 8, Some(Dropout { probability: 0.3, key: 9 }));
     }
 
     #[test]
     fn without_factors_only_the_input_has_a_gradient() {
         let packed = Nf4Tensor::<Flex>::quantize(&noise(24 * 40, 1), [24, 40], false, &Default::default());
         let x = noisy::<Ad, 2>([6, 40], 2).require_grad();
-        let grads = tracked_forward(x.clone(), &packed, None).sum().backward();
+        let weight = FrozenWeight::Nf4(Nf4Tensor::<Ad>::from_inner(packed.clone()));
+        let grads =
+            Ad::qlora_linear(x.clone(), &[LinearPart { weight, lora: None }], None).y.sum().backward();
         let ones = Tensor::<Flex, 2>::ones([6, 24], &Default::default());
         close(x.grad(&grads).unwrap(), ones.matmul(Flex::nf4_dequantize(&packed, DType::F32)), 1e-5);
     }

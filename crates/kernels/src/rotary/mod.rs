@@ -4,7 +4,8 @@
 //! y₁ = x₁ cos φ - x₂ sin φ      y₂ = x₂ cos φ + x₁ sin φ      φ[t, i] = position[t] · θ^(-2i / k)
 //! ```
 //!
-//! for x = (x₁, x₂) `[b, h, t, k]` split in the middle of k. Su et al., "RoFormer", <https://arxiv.org/abs/2104.09864>. The
+//! for the heads x = (x₁, x₂) of width k, split in the middle, that stand first in every row `[n, width]`; what follows them
+//! (the values, in joined rows of queries, keys and values) is passed on. Su et al., "RoFormer", <https://arxiv.org/abs/2104.09864>. The
 //! gradient is the rotation by -φ. Angles come from explicit positions `[b, t]`, so packed documents each start at 0.
 
 use burn::tensor::backend::Backend;
@@ -39,7 +40,7 @@ impl<B: Backend> RotaryAngles<B> {
         Self { cos: angles.clone().cos(), sin: angles.sin() }
     }
 
-    fn reversed(&self) -> Self {
+    pub(crate) fn reversed(&self) -> Self {
         Self { cos: self.cos.clone(), sin: self.sin.clone().neg() }
     }
 
@@ -52,42 +53,50 @@ impl<B: Backend> RotaryAngles<B> {
 
 /// The composition of plain operations.
 #[must_use]
-pub fn reference<B: Backend>(x: Tensor<B, 4>, angles: &RotaryAngles<B>) -> Tensor<B, 4> {
-    let dtype = x.dtype();
-    let half = x.dims()[3] / 2;
-    let cos = angles.cos.clone().cast(dtype).unsqueeze_dim::<4>(1);
-    let sin = angles.sin.clone().cast(dtype).unsqueeze_dim::<4>(1);
-    let first = x.clone().narrow(3, 0, half);
-    let second = x.narrow(3, half, half);
+pub fn reference<B: Backend>(rows: Tensor<B, 2>, angles: &RotaryAngles<B>, heads: usize) -> Tensor<B, 2> {
+    let dtype = rows.dtype();
+    let [n, width] = rows.dims();
+    let [_, _, half] = angles.cos.dims();
+    let turned = heads * 2 * half;
+    let per_head = |angles: &Tensor<B, 3>| angles.clone().cast(dtype).reshape([n, 1, half]);
+    let (cos, sin) = (per_head(&angles.cos), per_head(&angles.sin));
+    let x = rows.clone().narrow(1, 0, turned).reshape([n, heads, 2 * half]);
+    let (first, second) = (x.clone().narrow(2, 0, half), x.narrow(2, half, half));
     let turned_first = first.clone() * cos.clone() - second.clone() * sin.clone();
     let turned_second = second * cos + first * sin;
-    Tensor::cat(vec![turned_first, turned_second], 3)
+    let heads = Tensor::cat(vec![turned_first, turned_second], 2).reshape([n, turned]);
+    if turned == width {
+        return heads;
+    }
+    Tensor::cat(vec![heads, rows.narrow(1, turned, width - turned)], 1)
 }
 
 #[derive(Debug)]
 struct Step;
 
 impl<B: KernelBackend> Backward<B, 1> for Step {
-    type State = RotaryAngles<B>;
+    type State = (RotaryAngles<B>, usize);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
+        let (angles, heads) = ops.state;
         if let [Some(parent)] = ops.parents {
-            let dx = B::rotary(inner(grad), &ops.state.reversed());
+            let dx = B::rotary_backward(inner(grad), &angles, heads);
             grads.register::<B>(parent.id, dx.into_primitive().tensor());
         }
     }
 }
 
 pub(crate) fn tracked_forward<B: KernelBackend, C: CheckpointStrategy>(
-    x: Tensor<Autodiff<B, C>, 4>,
+    rows: Tensor<Autodiff<B, C>, 2>,
     angles: &RotaryAngles<Autodiff<B, C>>,
-) -> Tensor<Autodiff<B, C>, 4> {
-    let node = x.clone().into_primitive().tensor().node;
+    heads: usize,
+) -> Tensor<Autodiff<B, C>, 2> {
+    let node = rows.clone().into_primitive().tensor().node;
     let angles = angles.map(Tensor::inner);
-    let y = B::rotary(x.inner(), &angles).into_primitive().tensor();
+    let y = B::rotary(rows.inner(), &angles, heads).into_primitive().tensor();
     tracked(match Step.prepare::<C>([node]).compute_bound().stateful() {
-        OpsKind::Tracked(prep) => prep.finish(angles, y),
+        OpsKind::Tracked(prep) => prep.finish((angles, heads), y),
         OpsKind::UnTracked(prep) => prep.finish(y),
     })
 }
@@ -102,19 +111,22 @@ mod tests {
         let positions =
             Tensor::<Ad, 2, Int>::from_data([[0, 1, 2, 0, 1], [3, 4, 5, 6, 9]], &Default::default());
         let angles = RotaryAngles::new(positions, 6, 10_000.0);
-        let x = noisy::<Ad, 4>([2, 3, 5, 6], 1).require_grad();
-        let g = noisy::<Ad, 4>([2, 3, 5, 6], 2);
-        let (ours, plain) = (tracked_forward(x.clone(), &angles), reference(x.clone(), &angles));
-        close(ours.clone(), plain.clone(), 1e-6);
-        let (ours, plain) = ((ours * g.clone()).sum().backward(), (plain * g).sum().backward());
-        close(x.grad(&ours).unwrap(), x.grad(&plain).unwrap(), 1e-5);
+        for (heads, width) in [(3, 18), (2, 19)] {
+            let x = noisy::<Ad, 2>([10, width], 1).require_grad();
+            let g = noisy::<Ad, 2>([10, width], 2);
+            let (ours, plain) =
+                (tracked_forward(x.clone(), &angles, heads), reference(x.clone(), &angles, heads));
+            close(ours.clone(), plain.clone(), 1e-6);
+            let (ours, plain) = ((ours * g.clone()).sum().backward(), (plain * g).sum().backward());
+            close(x.grad(&ours).unwrap(), x.grad(&plain).unwrap(), 1e-5);
+        }
     }
 
     #[test]
     fn the_product_of_two_turned_vectors_depends_on_their_distance_only() {
         let turned = |position: i32, seed| {
             let positions = Tensor::<burn_flex::Flex, 2, Int>::from_data([[position]], &Default::default());
-            reference(noisy([1, 1, 1, 8], seed), &RotaryAngles::new(positions, 8, 10_000.0))
+            reference(noisy([1, 8], seed), &RotaryAngles::new(positions, 8, 10_000.0), 1)
         };
         let product = |p, q| (turned(p, 1) * turned(q, 2)).sum();
         close(product(7, 3), product(104, 100), 1e-4);

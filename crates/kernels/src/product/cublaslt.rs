@@ -1,0 +1,272 @@
+//! Products in cuBLASLt, on Burn's buffers and without waiting for the device.
+//!
+//! CubeCL's streams are private, so order goes through the context both share: an event behind everything that was
+//! submitted before, for which our stream waits; and one behind the product, for which everything submitted later waits
+//! (driver 12.5 and newer). What it trades: fetching a pointer is a round trip to CubeCL's device thread. What it
+//! refuses: cards whose library cannot be opened, and older drivers; Burn multiplies there.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Mutex, OnceLock};
+
+use burn::tensor::DType;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::Runtime;
+use cubecl::cuda::{CudaDevice, CudaRuntime};
+use cudarc::cublaslt::result as lt;
+use cudarc::cublaslt::sys::{
+    cublasComputeType_t, cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t,
+    cublasLtMatmulDescAttributes_t as DescAttribute, cublasLtMatmulPreferenceAttributes_t as Preference,
+    cublasLtMatrixLayout_t, cublasOperation_t, cudaDataType, is_culib_present,
+};
+use cudarc::driver::{CudaContext, result as driver, sys};
+
+use super::Product;
+use crate::device::row_stride;
+
+/// What an algorithm may use besides its operands.
+const WORKSPACE_BYTES: usize = 32 << 20;
+/// The first driver interface with events of a whole context.
+const CONTEXT_EVENTS: i32 = 12_050;
+
+/// Everything that decides which algorithm is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    dims: [usize; 3],
+    transposed: [bool; 2],
+    strides: [usize; 3],
+    dtypes: [DType; 2],
+    accumulates: bool,
+    aligned: bool,
+}
+
+/// Descriptors and the algorithm of one kind of product; they live as long as the process.
+#[derive(Clone, Copy)]
+struct Planned {
+    operation: cublasLtMatmulDesc_t,
+    a: cublasLtMatrixLayout_t,
+    b: cublasLtMatrixLayout_t,
+    c: cublasLtMatrixLayout_t,
+    algorithm: cublasLtMatmulAlgo_t,
+}
+
+/// The library on one device.
+struct Library {
+    context: std::sync::Arc<CudaContext>,
+    raw_context: sys::CUcontext,
+    stream: sys::CUstream,
+    before: sys::CUevent,
+    after: sys::CUevent,
+    handle: cublasLtHandle_t,
+    workspace: u64,
+    planned: HashMap<Key, Option<Planned>>,
+}
+
+// SAFETY: the raw handles belong to the driver and may be used from any thread, one at a time; a mutex guards them.
+unsafe impl Send for Library {}
+
+type Libraries = Mutex<HashMap<usize, Result<Library, String>>>;
+
+fn libraries() -> &'static Libraries {
+    static LIBRARIES: OnceLock<Libraries> = OnceLock::new();
+    LIBRARIES.get_or_init(Libraries::default)
+}
+
+/// Runs `job` with the device's library, which is opened first if need be.
+fn with<T>(device: &CudaDevice, job: impl FnOnce(&mut Library) -> T) -> Result<T, String> {
+    let mut all = libraries().lock().map_err(|_| "a product failed before".to_string())?;
+    let library = all.entry(device.index).or_insert_with(|| Library::open(device));
+    library.as_mut().map(job).map_err(|reason| reason.clone())
+}
+
+pub(super) fn available(device: &CudaDevice) -> Result<(), String> {
+    with(device, |_| ())
+}
+
+/// Runs a product; false if this device has no library or the library no algorithm for it.
+pub(super) fn run(product: &Product<CudaRuntime>) -> bool {
+    with(&product.c.device, |library| library.run(product)).unwrap_or(false)
+}
+
+impl Library {
+    fn open(device: &CudaDevice) -> Result<Self, String> {
+        // SAFETY: only asks whether the library can be opened.
+        if !unsafe { is_culib_present() } {
+            return Err("libcublasLt is not on the library path".into());
+        }
+        let context = CudaContext::new(device.index).map_err(|error| format!("no CUDA context: {error}"))?;
+        let version = driver_version()?;
+        if version < CONTEXT_EVENTS {
+            return Err(format!("the driver speaks CUDA {}.{}, and 12.5 is needed", version / 1000, version % 1000 / 10));
+        }
+        Self::with_context(context, device).map_err(|error| format!("cuBLASLt: {error}"))
+    }
+
+    fn with_context(
+        context: std::sync::Arc<CudaContext>,
+        device: &CudaDevice,
+    ) -> Result<Self, Box<dyn std::error::Error>> {
+        context.bind_to_thread()?;
+        let event = || driver::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        let client = CudaRuntime::client(device);
+        let workspace = client.get_resource(client.empty(WORKSPACE_BYTES))?;
+        let pointer = workspace.resource().ptr;
+        // The workspace stays allocated for the life of the process.
+        std::mem::forget(workspace);
+        Ok(Self {
+            raw_context: context.cu_ctx(),
+            stream: driver::stream::create(driver::stream::StreamKind::NonBlocking)?,
+            before: event()?,
+            after: event()?,
+            handle: lt::create_handle()?,
+            workspace: pointer,
+            planned: HashMap::new(),
+            context,
+        })
+    }
+
+    fn run(&mut self, product: &Product<CudaRuntime>) -> bool {
+        let operands = [&product.a, &product.b, &product.c];
+        let Some(strides) = strides(operands) else { return false };
+        let resources = operands.map(|x| x.client.get_resource(x.handle.clone()));
+        let [Ok(a), Ok(b), Ok(c)] = resources else { return false };
+        let pointers = [&a, &b, &c].map(|resource| resource.resource().ptr);
+        let key = Key {
+            dims: product.dims(),
+            transposed: [product.a_transposed, product.b_transposed],
+            strides,
+            dtypes: [product.a.dtype, product.c.dtype],
+            accumulates: product.beta != 0.0,
+            aligned: pointers.iter().all(|pointer| pointer.is_multiple_of(256)),
+        };
+        if !pointers.iter().all(|pointer| pointer.is_multiple_of(16)) {
+            return false;
+        }
+        let handle = self.handle;
+        let planned = self.planned.entry(key).or_insert_with(|| plan(handle, &key).ok());
+        match *planned {
+            Some(planned) => self.submit(&planned, pointers, product).is_ok(),
+            None => false,
+        }
+    }
+
+    /// Puts the product between what was submitted before and what will be.
+    fn submit(
+        &self,
+        planned: &Planned,
+        [a, b, c]: [u64; 3],
+        product: &Product<CudaRuntime>,
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        self.context.bind_to_thread()?;
+        let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        let (alpha, beta) = (product.alpha, product.beta);
+        // SAFETY: the context, events and stream are this library's own and alive. The pointers come from CubeCL's
+        // allocator for tensors that the caller holds until this returns, and whose memory is given to others only
+        // behind `after`. Layouts were made from the tensors' shapes and strides, so the library stays inside them. It
+        // reads row-major matrices as their transposes, hence b before a.
+        unsafe {
+            sys::cuCtxRecordEvent(self.raw_context, self.before).result()?;
+            driver::stream::wait_event(self.stream, self.before, wait)?;
+            lt::matmul(
+                self.handle,
+                planned.operation,
+                (&raw const alpha).cast::<c_void>(),
+                (&raw const beta).cast::<c_void>(),
+                b as *const c_void,
+                planned.b,
+                a as *const c_void,
+                planned.a,
+                c as *const c_void,
+                planned.c,
+                c as *mut c_void,
+                planned.c,
+                &raw const planned.algorithm,
+                self.workspace as *mut c_void,
+                WORKSPACE_BYTES,
+                self.stream.cast(),
+            )?;
+            driver::event::record(self.after, self.stream)?;
+            sys::cuCtxWaitEvent(self.raw_context, self.after).result()?;
+        }
+        Ok(())
+    }
+}
+
+fn driver_version() -> Result<i32, String> {
+    let mut version = 0;
+    // SAFETY: the driver writes one integer to a place that is alive.
+    let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    status.result().map(|()| version).map_err(|error| format!("no CUDA driver: {error}"))
+}
+
+fn strides(operands: [&CubeTensor<CudaRuntime>; 3]) -> Option<[usize; 3]> {
+    let [a, b, c] = operands.map(row_stride);
+    Some([a?, b?, c?])
+}
+
+fn data_type(dtype: DType) -> Option<cudaDataType> {
+    match dtype {
+        DType::F32 => Some(cudaDataType::CUDA_R_32F),
+        DType::F16 => Some(cudaDataType::CUDA_R_16F),
+        DType::BF16 => Some(cudaDataType::CUDA_R_16BF),
+        _ => None,
+    }
+}
+
+/// Asks the library for its best algorithm. Sums are taken in f32.
+fn plan(handle: cublasLtHandle_t, key: &Key) -> Result<Planned, lt::CublasError> {
+    use cudarc::cublaslt::sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED;
+    let unsupported = lt::CublasError(CUBLAS_STATUS_NOT_SUPPORTED);
+    let [factor, result] = key.dtypes.map(data_type);
+    let (factor, result) = (factor.ok_or(unsupported)?, result.ok_or(unsupported)?);
+    let [m, n, k] = key.dims.map(|dim| dim as u64);
+    let [a_transposed, b_transposed] = key.transposed;
+    let [a_stride, b_stride, c_stride] = key.strides.map(|stride| stride as i64);
+    let operation =
+        lt::create_matmul_desc(cublasComputeType_t::CUBLAS_COMPUTE_32F, cudaDataType::CUDA_R_32F)?;
+    let turned = |transposed| {
+        if transposed { cublasOperation_t::CUBLAS_OP_T } else { cublasOperation_t::CUBLAS_OP_N }
+    };
+    let layout = |dtype, transposed, rows, columns, stride| {
+        // Row-major [rows, columns] is column-major [columns, rows].
+        let (rows, columns) = if transposed { (columns, rows) } else { (rows, columns) };
+        lt::create_matrix_layout(dtype, columns, rows, stride)
+    };
+    let a = layout(factor, a_transposed, m, k, a_stride)?;
+    let b = layout(factor, b_transposed, k, n, b_stride)?;
+    let c = layout(result, false, m, n, c_stride)?;
+    let attributes = [
+        (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA, turned(b_transposed)),
+        (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSB, turned(a_transposed)),
+    ];
+    let workspace = WORKSPACE_BYTES;
+    let alignment: u32 = if key.aligned { 256 } else { 16 };
+    let preference = lt::create_matmul_pref()?;
+    // SAFETY: descriptor and preference were just made; each attribute is read from a live variable of its size.
+    let found = unsafe {
+        for (attribute, value) in attributes {
+            let size = size_of::<cublasOperation_t>();
+            lt::set_matmul_desc_attribute(operation, attribute, (&raw const value).cast(), size)?;
+        }
+        let bytes = (&raw const workspace).cast();
+        lt::set_matmul_pref_attribute(
+            preference,
+            Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            bytes,
+            size_of::<usize>(),
+        )?;
+        for attribute in [
+            Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        ] {
+            let bytes = (&raw const alignment).cast();
+            lt::set_matmul_pref_attribute(preference, attribute, bytes, size_of::<u32>())?;
+        }
+        let found = lt::get_matmul_algo_heuristic(handle, operation, b, a, c, c, preference);
+        lt::destroy_matmul_pref(preference)?;
+        found?
+    };
+    Ok(Planned { operation, a, b, c, algorithm: found.algo })
+}
