@@ -40,7 +40,7 @@ struct Args {
     #[command(flatten)]
     answer: AnswerArgs,
     /// Device to train on
-    #[arg(long, default_value = "cpu")]
+    #[arg(long, default_value_t, hide_default_value = true)]
     device: Device,
     /// Measure the loss on held-out clues so many times during the run; the best adapter is kept
     #[arg(long, value_name = "N", default_value_t = 4)]

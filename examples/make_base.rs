@@ -32,7 +32,7 @@ struct Args {
     #[arg(long, value_name = "DIR", default_value = "datasets/tiny-llama")]
     out: PathBuf,
     /// Device to train on
-    #[arg(long, default_value = "cpu")]
+    #[arg(long, default_value_t, hide_default_value = true)]
     device: Device,
     /// Passes over the statements
     #[arg(long, value_name = "N", default_value_t = 40.0)]

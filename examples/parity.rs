@@ -30,7 +30,7 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     golden: PathBuf,
     /// Device to check
-    #[arg(long, default_value = "cpu")]
+    #[arg(long, default_value_t, hide_default_value = true)]
     device: Device,
     /// Folder for report.json
     #[arg(long, value_name = "DIR")]

@@ -40,6 +40,29 @@ pub struct WriteError {
     pub source: std::io::Error,
 }
 
+/// What stops a bench.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The clue file.
+    #[error(transparent)]
+    Data(#[from] buzzer::data::DataError),
+    /// The tokenizer.
+    #[error(transparent)]
+    Text(#[from] buzzer::text::TextError),
+    /// A training step.
+    #[error(transparent)]
+    Train(#[from] buzzer::train::TrainError),
+    /// The results.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The workspace.
+    #[error("the workspace's root: {0}; run the program itself instead of through cargo")]
+    Root(std::io::Error),
+    /// The device.
+    #[error("the device stopped: {0}; run again with a smaller --batch or --seq if memory ran out")]
+    Device(String),
+}
+
 /// Writes rows as one JSON array.
 ///
 /// # Errors

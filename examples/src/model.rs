@@ -44,8 +44,8 @@ pub struct AnswererArgs {
     /// Prompt: question, category or chat
     #[arg(long, default_value = "question")]
     pub template: Template,
-    /// Device to run on
-    #[arg(long, default_value = "cpu")]
+    /// Device to run on: cpu, cuda, cuda:N or wgpu, as far as they are built in [default: the best one here]
+    #[arg(long, default_value_t, hide_default_value = true)]
     pub device: Device,
     /// Folder for report.json
     #[arg(long, value_name = "DIR")]

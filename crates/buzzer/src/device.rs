@@ -10,12 +10,17 @@ use burn_flex::{Flex, FlexDevice};
 use buzzer_kernels::KernelBackend;
 
 /// A device of this build.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Device {
     /// The processor, through Burn's `flex`.
-    #[default]
     Cpu,
+    /// An NVIDIA card, by its number.
+    #[cfg(feature = "cuda")]
+    Cuda(usize),
+    /// The first adapter that Vulkan, Metal or WebGPU offers; f32 only.
+    #[cfg(feature = "wgpu")]
+    Wgpu,
 }
 
 /// Work that runs on any backend.
@@ -31,11 +36,31 @@ pub trait DeviceJob {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
     /// A known device that this build lacks.
-    #[error("--device {0}: this build has no {0} engine yet; use --device cpu")]
+    #[error("--device {0}: not part of this build; build with --features {0}, or use one of: {built}", built = BUILT)]
     NotBuilt(&'static str),
     /// No device has this name.
-    #[error("--device {0}: no such device; use cpu")]
+    #[error("--device {0}: no such device; use one of: {built}", built = BUILT)]
     Unknown(String),
+}
+
+/// The devices of this build, for messages.
+const BUILT: &str = match (cfg!(feature = "cuda"), cfg!(feature = "wgpu")) {
+    (false, false) => "cpu",
+    (true, false) => "cpu, cuda, cuda:N",
+    (false, true) => "cpu, wgpu",
+    (true, true) => "cpu, cuda, cuda:N, wgpu",
+};
+
+impl Default for Device {
+    /// The best one: a CUDA card if it is built in and there is one, else the processor. `wgpu` is taken by name only,
+    /// because software adapters exist.
+    fn default() -> Self {
+        #[cfg(feature = "cuda")]
+        if buzzer_kernels::cuda_cards() > 0 {
+            return Self::Cuda(0);
+        }
+        Self::Cpu
+    }
 }
 
 impl Device {
@@ -43,15 +68,26 @@ impl Device {
     pub fn run<J: DeviceJob>(self, job: J) -> J::Output {
         match self {
             Self::Cpu => job.run::<Flex>(&FlexDevice),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(index) => {
+                buzzer_kernels::reserve_by_exact_size();
+                job.run::<buzzer_kernels::Cuda>(&buzzer_kernels::CudaDevice::new(index))
+            }
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => job.run::<buzzer_kernels::Wgpu>(&buzzer_kernels::WgpuDevice::DefaultDevice),
         }
     }
 }
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Cpu => "cpu",
-        })
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => f.write_str("wgpu"),
+        }
     }
 }
 
@@ -59,11 +95,21 @@ impl FromStr for Device {
     type Err = DeviceError;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
-        match name.split(':').next().unwrap_or_default() {
-            "cpu" if name == "cpu" => Ok(Self::Cpu),
-            "cuda" => Err(DeviceError::NotBuilt("cuda")),
-            "wgpu" => Err(DeviceError::NotBuilt("wgpu")),
-            _ => Err(DeviceError::Unknown(name.to_owned())),
+        let unknown = || DeviceError::Unknown(name.to_owned());
+        let (kind, number) = name.split_once(':').unwrap_or((name, ""));
+        match (kind, number) {
+            ("cpu", "") => Ok(Self::Cpu),
+            #[cfg(feature = "cuda")]
+            ("cuda", "") => Ok(Self::Cuda(0)),
+            #[cfg(feature = "cuda")]
+            ("cuda", number) => number.parse().map(Self::Cuda).map_err(|_| unknown()),
+            #[cfg(feature = "wgpu")]
+            ("wgpu", "") => Ok(Self::Wgpu),
+            #[cfg(not(feature = "cuda"))]
+            ("cuda", _) => Err(DeviceError::NotBuilt("cuda")),
+            #[cfg(not(feature = "wgpu"))]
+            ("wgpu", "") => Err(DeviceError::NotBuilt("wgpu")),
+            _ => Err(unknown()),
         }
     }
 }
@@ -75,8 +121,13 @@ mod tests {
     #[test]
     fn names_are_read_and_missing_engines_named() {
         assert_eq!("cpu".parse(), Ok(Device::Cpu));
-        assert_eq!(Device::default().to_string(), "cpu");
-        assert_eq!("cuda:1".parse::<Device>(), Err(DeviceError::NotBuilt("cuda")));
         assert!("tpu".parse::<Device>().unwrap_err().to_string().contains("tpu"));
+        assert!("cpu:1".parse::<Device>().is_err());
+        for name in ["cuda:1", "wgpu"] {
+            match name.parse::<Device>() {
+                Ok(device) => assert_eq!(device.to_string(), name),
+                Err(error) => assert!(error.to_string().contains("--features"), "{error}"),
+            }
+        }
     }
 }

@@ -9,7 +9,7 @@ use burn_flex::Flex;
 
 use crate::nf4::Nf4Tensor;
 use crate::{
-    AdamW, AdamWState, Attended, AttentionIndex, CrossEntropyGradient, Dropout, Heads, LinearPart, Projection,
+    AdamW, AdamWState, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout, Heads, LinearPart, Projection,
     RotaryAngles, adamw, attention, cross_entropy, nf4, qlora_linear, rms_norm, rotary, swiglu,
 };
 
@@ -18,9 +18,28 @@ use crate::{
 /// Methods named `*_backward` are the vector-Jacobian products of the method they are named after. They are what
 /// `Autodiff` calls, and are not differentiable themselves.
 pub trait KernelBackend: Backend {
+    /// The card behind a device; `None` for the processor.
+    fn card(device: &Self::Device) -> Option<Card> {
+        let _ = device;
+        None
+    }
+
+    /// What the device's allocator holds; `None` where the process's memory is used.
+    fn allocated(device: &Self::Device) -> Option<Allocated> {
+        let _ = device;
+        None
+    }
+
     /// Dense weight `[out, in]` of a packed one; see [`nf4`].
     fn nf4_dequantize(weight: &Nf4Tensor<Self>, dtype: DType) -> Tensor<Self, 2> {
         nf4::reference(weight, dtype)
+    }
+
+    /// A dense weight `[out, in]` packed, by the rule of [`nf4::quantize`]; the default goes through the host.
+    fn nf4_quantize(dense: Tensor<Self, 2>, double: bool) -> Nf4Tensor<Self> {
+        let (dims, device) = (dense.dims(), dense.device());
+        let values = dense.cast(DType::F32).into_data().iter::<f32>().collect::<Vec<_>>();
+        Nf4Tensor::quantize(&values, dims, double, &device)
     }
 
     /// `drop(x)` of rows `[n, d]`; see [`Dropout`].

@@ -21,6 +21,13 @@ pub mod swiglu;
 
 mod autodiff;
 mod backend;
+mod card;
+#[cfg(feature = "cubecl")]
+mod cube;
+#[cfg(feature = "cubecl")]
+mod device;
+#[cfg(feature = "cubecl")]
+mod product;
 #[cfg(test)]
 mod testing;
 
@@ -34,3 +41,35 @@ pub use rotary::RotaryAngles;
 
 pub use autodiff::seeded;
 pub use backend::KernelBackend;
+#[cfg(feature = "cuda")]
+pub use card::cuda_cards;
+pub use card::{Allocated, Card};
+#[cfg(feature = "cuda")]
+pub use cubecl::cuda::CudaDevice;
+#[cfg(feature = "wgpu")]
+pub use cubecl::wgpu::WgpuDevice;
+#[cfg(feature = "cubecl")]
+pub use device::Cube;
+#[cfg(feature = "cubecl")]
+pub use product::ProductRuntime;
+
+/// Burn's CUDA backend without `fusion`.
+#[cfg(feature = "cuda")]
+pub type Cuda = Cube<cubecl::cuda::CudaRuntime>;
+
+/// Burn's backend for Vulkan, Metal and WebGPU, without `fusion`.
+#[cfg(feature = "wgpu")]
+pub type Wgpu = Cube<cubecl::wgpu::WgpuRuntime>;
+
+/// Makes the allocators of devices that are opened from now on reuse memory by exact size, and never cut it in pieces.
+///
+/// A training step asks for the same sizes every time, so what it takes from the card is what it needs, and stays the
+/// same from step to step. CubeCL's default takes pages of up to a quarter of the card instead. Does nothing if CubeCL's
+/// configuration was read or set before.
+#[cfg(feature = "cubecl")]
+pub fn reserve_by_exact_size() {
+    use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig, memory::PersistentMemory};
+    let mut config = CubeClRuntimeConfig::default();
+    config.memory.persistent_memory = PersistentMemory::Enforced;
+    CubeClRuntimeConfig::storage().lock().get_or_insert_with(|| config.into());
+}

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Distribution, Int, Tensor, TensorData};
 use buzzer_kernels::{AttentionIndex, Dropout, KernelBackend, RotaryAngles};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -131,6 +131,34 @@ impl<B: Backend> Llama<B> {
 }
 
 impl<B: KernelBackend> Llama<B> {
+    /// A model for measurements: linears of random values (normal, σ 0.02) packed in four bits with doubly quantized
+    /// scales, one at a time, and tables and norms in `dtype`. Which values they are depends on the backend.
+    #[must_use]
+    pub fn random_frozen(config: &LlamaConfig, dtype: DType, device: &B::Device) -> Self {
+        let normal = |dims: [usize; 2]| {
+            Tensor::<B, 2>::random(dims, Distribution::Normal(0.0, 0.02), (device, DType::F32))
+        };
+        let frozen = |tensor: Tensor<B, 2>| Param::from_tensor(tensor.cast(dtype)).set_require_grad(false);
+        let ones = || {
+            let ones = Tensor::ones([config.hidden_size], (device, dtype));
+            Param::from_tensor(ones).set_require_grad(false)
+        };
+        let block = || {
+            let weight = |target| {
+                let dense = normal(config.linear_shape(target));
+                Ok::<_, Infallible>(Weight::Nf4(B::nf4_quantize(dense, true)))
+            };
+            match Block::build(config, ones(), ones(), weight) {
+                Ok(block) => block,
+                Err(never) => match never {},
+            }
+        };
+        let table = [config.vocab_size, config.hidden_size];
+        let blocks = (0..config.num_hidden_layers).map(|_| block()).collect();
+        let head = (!config.tie_word_embeddings).then(|| frozen(normal(table)));
+        Self::new(config, frozen(normal(table)), blocks, ones(), head)
+    }
+
     /// Token ids `[b, t]` to the residual stream `[b t, d]`.
     #[must_use]
     pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 2> {

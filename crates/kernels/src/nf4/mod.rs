@@ -14,6 +14,8 @@
 //! written.
 
 mod codebook;
+#[cfg(feature = "cubecl")]
+pub(crate) mod cube;
 mod host;
 
 use burn::module::{Module, Param, ParamId};

@@ -10,22 +10,22 @@ use std::ffi::c_void;
 use std::sync::{Mutex, OnceLock};
 
 use burn::tensor::DType;
-use burn_cubecl::tensor::CubeTensor;
 use cubecl::Runtime;
 use cubecl::cuda::{CudaDevice, CudaRuntime};
 use cudarc::cublaslt::result as lt;
 use cudarc::cublaslt::sys::{
     cublasComputeType_t, cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t,
     cublasLtMatmulDescAttributes_t as DescAttribute, cublasLtMatmulPreferenceAttributes_t as Preference,
-    cublasLtMatrixLayout_t, cublasOperation_t, cudaDataType, is_culib_present,
+    cublasLtMatrixLayout_t, cudaDataType, is_culib_present,
 };
 use cudarc::driver::{CudaContext, result as driver, sys};
 
 use super::Product;
-use crate::device::row_stride;
 
 /// What an algorithm may use besides its operands.
 const WORKSPACE_BYTES: usize = 32 << 20;
+/// cuBLAS's numbers for a matrix as it is and for its transpose.
+const OPERATIONS: [i32; 2] = [0, 1];
 /// The first driver interface with events of a whole context.
 const CONTEXT_EVENTS: i32 = 12_050;
 
@@ -85,7 +85,7 @@ pub(super) fn available(device: &CudaDevice) -> Result<(), String> {
 
 /// Runs a product; false if this device has no library or the library no algorithm for it.
 pub(super) fn run(product: &Product<CudaRuntime>) -> bool {
-    with(&product.c.device, |library| library.run(product)).unwrap_or(false)
+    with(&product.c.tensor.device, |library| library.run(product)).unwrap_or(false)
 }
 
 impl Library {
@@ -127,21 +127,23 @@ impl Library {
 
     fn run(&mut self, product: &Product<CudaRuntime>) -> bool {
         let operands = [&product.a, &product.b, &product.c];
-        let Some(strides) = strides(operands) else { return false };
-        let resources = operands.map(|x| x.client.get_resource(x.handle.clone()));
+        let resources = operands.map(|x| x.tensor.client.get_resource(x.tensor.handle.clone()));
         let [Ok(a), Ok(b), Ok(c)] = resources else { return false };
-        let pointers = [&a, &b, &c].map(|resource| resource.resource().ptr);
-        let key = Key {
-            dims: product.dims(),
-            transposed: [product.a_transposed, product.b_transposed],
-            strides,
-            dtypes: [product.a.dtype, product.c.dtype],
-            accumulates: product.beta != 0.0,
-            aligned: pointers.iter().all(|pointer| pointer.is_multiple_of(256)),
-        };
+        let mut pointers = [&a, &b, &c].map(|resource| resource.resource().ptr);
+        for (pointer, operand) in pointers.iter_mut().zip(operands) {
+            *pointer += (operand.offset * operand.dtype().size()) as u64;
+        }
         if !pointers.iter().all(|pointer| pointer.is_multiple_of(16)) {
             return false;
         }
+        let key = Key {
+            dims: product.dims(),
+            transposed: [product.a.transposed, product.b.transposed],
+            strides: operands.map(crate::device::Matrix::row_stride),
+            dtypes: [product.a.dtype(), product.c.dtype()],
+            accumulates: product.beta != 0.0,
+            aligned: pointers.iter().all(|pointer| pointer.is_multiple_of(256)),
+        };
         let handle = self.handle;
         let planned = self.planned.entry(key).or_insert_with(|| plan(handle, &key).ok());
         match *planned {
@@ -192,16 +194,11 @@ impl Library {
     }
 }
 
-fn driver_version() -> Result<i32, String> {
+pub(super) fn driver_version() -> Result<i32, String> {
     let mut version = 0;
     // SAFETY: the driver writes one integer to a place that is alive.
     let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
     status.result().map(|()| version).map_err(|error| format!("no CUDA driver: {error}"))
-}
-
-fn strides(operands: [&CubeTensor<CudaRuntime>; 3]) -> Option<[usize; 3]> {
-    let [a, b, c] = operands.map(row_stride);
-    Some([a?, b?, c?])
 }
 
 fn data_type(dtype: DType) -> Option<cudaDataType> {
@@ -224,9 +221,7 @@ fn plan(handle: cublasLtHandle_t, key: &Key) -> Result<Planned, lt::CublasError>
     let [a_stride, b_stride, c_stride] = key.strides.map(|stride| stride as i64);
     let operation =
         lt::create_matmul_desc(cublasComputeType_t::CUBLAS_COMPUTE_32F, cudaDataType::CUDA_R_32F)?;
-    let turned = |transposed| {
-        if transposed { cublasOperation_t::CUBLAS_OP_T } else { cublasOperation_t::CUBLAS_OP_N }
-    };
+    let turned = |transposed| OPERATIONS[usize::from(transposed)];
     let layout = |dtype, transposed, rows, columns, stride| {
         // Row-major [rows, columns] is column-major [columns, rows].
         let (rows, columns) = if transposed { (columns, rows) } else { (rows, columns) };
@@ -245,7 +240,7 @@ fn plan(handle: cublasLtHandle_t, key: &Key) -> Result<Planned, lt::CublasError>
     // SAFETY: descriptor and preference were just made; each attribute is read from a live variable of its size.
     let found = unsafe {
         for (attribute, value) in attributes {
-            let size = size_of::<cublasOperation_t>();
+            let size = size_of::<i32>();
             lt::set_matmul_desc_attribute(operation, attribute, (&raw const value).cast(), size)?;
         }
         let bytes = (&raw const workspace).cast();

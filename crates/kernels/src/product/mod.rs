@@ -1,7 +1,7 @@
 //! Matrix products of device tensors, into a place that exists already.
 //!
 //! ```text
-//! c ← α · op(a) op(b) + β · c          op(x) = x or xᵀ;  all row-major, rows may lie further apart than they are long
+//! c ← α · a b + β · c          a [m, k]   b [k, n]   c [m, n], each a part of a row-major tensor or its transpose
 //! ```
 //!
 //! A runtime with a vendor library runs it there; others multiply with Burn and write the result into its place with one
@@ -11,26 +11,23 @@
 #[cfg(feature = "cuda")]
 mod cublaslt;
 
-use burn::tensor::{DType, Shape};
+use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use crate::device::{contiguous, row_stride, slice_rows};
+use crate::Card;
+use crate::device::{Matrix, uninitialized};
 
 /// One product.
 pub(crate) struct Product<R: CubeRuntime> {
-    /// `[m, k]`, or `[k, m]` if transposed.
-    pub(crate) a: CubeTensor<R>,
-    /// Whether a is taken as its transpose.
-    pub(crate) a_transposed: bool,
-    /// `[k, n]`, or `[n, k]` if transposed; the dtype of a.
-    pub(crate) b: CubeTensor<R>,
-    /// Whether b is taken as its transpose.
-    pub(crate) b_transposed: bool,
-    /// `[m, n]`, in the dtype of a or in f32.
-    pub(crate) c: CubeTensor<R>,
+    /// a.
+    pub(crate) a: Matrix<R>,
+    /// b, in the dtype of a.
+    pub(crate) b: Matrix<R>,
+    /// c, not transposed, in the dtype of a or in f32.
+    pub(crate) c: Matrix<R>,
     /// α.
     pub(crate) alpha: f32,
     /// β.
@@ -40,136 +37,132 @@ pub(crate) struct Product<R: CubeRuntime> {
 impl<R: CubeRuntime> Product<R> {
     /// `[m, n, k]`.
     fn dims(&self) -> [usize; 3] {
-        let dims = |tensor: &CubeTensor<R>| [tensor.meta.shape()[0], tensor.meta.shape()[1]];
-        let ([a_rows, a_columns], [b_rows, b_columns]) = (dims(&self.a), dims(&self.b));
-        let (m, k) = if self.a_transposed { (a_columns, a_rows) } else { (a_rows, a_columns) };
-        let (b_k, n) = if self.b_transposed { (b_columns, b_rows) } else { (b_rows, b_columns) };
+        let ([m, k], [b_k, n]) = (self.a.shape(), self.b.shape());
         assert_eq!(k, b_k, "both factors have the same inner dimension");
-        assert_eq!([m, n], dims(&self.c), "the result has the product's shape");
+        assert_eq!([m, n], self.c.shape(), "the result has the product's shape");
         [m, n, k]
     }
 }
 
 /// A runtime and the library that multiplies for it.
+#[allow(private_interfaces, reason = "implemented in this crate only")]
 pub trait ProductRuntime: CubeRuntime {
-    /// Whether large products go to a vendor library on this device; if not, why.
+    /// The card behind a device.
+    fn card(device: &Self::Device) -> Card;
+
+    /// Whether large products go to a vendor library on this device.
     ///
     /// # Errors
-    /// With the reason, for a program to print.
+    /// With the reason why they do not, for a program to print.
     fn vendor_products(device: &Self::Device) -> Result<(), String>;
 
     /// Runs the product in the vendor's library if there is one; says whether it did.
     #[doc(hidden)]
-    #[allow(private_interfaces, reason = "implemented in this crate only")]
     fn vendor_product(product: &Product<Self>) -> bool;
 }
 
 #[cfg(feature = "wgpu")]
+#[allow(private_interfaces, reason = "implemented in this crate only")]
 impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
+    fn card(device: &Self::Device) -> Card {
+        Card {
+            name: format!("{device:?}"),
+            compute_capability: None,
+            memory_bytes: None,
+            free_bytes: None,
+            driver: None,
+            without_library: None,
+        }
+    }
+
     fn vendor_products(_: &Self::Device) -> Result<(), String> {
         Err("this runtime has none".into())
     }
 
-    #[allow(private_interfaces, reason = "implemented in this crate only")]
     fn vendor_product(_: &Product<Self>) -> bool {
         false
     }
 }
 
 #[cfg(feature = "cuda")]
+#[allow(private_interfaces, reason = "implemented in this crate only")]
 impl ProductRuntime for cubecl::cuda::CudaRuntime {
+    fn card(device: &Self::Device) -> Card {
+        Card {
+            driver: cublaslt::driver_version().ok().and_then(|version| u32::try_from(version).ok()),
+            without_library: cublaslt::available(device).err(),
+            ..crate::card::cuda(device.index)
+        }
+    }
+
     fn vendor_products(device: &Self::Device) -> Result<(), String> {
         cublaslt::available(device)
     }
 
-    #[allow(private_interfaces, reason = "implemented in this crate only")]
     fn vendor_product(product: &Product<Self>) -> bool {
         cublaslt::run(product)
     }
 }
 
 /// Runs the product.
-pub(crate) fn run<R: ProductRuntime>(mut product: Product<R>) {
-    for factor in [&mut product.a, &mut product.b] {
-        if row_stride(factor).is_none() {
-            *factor = into_contiguous(factor.clone());
-        }
-    }
+pub(crate) fn run<R: ProductRuntime>(product: Product<R>) {
+    let [m, n, _] = product.dims();
     if R::vendor_product(&product) {
         return;
     }
-    let [m, n, _] = product.dims();
-    let Product { a, a_transposed, b, b_transposed, c, alpha, beta } = product;
-    let turned = |x: CubeTensor<R>, transposed| if transposed { transpose(x) } else { x };
-    let out_dtype = a.dtype;
-    let result = burn_cubecl::kernel::matmul::matmul(
-        turned(a, a_transposed),
-        turned(b, b_transposed),
-        None,
-        Default::default(),
-        out_dtype,
-    );
-    match result {
-        Ok(result) => place(result, c, [m, n], alpha, beta),
+    let Product { a, b, c, alpha, beta } = product;
+    let dtype = a.dtype();
+    match burn_cubecl::kernel::matmul::matmul(a.part(), b.part(), None, Default::default(), dtype) {
+        Ok(result) => place(result, &c, alpha, beta),
         Err(error) => panic!("Burn's product [{m}, {n}] cannot be launched on this device: {error:?}"),
     }
 }
 
-/// `op(a) op(b)` as a new tensor `[m, n]` of the given dtype.
+/// `α · a b` as a new tensor `[m, n]` of the given dtype.
 pub(crate) fn new<R: ProductRuntime>(
-    [a, b]: [CubeTensor<R>; 2],
-    [a_transposed, b_transposed]: [bool; 2],
+    a: &Matrix<R>,
+    b: &Matrix<R>,
     alpha: f32,
     dtype: DType,
 ) -> CubeTensor<R> {
-    let m = a.meta.shape()[usize::from(a_transposed)];
-    let n = b.meta.shape()[usize::from(!b_transposed)];
-    let c = contiguous(&a, [m, n], dtype);
-    run(Product { a, a_transposed, b, b_transposed, c: c.clone(), alpha, beta: 0.0 });
+    let c = uninitialized(&a.tensor, [a.shape()[0], b.shape()[1]], dtype);
+    run(Product { a: a.clone(), b: b.clone(), c: Matrix::new(c.clone()), alpha, beta: 0.0 });
     c
 }
 
-fn transpose<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
-    burn_cubecl::ops::swap_dims(x, 0, 1)
-}
-
 /// `c ← α · result + β · c`.
-fn place<R: CubeRuntime>(
-    result: CubeTensor<R>,
-    c: CubeTensor<R>,
-    [m, n]: [usize; 2],
-    alpha: f32,
-    beta: f32,
-) {
-    let result = into_contiguous(cast(result, c.dtype));
-    let stride = row_stride(&c).unwrap_or(n);
-    let client = c.client.clone();
-    let dtype = c.dtype.into();
-    let (length, cube_dim) = (m * n, CubeDim::new_1d(256));
-    let cubes = CubeCount::Static((length as u32).div_ceil(256), 1, 1);
-    let target = slice_rows(&c, stride, m);
-    // SAFETY: every thread below m n reads element i of a contiguous tensor of m n elements and writes row i / n,
-    // column i % n of a buffer of m rows that lie `stride` apart.
+pub(crate) fn place<R: CubeRuntime>(result: CubeTensor<R>, c: &Matrix<R>, alpha: f32, beta: f32) {
+    let result = into_contiguous(cast(result, c.dtype()));
+    let [m, n] = c.dims;
+    let client = result.client.clone();
+    let target = c.tensor.handle.clone();
+    let length = target.size_in_used() as usize / c.dtype().size();
+    let cubes = CubeCount::Static(((m * n) as u32).div_ceil(256), 1, 1);
+    // SAFETY: every thread below m n reads element i of a contiguous tensor of m n elements, and writes element
+    // offset + (i / n) · stride + i % n of the buffer that the part lies in.
     unsafe {
         place_kernel::launch_unchecked::<R>(
             &client,
             cubes,
-            cube_dim,
+            CubeDim::new_1d(256),
             result.into_array_arg(),
-            target,
+            ArrayArg::from_raw_parts(target, length),
+            c.offset,
             n,
-            stride,
+            c.row_stride(),
             alpha,
             beta,
-            dtype,
+            c.dtype().into(),
         );
     }
 }
 
 #[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments, reason = "a kernel has no other way to take them")]
 fn place_kernel<F: Float>(
     result: &Array<F>,
     c: &mut Array<F>,
+    offset: usize,
     n: usize,
     stride: usize,
     alpha: f32,
@@ -177,7 +170,7 @@ fn place_kernel<F: Float>(
     #[define(F)] _dtype: StorageType,
 ) {
     if ABSOLUTE_POS < result.len() {
-        let place = (ABSOLUTE_POS / n) * stride + ABSOLUTE_POS % n;
+        let place = offset + (ABSOLUTE_POS / n) * stride + ABSOLUTE_POS % n;
         let mut value = f32::cast_from(result[ABSOLUTE_POS]) * alpha;
         if beta != 0.0 {
             value += f32::cast_from(c[place]) * beta;

@@ -17,6 +17,9 @@
 //! whatever the dtype of x; they are converted where they are used, and their gradients back.
 
 
+#[cfg(feature = "cubecl")]
+pub(crate) mod cube;
+
 use burn::module::AutodiffModule;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};

@@ -1,0 +1,401 @@
+//! Times whole training steps: forward, backward, optimizer, and the upload of each batch.
+//!
+//! `cargo bench --bench training --features cuda -- --model llama2-7b --random-init --batch 4 --seq 2048 --json FILE`. With no
+//! arguments and no card it runs a tiny shape on the processor. Throughput does not depend on the weights' values, so
+//! they are random. Tokens are counted without padding. Loss is real, so a step that computes nonsense shows.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use buzzer::burn::tensor::{DType, Distribution, Tensor};
+use buzzer::data::{Clue, PackOptions, Packed, PackedRow, ReadOptions, clean, pack, read_clues};
+use buzzer::kernels::{FrozenWeight, KernelBackend, LinearPart};
+use buzzer::model::{Llama, LlamaConfig, LoraSettings, Target};
+use buzzer::text::{Fields, Renderer, Template, Tokenizer};
+use buzzer::train::{
+    MemoryPlan, OptimizerSettings, ScheduleKind, Shape, TrainSettings, Trainer,
+};
+use buzzer::{Device, DeviceJob};
+use buzzer_benches::{BenchError, Row, commit, enter_workspace_root, write_rows};
+use clap::{Parser, ValueEnum};
+
+/// Time whole training steps on a model of random weights.
+#[derive(Parser, Clone)]
+#[command(name = "training")]
+struct Arguments {
+    /// Shape of the model [default: llama2-7b on a card, else tiny].
+    #[arg(long, value_enum)]
+    model: Option<Shapes>,
+    /// Draw the weights, which is the only way here.
+    #[arg(long)]
+    random_init: bool,
+    /// Rows on the device at a time.
+    #[arg(long, value_name = "B", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
+    /// Tokens of a row [default: 2048, tiny 128].
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(2..))]
+    seq: Option<u32>,
+    /// LoRA rank.
+    #[arg(long, value_name = "R", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    rank: u32,
+    /// Linears to correct: all or qv.
+    #[arg(long, default_value = "all")]
+    targets: String,
+    /// Dropout in front of the factors.
+    #[arg(long, value_name = "P", default_value_t = 0.1)]
+    dropout: f64,
+    /// Dtype to compute in [default: what the device has].
+    #[arg(long, value_enum)]
+    dtype: Option<Compute>,
+    /// Rows of one document each, or of packed clues.
+    #[arg(long, value_enum, default_value_t = Rows::Dense)]
+    packing: Rows,
+    /// Clue file for packed rows.
+    #[arg(long, value_name = "FILE", default_value = "datasets/sample/clues.csv")]
+    data: PathBuf,
+    /// Its tokenizer; without one, single bytes.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Clues of a whole epoch, to tell how long one takes.
+    #[arg(long, value_name = "N", default_value_t = 216_930)]
+    epoch_clues: usize,
+    /// Steps before the clock starts: kernels are compiled in the first.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    warmup: usize,
+    /// Steps that are timed.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Where to run [default: the best device here].
+    #[arg(long, default_value_t, hide_default_value = true)]
+    device: Device,
+    /// Write the rows of the table here as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Cargo passes this to every bench.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Shapes {
+    /// Llama-2-7B
+    #[value(name = "llama2-7b")]
+    Llama2_7b,
+    /// Two narrow blocks
+    Tiny,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Compute {
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Rows {
+    /// One document of random tokens a row
+    Dense,
+    /// Clues, each alone in attention
+    Jeopardy,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match enter_workspace_root().map_err(BenchError::Root).and_then(|()| arguments.device.run(Job(&arguments))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("training: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+struct Job<'a>(&'a Arguments);
+
+impl DeviceJob for Job<'_> {
+    type Output = Result<(), BenchError>;
+
+    fn run<B: KernelBackend>(self, device: &B::Device) -> Self::Output {
+        let mut setup = Setup::new::<B>(self.0, device);
+        println!("{}", setup.describe(self.0));
+        let rows = setup.rows(self.0)?;
+        let measured = setup.measure::<B>(rows, self.0.warmup, device)?;
+        let table = setup.table::<B>(self.0, &measured, device);
+        for row in &table {
+            println!("{:<44} {:>14.3} {}", row.name, row.value, row.unit);
+        }
+        if let Some(path) = &self.0.json {
+            write_rows(path, &table)?;
+        }
+        Ok(())
+    }
+}
+
+/// Everything that the arguments and the device decide.
+struct Setup {
+    config: LlamaConfig,
+    lora: LoraSettings,
+    train: TrainSettings,
+    seq: usize,
+    dtype: DType,
+    steps: usize,
+    device: String,
+    /// Mean tokens of a packed clue.
+    clue_tokens: Option<f64>,
+}
+
+struct Measured {
+    seconds: f64,
+    tokens: usize,
+    loss_tokens: usize,
+    last_loss: f64,
+    planned: usize,
+    peak: Option<u64>,
+    peak_after_warmup: Option<u64>,
+}
+
+impl Setup {
+    fn new<B: KernelBackend>(arguments: &Arguments, device: &B::Device) -> Self {
+        let card = B::card(device);
+        let large = card.as_ref().is_some_and(|card| card.compute_capability.is_some());
+        let shape = arguments.model.unwrap_or(if large { Shapes::Llama2_7b } else { Shapes::Tiny });
+        let config = match shape {
+            Shapes::Llama2_7b => LlamaConfig::llama2_7b(),
+            Shapes::Tiny => LlamaConfig {
+                vocab_size: 512,
+                hidden_size: 128,
+                intermediate_size: 352,
+                num_hidden_layers: 2,
+                num_attention_heads: 4,
+                num_key_value_heads: 4,
+                head_dim: 32,
+                ..LlamaConfig::llama2_7b()
+            },
+        };
+        let targets = if arguments.targets == "qv" { vec![Target::Q, Target::V] } else { Target::ALL.to_vec() };
+        let dtype = match arguments.dtype {
+            Some(Compute::F32) => DType::F32,
+            Some(Compute::F16) => DType::F16,
+            Some(Compute::Bf16) => DType::BF16,
+            None => card.as_ref().map_or(DType::F32, buzzer::kernels::Card::compute_dtype),
+        };
+        Self {
+            config,
+            lora: LoraSettings { rank: arguments.rank as usize, alpha: 16.0, rslora: false, targets },
+            train: TrainSettings {
+                batch_rows: arguments.batch as usize,
+                accumulation: 1,
+                epochs: 1.0,
+                learning_rate: 2e-4,
+                schedule: ScheduleKind::Constant,
+                warmup_ratio: 0.0,
+                optimizer: OptimizerSettings { weight_decay: 1e-3, ..OptimizerSettings::default() },
+                dropout: arguments.dropout,
+                seed: 0,
+            },
+            seq: arguments.seq.map_or(if shape == Shapes::Tiny { 128 } else { 2048 }, |seq| seq as usize),
+            dtype,
+            steps: arguments.steps as usize,
+            clue_tokens: None,
+            device: card.map_or_else(|| arguments.device.to_string(), |card| card.name),
+        }
+    }
+
+    fn describe(&self, arguments: &Arguments) -> String {
+        format!(
+            "training on {}, {:?}: {} parameters, {} x {} {:?} rows, rank {} on {} linears, dropout {}",
+            self.device,
+            self.dtype,
+            self.config.parameters(),
+            self.train.batch_rows,
+            self.seq,
+            arguments.packing,
+            self.lora.rank,
+            self.lora.targets.len(),
+            self.train.dropout,
+        )
+    }
+
+    /// As many rows as all steps need.
+    fn rows(&mut self, arguments: &Arguments) -> Result<Vec<PackedRow>, BenchError> {
+        let count = (arguments.warmup + self.steps) * self.train.batch_rows;
+        let mut rows = match arguments.packing {
+            Rows::Dense => (0..count).map(|row| self.dense_row(row as u64)).collect(),
+            Rows::Jeopardy => {
+                let packed = self.packed_rows(arguments)?;
+                self.clue_tokens = Some(packed.report.mean_len);
+                packed.rows
+            }
+        };
+        let cycle = rows.len().max(1);
+        while rows.len() < count {
+            rows.push(rows[rows.len() % cycle].clone());
+        }
+        rows.truncate(count);
+        Ok(rows)
+    }
+
+    fn dense_row(&self, row: u64) -> PackedRow {
+        let mut state = row.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut id = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % self.config.vocab_size as u64) as u32
+        };
+        let ids = (0..self.seq).map(|_| id()).collect::<Vec<_>>();
+        let labels = ids.iter().enumerate().map(|(place, &id)| if place == 0 { -100 } else { id as i32 });
+        PackedRow {
+            labels: labels.collect(),
+            positions: (0..self.seq as u32).collect(),
+            documents: vec![0; self.seq],
+            ids,
+        }
+    }
+
+    fn packed_rows(&self, arguments: &Arguments) -> Result<Packed, BenchError> {
+        let tokenizer = match &arguments.tokenizer {
+            Some(path) => Tokenizer::from_file(path)?,
+            None => Tokenizer::byte_level_test(),
+        };
+        let renderer = Renderer::new(tokenizer, Template::Question);
+        let clues = clean(read_clues(&arguments.data, &ReadOptions::default())?).clues;
+        let examples = renderer.examples(&clues.iter().map(fields).collect::<Vec<_>>())?;
+        let options = PackOptions { row_len: self.seq, ..PackOptions::default() };
+        Ok(pack(&examples, &options))
+    }
+
+    fn measure<B: KernelBackend>(
+        &self,
+        rows: Vec<PackedRow>,
+        warmup: usize,
+        device: &B::Device,
+    ) -> Result<Measured, BenchError> {
+        let begin = Instant::now();
+        let mut model = Llama::<B>::random_frozen(&self.config, self.dtype, device);
+        B::sync(device).map_err(|error| BenchError::Device(format!("{error:?}")))?;
+        println!("model drawn and packed in {:.1} s", begin.elapsed().as_secs_f64());
+        model.add_lora(&self.lora, 0);
+        B::memory_cleanup(device);
+        let shape = Shape { batch_rows: self.train.batch_rows, row_len: self.seq };
+        let plan = MemoryPlan::new(&self.config, &self.lora, shape, model.weight_bytes(), self.dtype.size());
+        let mut trainer = Trainer::new(model, rows, self.train.clone())?;
+        for _ in 0..warmup {
+            trainer.step()?;
+        }
+        let sync = || B::sync(device).map_err(|error| BenchError::Device(format!("{error:?}")));
+        sync()?;
+        let peak_after_warmup = B::allocated(device).map(|allocated| allocated.reserved);
+        let begin = Instant::now();
+        let (mut tokens, mut loss_tokens, mut last_loss) = (0, 0, 0.0);
+        while let Some(report) = trainer.step()? {
+            tokens += report.tokens;
+            loss_tokens += report.loss_tokens;
+            last_loss = report.loss;
+        }
+        sync()?;
+        Ok(Measured {
+            seconds: begin.elapsed().as_secs_f64(),
+            tokens,
+            loss_tokens,
+            last_loss,
+            planned: plan.total(),
+            peak: B::allocated(device).map(|allocated| allocated.reserved),
+            peak_after_warmup,
+        })
+    }
+
+    /// Operations of a token forward and backward without recomputation: 4 for each frozen weight that is multiplied,
+    /// 6 for each trainable one; attention is not counted.
+    fn token_flop(&self) -> f64 {
+        let linears = Target::ALL.map(|target| self.config.linear_shape(target));
+        let frozen: usize = linears.iter().map(|[out, inner]| out * inner).sum();
+        let head = self.config.vocab_size * self.config.hidden_size;
+        let factors = |&target: &Target| self.config.linear_shape(target).iter().sum::<usize>();
+        let trained: usize = self.lora.targets.iter().map(factors).sum::<usize>() * self.lora.rank;
+        let layers = self.config.num_hidden_layers;
+        4.0 * (layers * frozen + head) as f64 + 6.0 * (layers * trained) as f64
+    }
+
+    /// What recomputation adds: every product of a block but the last.
+    fn recomputed_flop(&self) -> f64 {
+        let run_again = Target::ALL.into_iter().filter(|&target| target != Target::Down);
+        let weights: usize = run_again.map(|target| self.config.linear_shape(target).iter().product::<usize>()).sum();
+        2.0 * (self.config.num_hidden_layers * weights) as f64
+    }
+
+    fn table<B: KernelBackend>(&self, arguments: &Arguments, measured: &Measured, device: &B::Device) -> Vec<Row> {
+        let rate = measured.tokens as f64 / measured.seconds;
+        let ceiling = matmul_rate::<B>(self.dtype, self.config.hidden_size, self.config.intermediate_size, device);
+        let commit = commit();
+        let shape = format!(
+            "{}x{} r{} {} dropout {} {:?}",
+            self.train.batch_rows, self.seq, self.lora.rank, arguments.targets, self.train.dropout, arguments.packing
+        );
+        let row = |name: &str, value, unit| Row {
+            name: format!("training.{name}"),
+            device: self.device.clone(),
+            shape: shape.clone(),
+            value,
+            unit,
+            peak_memory_bytes: measured.peak,
+            dtype: dtype_name(self.dtype),
+            commit: commit.clone(),
+        };
+        let bytes = |bytes: Option<u64>| bytes.map_or(f64::NAN, |bytes| bytes as f64);
+        let mut table = vec![
+            row("step", measured.seconds / self.steps as f64, "s"),
+            row("tokens", rate, "tokens/s"),
+            row("loss_tokens", measured.loss_tokens as f64 / measured.seconds, "tokens/s"),
+            row("matmul", ceiling / 1e12, "TFLOP/s"),
+            row("mfu", rate * self.token_flop() / ceiling, "of matmul"),
+            row("hfu", rate * (self.token_flop() + self.recomputed_flop()) / ceiling, "of matmul"),
+            row("loss", measured.last_loss, "nats"),
+            row("planned_memory", measured.planned as f64, "bytes"),
+        ];
+        if measured.peak.is_some() {
+            table.push(row("peak_memory", bytes(measured.peak), "bytes"));
+            table.push(row("peak_memory_after_warmup", bytes(measured.peak_after_warmup), "bytes"));
+        }
+        if let Some(clue_tokens) = self.clue_tokens {
+            table.push(row("clue", clue_tokens, "tokens"));
+            table.push(row("epoch", arguments.epoch_clues as f64 * clue_tokens / rate, "s"));
+        }
+        table
+    }
+}
+
+fn fields(clue: &Clue) -> Fields<'_> {
+    Fields { category: &clue.category, question: &clue.question, answer: &clue.answer }
+}
+
+fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        _ => "f32",
+    }
+}
+
+/// Operations a second of a plain product `[8192, d] [d, f]` on this device, the ceiling of everything here.
+fn matmul_rate<B: KernelBackend>(dtype: DType, d: usize, f: usize, device: &B::Device) -> f64 {
+    let rows = if d < 1024 { 512 } else { 8192 };
+    let random = |dims: [usize; 2]| {
+        Tensor::<B, 2>::random(dims, Distribution::Normal(0.0, 1.0), (device, DType::F32)).cast(dtype)
+    };
+    let x = random([rows, d]);
+    let weight = || FrozenWeight::Dense(random([f, d]));
+    let part = [LinearPart { weight: weight(), lora: None }];
+    let run = |times: usize| {
+        let begin = Instant::now();
+        for _ in 0..times {
+            let _ = B::qlora_linear(x.clone(), &part, None);
+        }
+        let _ = B::sync(device);
+        begin.elapsed().as_secs_f64() / times as f64
+    };
+    run(3);
+    (2 * rows * d * f) as f64 / run(20)
+}

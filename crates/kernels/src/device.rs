@@ -1,0 +1,175 @@
+//! What the kernels of all operations share: device tensors in and out of Burn's, and views of parts of them.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use burn::tensor::{DType, Int, Shape, Tensor, TensorPrimitive};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeRuntime};
+use cubecl::prelude::*;
+use cubecl::zspace::metadata::Metadata;
+
+/// The backend of a runtime, without Burn's `fusion`: what is hot is fused by hand here.
+pub type Cube<R> = CubeBackend<R, f32, i32, u8>;
+
+pub(crate) fn primitive<R: CubeRuntime, const D: usize>(tensor: Tensor<Cube<R>, D>) -> CubeTensor<R> {
+    tensor.into_primitive().tensor()
+}
+
+pub(crate) fn int_primitive<R: CubeRuntime, const D: usize>(
+    tensor: Tensor<Cube<R>, D, Int>,
+) -> CubeTensor<R> {
+    tensor.into_primitive()
+}
+
+pub(crate) fn tensor<R: CubeRuntime, const D: usize>(primitive: CubeTensor<R>) -> Tensor<Cube<R>, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}
+
+/// A new tensor on the device of another one; its values are what the memory held.
+pub(crate) fn uninitialized<R: CubeRuntime>(
+    like: &CubeTensor<R>,
+    dims: impl Into<Shape>,
+    dtype: DType,
+) -> CubeTensor<R> {
+    let shape = dims.into();
+    let handle = like.client.empty(shape.num_elements() * dtype.size());
+    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype)
+}
+
+/// A part of a row-major tensor `[rows, columns]`, perhaps taken as its transpose.
+#[derive(Debug)]
+pub(crate) struct Matrix<R: CubeRuntime> {
+    /// The tensor the part lies in; the elements of a row are neighbours.
+    pub(crate) tensor: CubeTensor<R>,
+    /// Elements from the tensor's start to the part's.
+    pub(crate) offset: usize,
+    /// Rows and columns of the part, before it is transposed.
+    pub(crate) dims: [usize; 2],
+    /// Whether it is taken as its transpose.
+    pub(crate) transposed: bool,
+}
+
+impl<R: CubeRuntime> Clone for Matrix<R> {
+    fn clone(&self) -> Self {
+        Self { tensor: self.tensor.clone(), ..*self }
+    }
+}
+
+impl<R: CubeRuntime> Matrix<R> {
+    /// The whole of a tensor `[rows, columns]`, which is copied if the elements of its rows are no neighbours.
+    pub(crate) fn new(tensor: CubeTensor<R>) -> Self {
+        let strides = tensor.meta.strides();
+        let rows_are_whole = strides[1] == 1 && strides[0] >= tensor.meta.shape()[1];
+        let tensor = if rows_are_whole { tensor } else { into_contiguous(tensor) };
+        let dims = [tensor.meta.shape()[0], tensor.meta.shape()[1]];
+        Self { tensor, offset: 0, dims, transposed: false }
+    }
+
+    /// Some of its columns, before it is transposed.
+    pub(crate) fn columns(&self, start: usize, count: usize) -> Self {
+        Self { offset: self.offset + start, dims: [self.dims[0], count], ..self.clone() }
+    }
+
+    /// Some of its rows, before it is transposed.
+    pub(crate) fn rows(&self, start: usize, count: usize) -> Self {
+        Self { offset: self.offset + start * self.row_stride(), dims: [count, self.dims[1]], ..self.clone() }
+    }
+
+    /// Its transpose.
+    pub(crate) fn t(&self) -> Self {
+        Self { transposed: !self.transposed, ..self.clone() }
+    }
+
+    /// Rows and columns as they are taken.
+    pub(crate) fn shape(&self) -> [usize; 2] {
+        let [rows, columns] = self.dims;
+        if self.transposed { [columns, rows] } else { [rows, columns] }
+    }
+
+    /// Elements from one row to the next.
+    pub(crate) fn row_stride(&self) -> usize {
+        self.tensor.meta.strides()[0]
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        self.tensor.dtype
+    }
+
+    /// The part as a tensor of its own, as it is taken; a view where Burn can make one.
+    pub(crate) fn part(&self) -> CubeTensor<R> {
+        let stride = self.row_stride().max(1);
+        let (row, column) = (self.offset / stride, self.offset % stride);
+        let [rows, columns] = self.dims;
+        let part = if self.offset == 0 && self.tensor.meta.shape()[..] == self.dims {
+            self.tensor.clone()
+        } else {
+            burn_cubecl::kernel::slice(self.tensor.clone(), &[row..row + rows, column..column + columns])
+        };
+        if self.transposed { primitive(tensor::<R, 2>(part).swap_dims(0, 1)) } else { part }
+    }
+
+    /// The part as a view, if the runtime can bind memory that begins there.
+    pub(crate) fn view(&self) -> Option<CubeTensor<R>> {
+        let bytes = (self.offset * self.dtype().size()) as u64;
+        let alignment = self.tensor.client.properties().memory.alignment;
+        if !bytes.is_multiple_of(alignment) {
+            return None;
+        }
+        let whole = self.tensor.clone();
+        let metadata = Metadata::new(Shape::from(self.dims), whole.meta.strides().clone());
+        let handle = whole.handle.offset_start(bytes);
+        Some(CubeTensor::new(whole.client, handle, metadata, whole.device, whole.dtype))
+    }
+}
+
+/// The largest buffer of dense weights asked for so far, in bytes.
+static SCRATCH_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+/// A buffer for dense weights. All of them get the size of the largest, so that one piece of memory serves them in turn
+/// where an allocator reuses pieces by size.
+pub(crate) fn scratch<R: CubeRuntime>(like: &CubeTensor<R>, dims: [usize; 2], dtype: DType) -> CubeTensor<R> {
+    let bytes = dims[0] * dims[1] * dtype.size();
+    let size = SCRATCH_BYTES.fetch_max(bytes, Ordering::Relaxed).max(bytes);
+    let handle = like.client.empty(size);
+    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), Shape::from(dims), handle, dtype)
+}
+
+/// Writes a tensor of another dtype, element by element, into whole rows of a tensor without gaps.
+pub(crate) fn convert_into<R: CubeRuntime>(source: CubeTensor<R>, target: &Matrix<R>) {
+    let source = into_contiguous(source);
+    let length = target.dims[0] * target.dims[1];
+    assert_eq!(source.meta.num_elements(), length, "as many elements as the target has");
+    assert_eq!(target.row_stride(), target.dims[1], "rows without gaps");
+    let client = source.client.clone();
+    let (from, to) = (source.dtype.into(), target.dtype().into());
+    let handle = target.tensor.handle.clone();
+    let end = target.offset + length;
+    // SAFETY: thread i below the length reads element i of a contiguous tensor of that length and writes element
+    // offset + i of the target, which has as many.
+    unsafe {
+        convert_kernel::launch_unchecked::<R>(
+            &client,
+            CubeCount::Static((length as u32).div_ceil(256), 1, 1),
+            CubeDim::new_1d(256),
+            source.into_array_arg(),
+            ArrayArg::from_raw_parts(handle, end),
+            target.offset,
+            from,
+            to,
+        );
+    }
+}
+
+#[cube(launch_unchecked)]
+fn convert_kernel<I: Float, O: Float>(
+    source: &Array<I>,
+    target: &mut Array<O>,
+    offset: usize,
+    #[define(I)] _from: StorageType,
+    #[define(O)] _to: StorageType,
+) {
+    if ABSOLUTE_POS < source.len() {
+        target[offset + ABSOLUTE_POS] = O::cast_from(source[ABSOLUTE_POS]);
+    }
+}
