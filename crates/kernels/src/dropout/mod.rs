@@ -6,6 +6,9 @@
 //! The generator is Philox 4x32 with ten rounds: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011),
 //! <https://doi.org/10.1145/2063384.2063405>. On the host it is run on all cores.
 
+#[cfg(feature = "cubecl")]
+pub mod kernel;
+
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;
