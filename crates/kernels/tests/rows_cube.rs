@@ -305,3 +305,125 @@ fn wgpu_equals_plain_operations() {
         assert!(runner.worst <= 1.0);
     }
 }
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use std::time::Instant;
+
+    use cubecl::cuda::CudaRuntime as Cuda;
+
+    use super::*;
+
+    /// The device, if a driver is there that knows one.
+    fn device() -> Option<Device<Cuda>> {
+        // SAFETY: only asks whether the driver's library can be opened.
+        let there = unsafe { cudarc::driver::sys::is_culib_present() };
+        let count = there.then(cudarc::driver::CudaContext::device_count).and_then(Result::ok);
+        if count.is_none_or(|count| count == 0) {
+            println!("no CUDA device: nothing compared");
+            return None;
+        }
+        Some(Device::<Cuda>::default())
+    }
+
+    #[test]
+    fn cuda_equals_plain_operations() {
+        let Some(device) = device() else { return };
+        let mut worst = 0.0_f32;
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            for layout in [Layout::Whole, Layout::Columns(64), Layout::Columns(4), Layout::Columns(1)] {
+                let (device, oracle) = (&device, Default::default());
+                let mut runner =
+                    Runner::<Cuda, burn_flex::Flex> { device, dtype, layout, oracle, worst: 0.0 };
+                small(&mut runner, &[DType::F32, dtype]);
+                println!("{dtype:?} {layout:?}: at most {:.3} of the bound", runner.worst);
+                worst = worst.max(runner.worst);
+            }
+            let (device, layout, oracle) = (&device, Layout::Whole, device.clone());
+            let mut runner = Runner::<Cuda, Cube<Cuda>> { device, dtype, layout, oracle, worst: 0.0 };
+            runner.group("norm", |runner| runner.norm([8192, 4096], DType::F32));
+            runner.group("gate", |runner| runner.gate([4096, 11_008]));
+            runner.group("dropout", |runner| runner.drop([8192, 4096]));
+            runner.group("rotary", |runner| runner.turn(4096, 64, 128, 4096));
+            println!("{dtype:?} at full size: at most {:.3} of the bound", runner.worst);
+            worst = worst.max(runner.worst);
+        }
+        assert!(worst <= 1.0, "{worst} of the bound");
+    }
+
+    /// Prints the median of 20 measurements of 10 runs each.
+    fn time(device: &Device<Cuda>, what: &str, bytes: usize, mut run: impl FnMut()) {
+        let mut times = vec![];
+        for _ in 0..21 {
+            Cube::<Cuda>::sync(device).unwrap();
+            let start = Instant::now();
+            for _ in 0..10 {
+                run();
+            }
+            Cube::<Cuda>::sync(device).unwrap();
+            times.push(start.elapsed().as_secs_f64() / 10.0);
+        }
+        // The first compiles.
+        times.remove(0);
+        times.sort_by(f64::total_cmp);
+        let median = times[times.len() / 2];
+        println!("{what:32} {:8.1} us {:8.0} GB/s", median * 1e6, bytes as f64 / median * 1e-9);
+    }
+
+    fn full(device: &Device<Cuda>, dims: [usize; 2], dtype: DType) -> CubeTensor<Cuda> {
+        let x = Tensor::<Cube<Cuda>, 2>::random(dims, burn::tensor::Distribution::Default, (device, dtype));
+        primitive(x)
+    }
+
+    #[test]
+    fn time_at_llama_7b() {
+        let Some(device) = device() else { return };
+        for dtype in [DType::BF16, DType::F32] {
+            println!("{dtype:?}");
+            time_norm_and_dropout(&device, dtype);
+            time_gate_and_rotary(&device, dtype);
+        }
+    }
+
+    fn time_norm_and_dropout(device: &Device<Cuda>, dtype: DType) {
+        let [n, d] = [8192, 4096];
+        let unit = n * d * dtype.size();
+        let [x, g, r] = [0; 3].map(|_| full(device, [n, d], dtype));
+        let w = primitive(Tensor::<Cube<Cuda>, 1>::ones([d], (device, DType::F32)));
+        time(device, "copy", 2 * unit, || drop(x.clone().copy()));
+        let norm = || rms_norm::kernel::forward(x.clone(), w.clone(), EPSILON);
+        time(device, "norm", 2 * unit, || drop(norm()));
+        let norm = || rms_norm::kernel::forward_dropout(x.clone(), w.clone(), EPSILON, DROPOUT);
+        time(device, "norm with dropout", 3 * unit, || drop(norm()));
+        let back = |r| rms_norm::kernel::backward(x.clone(), w.clone(), EPSILON, g.clone(), r);
+        time(device, "norm backward", 3 * unit, || drop(back(None)));
+        time(device, "norm backward with residual", 4 * unit, || drop(back(Some(r.clone()))));
+        time(device, "dropout", 2 * unit, || drop(dropout::kernel::apply(x.clone(), DROPOUT)));
+        time(device, "add", 3 * unit, || drop(dropout::kernel::add(g.clone(), x.clone(), None)));
+        for (what, dropout) in [("add in place", None), ("add dropped in place", Some(DROPOUT))] {
+            let mut base = Some(full(device, [n, d], dtype));
+            time(device, what, 3 * unit, || {
+                base = base.take().map(|base| dropout::kernel::add(base, x.clone(), dropout));
+            });
+        }
+    }
+
+    fn time_gate_and_rotary(device: &Device<Cuda>, dtype: DType) {
+        let [n, f, k] = [8192, 11_008, 128];
+        let unit = n * f * dtype.size();
+        let x = full(device, [n, 2 * f], dtype);
+        let g = full(device, [n, f], dtype);
+        time(device, "gate", 3 * unit, || drop(swiglu::kernel::forward(x.clone())));
+        let gate = || swiglu::kernel::forward_dropout(x.clone(), DROPOUT);
+        time(device, "gate with dropout", 4 * unit, || drop(gate()));
+        let back = || swiglu::kernel::backward(x.clone(), g.clone());
+        time(device, "gate backward", 5 * unit, || drop(back()));
+        let [cos, sin] = [0; 2].map(|_| full(device, [n, k / 2], DType::F32));
+        let turned = n * 64 * k * dtype.size();
+        let rows = full(device, [n, 96 * k], dtype);
+        let turn = |rows| rotary::kernel::apply(rows, cos.clone(), sin.clone(), 64, k, false);
+        time(device, "rotary", 3 * turned, || drop(turn(rows.clone())));
+        let mut rows = Some(rows);
+        time(device, "rotary in place", 2 * turned, || rows = rows.take().map(turn));
+    }
+}

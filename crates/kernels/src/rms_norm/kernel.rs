@@ -150,13 +150,13 @@ fn forward_kernel<F: Float, W: Float, N: Size>(
     let vectors = d / N::value();
     let x = load::<F, N>(x, row * (x.stride(0) / N::value()), vectors, units, count);
     let w = load::<W, N>(weight, 0usize, vectors, units, count);
-    let mut squares = Vector::<f32, N>::new(0.0);
+    let mut squares = f32::new(0.0);
     #[unroll]
     for i in 0..count {
         let value = as_f32::<F, N>(&x, i);
-        squares += value * value;
+        squares += sum_over_vector::<N>(value * value);
     }
-    let squares = Vector::<f32, Const<1>>::new(sum_over_vector::<N>(squares));
+    let squares = Vector::<f32, Const<1>>::new(squares);
     let total = sum_over_cube::<Const<1>>(squares, units, planes)[0];
     let rho = Vector::<f32, N>::new((total / d as f32 + epsilon).inverse_sqrt());
     #[unroll]
@@ -207,17 +207,16 @@ fn backward_kernel<F: Float, W: Float, N: Size>(
         }
         ComptimeOption::None => Array::<Vector<F, N>>::new(count),
     };
-    let mut squares = Vector::<f32, N>::new(0.0);
-    let mut products = Vector::<f32, N>::new(0.0);
+    let (mut squares, mut products) = (f32::new(0.0), f32::new(0.0));
     #[unroll]
     for i in 0..count {
         let value = as_f32::<F, N>(&x, i);
-        squares += value * value;
-        products += value * as_f32::<F, N>(&g, i) * as_f32::<W, N>(&w, i);
+        squares += sum_over_vector::<N>(value * value);
+        products += sum_over_vector::<N>(value * as_f32::<F, N>(&g, i) * as_f32::<W, N>(&w, i));
     }
     let mut sums = Vector::<f32, Const<2>>::empty();
-    sums[0] = sum_over_vector::<N>(squares);
-    sums[1] = sum_over_vector::<N>(products);
+    sums[0] = squares;
+    sums[1] = products;
     let sums = sum_over_cube::<Const<2>>(sums, units, planes);
     let rho = (sums[0] / d as f32 + epsilon).inverse_sqrt();
     let along = Vector::<f32, N>::new(rho * rho * rho * (sums[1] / d as f32));

@@ -10,11 +10,12 @@ use cubecl::prelude::*;
 use crate::Dropout;
 use crate::dropout::kernel::*;
 
-/// `a σ(a)` in f32.
 #[cube]
 fn sigmoid<N: Size>(a: Vector<f32, N>) -> Vector<f32, N> {
     let one = Vector::<f32, N>::new(1.0);
-    one / (one + (-a).exp())
+    // CubeCL 0.10 writes no CUDA code for the negative of a vector.
+    let minus_a = Vector::<f32, N>::new(0.0) - a;
+    one / (one + minus_a.exp())
 }
 
 #[cube(launch_unchecked)]
