@@ -8,6 +8,9 @@
 //! g: `dx = ρ · (g w - x̂ · mean(g w x̂))` and `dw = Σₙ g x̂`. Reduced in f32 whatever the dtype of x. Bytes moved: x read,
 //! y written; backward reads x and g and writes dx.
 
+#[cfg(feature = "cubecl")]
+pub mod kernel;
+
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use burn_autodiff::Autodiff;

@@ -8,6 +8,9 @@
 //! (the values, in joined rows of queries, keys and values) is passed on. Su et al., "RoFormer", <https://arxiv.org/abs/2104.09864>. The
 //! gradient is the rotation by -φ. Angles come from explicit positions `[b, t]`, so packed documents each start at 0.
 
+#[cfg(feature = "cubecl")]
+pub mod kernel;
+
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_autodiff::Autodiff;

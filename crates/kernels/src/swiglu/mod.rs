@@ -8,6 +8,9 @@
 //! Shazeer, "GLU Variants Improve Transformer", <https://arxiv.org/abs/2002.05202>. With upstream gradient g:
 //! `dc = g silu(a)` and `da = g c σ(a) (1 + a (1 - σ(a)))`. Bytes moved: a and c read, y written.
 
+#[cfg(feature = "cubecl")]
+pub mod kernel;
+
 use burn::tensor::Tensor;
 use burn::tensor::activation::{sigmoid, silu};
 use burn::tensor::backend::Backend;
