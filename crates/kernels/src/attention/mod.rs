@@ -24,6 +24,13 @@ use burn_autodiff::ops::{Backward, Ops, OpsKind};
 use crate::KernelBackend;
 use crate::autodiff::{inner, tracked};
 
+#[cfg(feature = "cubecl")]
+pub mod device;
+#[cfg(feature = "cubecl")]
+mod plain;
+#[cfg(feature = "cubecl")]
+mod ranges;
+
 /// The document of a key that no query may see.
 pub const SEPARATE: i32 = -2;
 
@@ -104,7 +111,9 @@ pub fn reference<B: Backend>(
     weights.matmul(v).reshape([b, h, t, width])
 }
 
-pub(crate) fn backward<B: Backend>(
+/// Gradients of [`reference`], from plain operations.
+#[must_use]
+pub fn backward<B: Backend>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
