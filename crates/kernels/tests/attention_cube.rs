@@ -232,3 +232,107 @@ fn wgpu_equals_the_composition() {
     }
     assert!(worst < 2e-5, "{worst}");
 }
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use std::time::Instant;
+
+    use super::*;
+
+    type Cuda = cubecl::cuda::CudaRuntime;
+
+    /// The device, if a driver is there that knows one.
+    fn device() -> Option<Device<Cuda>> {
+        // Where no driver library is found, cudarc panics.
+        let count = std::panic::catch_unwind(|| {
+            cudarc::driver::result::init().ok()?;
+            cudarc::driver::result::device::get_count().ok()
+        });
+        match count {
+            Ok(Some(count)) if count > 0 => Some(Device::<Cuda>::default()),
+            _ => {
+                println!("no CUDA device: nothing compared");
+                None
+            }
+        }
+    }
+
+    const WIDE: [Case; 12] = [
+        Case { b: 2, h: 4, g: 4, t: 77, w: 128, rows: Rows::Packed(20) },
+        Case { b: 2, h: 4, g: 4, t: 77, w: 128, rows: Rows::Dense },
+        Case { b: 1, h: 2, g: 2, t: 1, w: 128, rows: Rows::Dense },
+        Case { b: 1, h: 1, g: 1, t: 4096, w: 128, rows: Rows::Dense },
+        Case { b: 1, h: 1, g: 1, t: 4096, w: 128, rows: Rows::Packed(35) },
+        Case { b: 1, h: 2, g: 2, t: 300, w: 64, rows: Rows::Packed(35) },
+        Case { b: 1, h: 2, g: 1, t: 300, w: 64, rows: Rows::Dense },
+        Case { b: 2, h: 8, g: 2, t: 257, w: 128, rows: Rows::Packed(100) },
+        Case { b: 2, h: 2, g: 2, t: 128, w: 128, rows: Rows::Dense },
+        Case { b: 3, h: 2, g: 1, t: 190, w: 128, rows: Rows::Holes(35) },
+        Case { b: 1, h: 2, g: 2, t: 200, w: 64, rows: Rows::Holes(9) },
+        Case { b: 1, h: 2, g: 2, t: 90, w: 72, rows: Rows::Packed(20) },
+    ];
+
+    /// f16 and bf16 round q, k, v and P: errors of one rounding, relative to the greatest value.
+    fn bound(dtype: DType) -> f32 {
+        match dtype {
+            DType::BF16 => 1.5e-2,
+            DType::F16 => 2e-3,
+            _ => 5e-5,
+        }
+    }
+
+    #[test]
+    fn cuda_equals_the_composition() {
+        let Some(device) = device() else { return };
+        let mut failed = vec![];
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            for case in WIDE.into_iter().chain(SMALL) {
+                let errors = run::<Cuda>(case, dtype, &device);
+                println!("{dtype:?} {case:?}: {errors:?}");
+                if errors.worst() > bound(dtype) {
+                    println!("    ABOVE {}", bound(dtype));
+                    failed.push((dtype, case));
+                }
+            }
+        }
+        assert!(failed.is_empty(), "{failed:?}");
+    }
+
+    #[test]
+    fn time_at_llama_7b() {
+        let Some(device) = device() else { return };
+        let (b, h, t, w) = (4, 32, 2048, 128);
+        for (dtype, rows) in [
+            (DType::BF16, Rows::Dense),
+            (DType::BF16, Rows::Packed(35)),
+            (DType::F16, Rows::Dense),
+            (DType::F16, Rows::Packed(35)),
+        ] {
+            let case = Case { b, h, g: h, t, w, rows };
+            let data = TensorData::new(noise(b * t * 3 * h * w, 3), [b, t, 3 * h, w]);
+            let x = Tensor::<Cube<Cuda>, 4>::from_data(data, (&device, dtype)).swap_dims(1, 2);
+            let part = |from: usize| primitive::<Cuda>(x.clone().slice([0..b, from..from + h, 0..t, 0..w]));
+            let (q, k, v, grad) = (part(0), part(h), part(2 * h), part(h));
+            let index = index::<Cube<Cuda>>(case, &device);
+            let index = [index.query_documents, index.query_positions, index.key_documents, index.key_positions];
+            let index = index.map(|x| x.into_primitive());
+            let sync = || cubecl::future::block_on(q.client.sync()).unwrap();
+            let forward = || device::forward(q.clone(), k.clone(), v.clone(), index.clone());
+            let (o, lse) = forward();
+            let backward = || {
+                let (o, lse, grad) = (o.clone(), lse.clone(), grad.clone());
+                device::backward(q.clone(), k.clone(), v.clone(), o, lse, grad, index.clone())
+            };
+            let time = |what: &dyn Fn()| {
+                (0..3).for_each(|_| what());
+                sync();
+                let start = Instant::now();
+                (0..20).for_each(|_| what());
+                sync();
+                start.elapsed().as_secs_f64() * 1000.0 / 20.0
+            };
+            let (first, second) = (time(&|| drop(forward())), time(&|| drop(backward())));
+            println!("{dtype:?} {rows:?} {b}x{h}x{t}x{w}: forward {first:.3} ms, backward {second:.3} ms");
+        }
+    }
+}

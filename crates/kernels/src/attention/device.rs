@@ -18,7 +18,7 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::plain;
+use super::{flash, plain};
 use super::ranges::Ranges;
 
 /// The `lse` of a query that sees nothing, and the score of a hidden pair: finite, and below every score.
@@ -92,8 +92,13 @@ pub fn forward<R: CubeRuntime>(
     let mut o = empty(&q, &[b, t, h, w], q.dtype);
     o.meta.swap(1, 2);
     let lse = empty(&q, &[b, h, t], DType::F32);
-    let index = Index::new(index, plain::EDGE);
-    plain::forward([&q, &k, &v], &index, &o, &lse);
+    if let Some(depth) = flash::depth(&[&q, &k, &v]) {
+        let index = Index::new(index, flash::EDGE);
+        flash::forward([&q, &k, &v], &index, &o, &lse, depth);
+    } else {
+        let index = Index::new(index, plain::EDGE);
+        plain::forward([&q, &k, &v], &index, &o, &lse);
+    }
     (o, lse)
 }
 
@@ -115,8 +120,13 @@ pub fn backward<R: CubeRuntime>(
     let g = dims(&k)[1];
     let joined = empty(&q, &[b, t, h + 2 * g, w], q.dtype);
     let along = row_products(&o, &grad);
-    let index = Index::new(index, plain::EDGE);
-    plain::backward([&q, &k, &v], &grad, [&lse, &along], &index, &joined);
+    if let Some(depth) = flash::depth(&[&q, &k, &v, &grad]) {
+        let index = Index::new(index, flash::EDGE);
+        flash::backward([&q, &k, &v], &grad, [&lse, &along], &index, &joined, depth);
+    } else {
+        let index = Index::new(index, plain::EDGE);
+        plain::backward([&q, &k, &v], &grad, [&lse, &along], &index, &joined);
+    }
     joined
 }
 

@@ -27,6 +27,8 @@ use crate::autodiff::{inner, tracked};
 #[cfg(feature = "cubecl")]
 pub mod device;
 #[cfg(feature = "cubecl")]
+mod flash;
+#[cfg(feature = "cubecl")]
 mod plain;
 #[cfg(feature = "cubecl")]
 mod ranges;

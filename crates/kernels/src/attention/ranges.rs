@@ -9,7 +9,7 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::device::{Tokens, TokensLaunch, empty, tokens};
+use super::device::{Tokens, empty, tokens};
 
 /// No query of the tile sees a key of the other.
 pub(super) const SKIP: i32 = 0;
