@@ -1,10 +1,15 @@
 //! The trait for CubeCL's runtimes: each operation is its kernels, on CUDA and on Vulkan.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Int, Tensor};
+use burn_cubecl::tensor::CubeTensor;
 
-use crate::device::Cube;
+use crate::device::{Cube, int_primitive, primitive, tensor};
 use crate::product::ProductRuntime;
-use crate::{Allocated, Card, Dropout, KernelBackend, LinearPart, Projection, qlora_linear};
+use crate::{
+    Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout, KernelBackend, LinearPart,
+    Nf4Tensor, Projection, RotaryAngles, attention, cross_entropy, dropout, nf4, qlora_linear, rms_norm,
+    rotary, swiglu,
+};
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
     fn card(device: &Self::Device) -> Option<Card> {
@@ -14,6 +19,14 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
     fn allocated(device: &Self::Device) -> Option<Allocated> {
         let usage = R::client(device).memory_usage().ok()?;
         Some(Allocated { reserved: usage.bytes_reserved, in_use: usage.bytes_in_use })
+    }
+
+    fn nf4_dequantize(weight: &Nf4Tensor<Self>, dtype: DType) -> Tensor<Self, 2> {
+        nf4::cube::dequantize(weight, dtype)
+    }
+
+    fn dropout(x: Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
+        tensor(dropout::kernel::apply(primitive(x), dropout))
     }
 
     fn qlora_linear(
@@ -32,4 +45,89 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
     ) -> qlora_linear::Gradients<Self> {
         qlora_linear::cube::backward(x, parts, dropout, upstream)
     }
+
+    fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
+        tensor(rms_norm::kernel::forward(primitive(x), primitive(weight), epsilon))
+    }
+
+    fn rms_norm_backward(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        epsilon: f64,
+        grad: Tensor<Self, 2>,
+        with_weight: bool,
+    ) -> (Tensor<Self, 2>, Option<Tensor<Self, 1>>) {
+        if with_weight {
+            return rms_norm::backward(x, weight, epsilon, grad, true);
+        }
+        let dx = rms_norm::kernel::backward(primitive(x), primitive(weight), epsilon, primitive(grad), None);
+        (tensor(dx), None)
+    }
+
+    fn rotary(rows: Tensor<Self, 2>, angles: &RotaryAngles<Self>, heads: usize) -> Tensor<Self, 2> {
+        turn(rows, angles, heads, false)
+    }
+
+    fn rotary_backward(grad: Tensor<Self, 2>, angles: &RotaryAngles<Self>, heads: usize) -> Tensor<Self, 2> {
+        turn(grad, angles, heads, true)
+    }
+
+    fn attention(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        index: &AttentionIndex<Self>,
+    ) -> Attended<Self> {
+        let [q, k, v] = [q, k, v].map(primitive);
+        let (o, log_sum) = attention::device::forward(q, k, v, tokens(index));
+        Attended { o: tensor(o), log_sum: Some(tensor(log_sum)) }
+    }
+
+    fn attention_backward(
+        qkv: [Tensor<Self, 4>; 3],
+        attended: Attended<Self>,
+        index: &AttentionIndex<Self>,
+        grad: Tensor<Self, 4>,
+    ) -> Tensor<Self, 4> {
+        let Some(log_sum) = attended.log_sum else { return attention::backward(qkv, index, grad) };
+        let ([q, k, v], o) = (qkv.map(primitive), primitive(attended.o));
+        tensor(attention::device::backward(q, k, v, o, primitive(log_sum), primitive(grad), tokens(index)))
+    }
+
+    fn swiglu(gate_up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        tensor(swiglu::kernel::forward(primitive(gate_up)))
+    }
+
+    fn swiglu_backward(gate_up: Tensor<Self, 2>, grad: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        tensor(swiglu::kernel::backward(primitive(gate_up), primitive(grad)))
+    }
+
+    fn cross_entropy_with_gradient(
+        hidden: Tensor<Self, 2>,
+        head: Tensor<Self, 2>,
+        targets: Tensor<Self, 1, Int>,
+        with_head: bool,
+    ) -> CrossEntropyGradient<Self> {
+        if with_head {
+            return cross_entropy::with_gradient(hidden, head, targets, true);
+        }
+        cross_entropy::cube::with_gradient(hidden, head, targets)
+    }
+}
+
+fn turn<R: ProductRuntime>(
+    rows: Tensor<Cube<R>, 2>,
+    angles: &RotaryAngles<Cube<R>>,
+    heads: usize,
+    inverse: bool,
+) -> Tensor<Cube<R>, 2> {
+    let [b, t, half] = angles.cos.dims();
+    let flat = |angles: &Tensor<Cube<R>, 3>| primitive(angles.clone().reshape([b * t, half]));
+    let (cos, sin) = (flat(&angles.cos), flat(&angles.sin));
+    tensor(rotary::kernel::apply(primitive(rows), cos, sin, heads, 2 * half, inverse))
+}
+
+fn tokens<R: ProductRuntime>(index: &AttentionIndex<Cube<R>>) -> [CubeTensor<R>; 4] {
+    let AttentionIndex { query_documents, query_positions, key_documents, key_positions } = index.clone();
+    [query_documents, query_positions, key_documents, key_positions].map(int_primitive)
 }

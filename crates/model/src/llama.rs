@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData};
-use buzzer_kernels::{AttentionIndex, Dropout, KernelBackend, RotaryAngles};
+use buzzer_kernels::{AttentionIndex, Dropout, FrozenWeight, KernelBackend, LinearPart, RotaryAngles};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -212,8 +212,8 @@ impl<B: KernelBackend> Llama<B> {
     /// Logits `[n, v]` in f32 of hidden states `[n, d]`.
     #[must_use]
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
-        let head = self.head_weight().cast(hidden.dtype());
-        hidden.matmul(head.transpose()).cast(DType::F32)
+        let head = LinearPart { weight: FrozenWeight::Dense(self.head_weight()), lora: None };
+        B::qlora_linear(hidden, &[head], None).y.cast(DType::F32)
     }
 
     /// Adds every correction into its weight, which becomes dense in the model's dtype.

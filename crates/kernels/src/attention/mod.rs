@@ -24,6 +24,15 @@ use burn_autodiff::ops::{Backward, Ops, OpsKind};
 use crate::KernelBackend;
 use crate::autodiff::{inner, tracked};
 
+#[cfg(feature = "cubecl")]
+pub mod device;
+#[cfg(feature = "cubecl")]
+mod flash;
+#[cfg(feature = "cubecl")]
+mod plain;
+#[cfg(feature = "cubecl")]
+mod ranges;
+
 /// The document of a key that no query may see.
 pub const SEPARATE: i32 = -2;
 
@@ -140,7 +149,8 @@ pub fn reference<B: Backend>(
 }
 
 /// The gradient for joined queries, keys and values `[b, t, h + 2 g, k]`, where queries and keys are the same tokens.
-pub(crate) fn backward<B: Backend>(
+#[must_use]
+pub fn backward<B: Backend>(
     [q, k, v]: [Tensor<B, 4>; 3],
     index: &AttentionIndex<B>,
     grad: Tensor<B, 4>,

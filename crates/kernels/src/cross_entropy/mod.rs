@@ -8,6 +8,9 @@
 //! a time, so the logits `[n, v]` are never held whole, and loss and gradient come from one pass. Target [`IGNORED`]
 //! gives loss and gradient 0. Logits are reduced in f32.
 
+#[cfg(feature = "cubecl")]
+pub(crate) mod cube;
+
 use std::ops::Range;
 
 use burn::tensor::backend::Backend;
@@ -87,8 +90,13 @@ impl<B: Backend> Chunk<B> {
         rows: Range<usize>,
     ) -> Self {
         let hidden = hidden.clone().narrow(0, rows.start, rows.len());
-        let targets = targets.clone().narrow(0, rows.start, rows.len()).reshape([rows.len(), 1]);
+        let targets = targets.clone().narrow(0, rows.start, rows.len());
         let logits = hidden.clone().matmul(head.clone().cast(hidden.dtype()).transpose()).cast(DType::F32);
+        Self::from_logits(logits, targets)
+    }
+
+    fn from_logits(logits: Tensor<B, 2>, targets: Tensor<B, 1, Int>) -> Self {
+        let targets = targets.reshape([logits.dims()[0], 1]);
         let logits = logits.clone() - logits.max_dim(1);
         let ignored = targets.clone().lower_elem(0);
         Self {

@@ -7,7 +7,6 @@
 //! <https://doi.org/10.1145/2063384.2063405>. On the host it is run on all cores.
 
 #[cfg(feature = "cubecl")]
-#[cfg(feature = "cubecl")]
 pub mod kernel;
 
 use burn::tensor::backend::Backend;

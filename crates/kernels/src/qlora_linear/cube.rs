@@ -163,5 +163,5 @@ fn input_gradient<R: ProductRuntime>(
         return tensor(dx.tensor);
     };
     let through = product::new(&h, &a, 1.0, dx.dtype());
-    tensor(crate::dropout::cube::add(dx.tensor, through, dropout))
+    tensor(crate::dropout::kernel::add(dx.tensor, through, Some(dropout)))
 }
