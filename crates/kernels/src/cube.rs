@@ -25,6 +25,10 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         nf4::cube::dequantize(weight, dtype)
     }
 
+    fn nf4_quantize(dense: Tensor<Self, 2>, double: bool) -> Nf4Tensor<Self> {
+        nf4::kernel::quantize(primitive(dense), double)
+    }
+
     fn dropout(x: Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
         tensor(dropout::kernel::apply(primitive(x), dropout))
     }

@@ -16,6 +16,8 @@
 mod codebook;
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
+#[cfg(feature = "cubecl")]
+pub mod kernel;
 mod host;
 
 use burn::module::{Module, Param, ParamId};
