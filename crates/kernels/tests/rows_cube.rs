@@ -86,7 +86,8 @@ impl<R: CubeRuntime, B: Backend> Runner<'_, R, B> {
         for row in 0..n {
             wide[row * all + beside..][..d].copy_from_slice(&values[row * d..][..d]);
         }
-        let mut x = primitive(Tensor::<Cube<R>, 2>::from_data(TensorData::new(wide, [n, all]), (self.device, dtype)));
+        let mut x =
+            primitive(Tensor::<Cube<R>, 2>::from_data(TensorData::new(wide, [n, all]), (self.device, dtype)));
         if beside > 0 {
             x.handle = x.handle.offset_start((beside * dtype.size()) as u64);
             x.meta.shape = Shape::from(vec![n, d]);
@@ -110,7 +111,8 @@ impl<R: CubeRuntime, B: Backend> Runner<'_, R, B> {
 
     /// Hands NaN to whoever allocates buffers of this size next.
     fn poison(&self, elements: usize) {
-        let tensors = [0, 1, 2].map(|_| Tensor::<Cube<R>, 1>::full([elements], f32::NAN, (self.device, self.dtype)));
+        let tensors =
+            [0, 1, 2].map(|_| Tensor::<Cube<R>, 1>::full([elements], f32::NAN, (self.device, self.dtype)));
         for x in tensors {
             let _ = x.slice([0..1]).into_data();
         }
@@ -216,7 +218,13 @@ impl<R: CubeRuntime, B: Backend> Runner<'_, R, B> {
         }
     }
 
-    fn turned(&self, x: &[f32], [cos, sin]: [&Vec<f32>; 2], [n, heads, k, rest]: [usize; 4], back: bool) -> Vec<f32> {
+    fn turned(
+        &self,
+        x: &[f32],
+        [cos, sin]: [&Vec<f32>; 2],
+        [n, heads, k, rest]: [usize; 4],
+        back: bool,
+    ) -> Vec<f32> {
         let half = k / 2;
         let rows = self.oracle(x, [n, heads * k + rest]);
         let [cos, sin] = [cos, sin].map(|x| self.oracle(x, [n, 1, half]));
@@ -265,8 +273,19 @@ fn plus(x: &[f32], y: &[f32]) -> Vec<f32> {
 }
 
 /// Rows and widths: single, odd, narrower and wider than a cube, and of every vector width.
-const SMALL: [[usize; 2]; 11] =
-    [[1, 1], [1, 7], [3, 5], [5, 64], [7, 130], [2, 4096], [3, 2053], [9, 1000], [70, 12], [1, 5120], [300, 3]];
+const SMALL: [[usize; 2]; 11] = [
+    [1, 1],
+    [1, 7],
+    [3, 5],
+    [5, 64],
+    [7, 130],
+    [2, 4096],
+    [3, 2053],
+    [9, 1000],
+    [70, 12],
+    [1, 5120],
+    [300, 3],
+];
 
 fn small<R: CubeRuntime, B: Backend>(runner: &mut Runner<R, B>, weights: &[DType]) {
     for dims in SMALL {
@@ -276,9 +295,15 @@ fn small<R: CubeRuntime, B: Backend>(runner: &mut Runner<R, B>, weights: &[DType
         runner.group("gate", |runner| runner.gate(dims));
         runner.group("dropout", |runner| runner.drop(dims));
     }
-    for [n, heads, k, rest] in
-        [[1, 1, 2, 0], [3, 2, 6, 6], [5, 3, 20, 7], [7, 4, 64, 128], [2, 64, 128, 4096], [9, 5, 8, 4], [1, 1, 4, 1]]
-    {
+    for [n, heads, k, rest] in [
+        [1, 1, 2, 0],
+        [3, 2, 6, 6],
+        [5, 3, 20, 7],
+        [7, 4, 64, 128],
+        [2, 64, 128, 4096],
+        [9, 5, 8, 4],
+        [1, 1, 4, 1],
+    ] {
         runner.group("rotary", |runner| runner.turn(n, heads, k, rest));
     }
 }

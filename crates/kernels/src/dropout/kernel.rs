@@ -66,6 +66,12 @@ pub(crate) fn launch_shape(n: usize, units: usize) -> (CubeCount, CubeDim) {
     (count, CubeDim::new_2d(width as u32, height as u32))
 }
 
+/// Vectors from one row to the next. Kernels get it, and the shape, as scalars: what CubeCL knows of a tensor's shape lies
+/// in memory, and would have to arrive before a unit could ask for its vectors.
+pub(crate) fn row_stride<R: CubeRuntime>(x: &CubeTensor<R>, width: usize) -> usize {
+    x.meta.strides()[0] / width
+}
+
 /// The row of a unit; it can lie past the last row.
 #[cube]
 pub(crate) fn row() -> usize {
@@ -150,12 +156,14 @@ fn apply_kernel<F: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,
     y: &mut Tensor<Vector<F, N>>,
     mask: &Mask,
+    n: usize,
+    vectors: usize,
+    stride: usize,
     #[define(F)] _dtype: StorageType,
 ) {
     let (row, column) = (row(), column());
-    let vectors = x.shape(1) / N::value();
-    if row < x.shape(0) && column < vectors {
-        let value = Vector::<f32, N>::cast_from(x[row * (x.stride(0) / N::value()) + column]);
+    if row < n && column < vectors {
+        let value = Vector::<f32, N>::cast_from(x[row * stride + column]);
         let place = row * vectors + column;
         y[place] = Vector::cast_from(value * factors::<N>(mask, place * N::value()));
     }
@@ -167,14 +175,18 @@ fn add_kernel<F: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,
     y: &mut Tensor<Vector<F, N>>,
     mask: &ComptimeOption<Mask>,
+    n: usize,
+    vectors: usize,
+    base_stride: usize,
+    stride: usize,
     #[define(F)] _dtype: StorageType,
 ) {
     let (row, column) = (row(), column());
-    let vectors = x.shape(1) / N::value();
-    if row < x.shape(0) && column < vectors {
+    if row < n && column < vectors {
         let place = row * vectors + column;
-        let mut sum = Vector::<f32, N>::cast_from(x[row * (x.stride(0) / N::value()) + column]);
-        let before = Vector::<f32, N>::cast_from(base[row * (base.stride(0) / N::value()) + column]);
+        let before = base[row * base_stride + column];
+        let mut sum = Vector::<f32, N>::cast_from(x[row * stride + column]);
+        let before = Vector::<f32, N>::cast_from(before);
         #[comptime]
         if let ComptimeOption::Some(mask) = mask {
             sum *= factors::<N>(mask, place * N::value());
@@ -204,6 +216,9 @@ pub fn apply<R: CubeRuntime>(x: CubeTensor<R>, dropout: Dropout) -> CubeTensor<R
             x.clone().into_tensor_arg(),
             y.clone().into_tensor_arg(),
             mask(dropout, [n, d]),
+            n,
+            d / width,
+            row_stride(&x, width),
             x.dtype.into(),
         );
     }
@@ -227,6 +242,7 @@ pub fn add<R: CubeRuntime>(base: CubeTensor<R>, x: CubeTensor<R>, dropout: Optio
     let width = vector_width(d, &[&x, &base]);
     let (cubes, units) = launch_shape(n, d / width);
     let written = if in_place { y.as_tensor_alias(0) } else { y.clone().into_tensor_arg() };
+    let strides = [&base, &x].map(|x| row_stride(x, width));
     // SAFETY: units past the last row or the last vector of a row neither read nor write; in place, a unit writes only
     // the vector that it has read.
     unsafe {
@@ -239,6 +255,10 @@ pub fn add<R: CubeRuntime>(base: CubeTensor<R>, x: CubeTensor<R>, dropout: Optio
             x.clone().into_tensor_arg(),
             written,
             dropout.map(|dropout| mask(dropout, [n, d])).into(),
+            n,
+            d / width,
+            strides[0],
+            strides[1],
             x.dtype.into(),
         );
     }

@@ -136,6 +136,9 @@ fn forward_kernel<F: Float, W: Float, N: Size>(
     dropped: &mut ComptimeOption<Tensor<Vector<F, N>>>,
     mask: &ComptimeOption<Mask>,
     epsilon: f32,
+    n: usize,
+    vectors: usize,
+    stride: usize,
     #[comptime] units: usize,
     #[comptime] count: usize,
     #[comptime] planes: bool,
@@ -143,13 +146,10 @@ fn forward_kernel<F: Float, W: Float, N: Size>(
     #[define(W)] _weight_dtype: StorageType,
 ) {
     let row = cube_row();
-    if row >= x.shape(0) {
+    if row >= n {
         terminate!();
     }
-    let d = x.shape(1);
-    let vectors = d / N::value();
-    let x = load::<F, N>(x, row * (x.stride(0) / N::value()), vectors, units, count);
-    let w = load::<W, N>(weight, 0usize, vectors, units, count);
+    let x = load::<F, N>(x, row * stride, vectors, units, count);
     let mut squares = f32::new(0.0);
     #[unroll]
     for i in 0..count {
@@ -158,12 +158,13 @@ fn forward_kernel<F: Float, W: Float, N: Size>(
     }
     let squares = Vector::<f32, Const<1>>::new(squares);
     let total = sum_over_cube::<Const<1>>(squares, units, planes)[0];
-    let rho = Vector::<f32, N>::new((total / d as f32 + epsilon).inverse_sqrt());
+    let d = (vectors * N::value()) as f32;
+    let rho = Vector::<f32, N>::new((total / d + epsilon).inverse_sqrt());
     #[unroll]
     for i in 0..count {
         let column = UNIT_POS as usize + i * units;
         if column < vectors {
-            let value = as_f32::<F, N>(&x, i) * rho * as_f32::<W, N>(&w, i);
+            let value = as_f32::<F, N>(&x, i) * rho * Vector::cast_from(weight[column]);
             let place = row * vectors + column;
             y[place] = Vector::cast_from(value);
             #[comptime]
@@ -185,6 +186,11 @@ fn backward_kernel<F: Float, W: Float, N: Size>(
     residual: &ComptimeOption<Tensor<Vector<F, N>>>,
     dx: &mut Tensor<Vector<F, N>>,
     epsilon: f32,
+    n: usize,
+    vectors: usize,
+    stride: usize,
+    grad_stride: usize,
+    residual_stride: usize,
     #[comptime] units: usize,
     #[comptime] count: usize,
     #[comptime] planes: bool,
@@ -192,19 +198,15 @@ fn backward_kernel<F: Float, W: Float, N: Size>(
     #[define(W)] _weight_dtype: StorageType,
 ) {
     let row = cube_row();
-    if row >= x.shape(0) {
+    if row >= n {
         terminate!();
     }
-    let d = x.shape(1);
-    let vectors = d / N::value();
-    let x = load::<F, N>(x, row * (x.stride(0) / N::value()), vectors, units, count);
-    let g = load::<F, N>(grad, row * (grad.stride(0) / N::value()), vectors, units, count);
+    let x = load::<F, N>(x, row * stride, vectors, units, count);
+    let g = load::<F, N>(grad, row * grad_stride, vectors, units, count);
     let w = load::<W, N>(weight, 0usize, vectors, units, count);
     #[comptime]
     let past = match residual {
-        ComptimeOption::Some(past) => {
-            load::<F, N>(past, row * (past.stride(0) / N::value()), vectors, units, count)
-        }
+        ComptimeOption::Some(past) => load::<F, N>(past, row * residual_stride, vectors, units, count),
         ComptimeOption::None => Array::<Vector<F, N>>::new(count),
     };
     let (mut squares, mut products) = (f32::new(0.0), f32::new(0.0));
@@ -218,8 +220,9 @@ fn backward_kernel<F: Float, W: Float, N: Size>(
     sums[0] = squares;
     sums[1] = products;
     let sums = sum_over_cube::<Const<2>>(sums, units, planes);
-    let rho = (sums[0] / d as f32 + epsilon).inverse_sqrt();
-    let along = Vector::<f32, N>::new(rho * rho * rho * (sums[1] / d as f32));
+    let d = (vectors * N::value()) as f32;
+    let rho = (sums[0] / d + epsilon).inverse_sqrt();
+    let along = Vector::<f32, N>::new(rho * rho * rho * (sums[1] / d));
     let rho = Vector::<f32, N>::new(rho);
     #[unroll]
     for i in 0..count {
@@ -279,6 +282,9 @@ fn launch_forward<R: CubeRuntime>(
             dropped.clone().map(CubeTensor::into_tensor_arg).into(),
             dropout.map(|dropout| mask(dropout, [n, d])).into(),
             epsilon as f32,
+            n,
+            d / division.width,
+            row_stride(&x, division.width),
             division.units,
             division.count,
             division.planes,
@@ -312,6 +318,8 @@ pub fn backward<R: CubeRuntime>(
     let dx = empty(&x, [n, d]);
     let tensors = [&x, &weight, &grad].into_iter().chain(&residual).collect::<Vec<_>>();
     let division = Division::new(d, &tensors);
+    let strides = [&x, &grad].map(|x| row_stride(x, division.width));
+    let residual_stride = residual.as_ref().map_or(0, |x| row_stride(x, division.width));
     // SAFETY: cubes past the last row end at once, and units read and write no vector past the end of a row.
     unsafe {
         backward_kernel::launch_unchecked::<R>(
@@ -325,6 +333,11 @@ pub fn backward<R: CubeRuntime>(
             residual.map(CubeTensor::into_tensor_arg).into(),
             dx.clone().into_tensor_arg(),
             epsilon as f32,
+            n,
+            d / division.width,
+            strides[0],
+            strides[1],
+            residual_stride,
             division.units,
             division.count,
             division.planes,

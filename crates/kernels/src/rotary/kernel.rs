@@ -10,8 +10,8 @@ use cubecl::prelude::*;
 
 use crate::dropout::kernel::*;
 
-/// `half` and `pairs` are vectors: of half a head, and of the first halves of all heads that are turned. The units after
-/// those copy the `rest`, which is 0 in place.
+/// Counts are vectors: `half` of half a head, `pairs` of the first halves of all heads that are turned, `kept` of the
+/// columns after those, which the last units copy unless the rows are turned in place.
 #[cube(launch_unchecked)]
 fn turn_kernel<F: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,
@@ -19,25 +19,29 @@ fn turn_kernel<F: Float, N: Size>(
     sin: &Tensor<Vector<f32, N>>,
     y: &mut Tensor<Vector<F, N>>,
     sign: f32,
+    n: usize,
+    stride: usize,
+    cos_stride: usize,
+    sin_stride: usize,
     #[comptime] half: usize,
     #[comptime] pairs: usize,
-    #[comptime] rest: usize,
+    #[comptime] kept: usize,
     #[define(F)] _dtype: StorageType,
 ) {
     let (row, unit) = (row(), column());
-    if row < x.shape(0) {
-        let from = row * (x.stride(0) / N::value());
-        let to = row * (y.stride(0) / N::value());
+    if row < n {
+        let from = row * stride;
+        let to = row * (2 * pairs + kept);
         if unit < pairs {
             let i = unit % half;
             let first = unit + unit - i;
             let (a, b) = (x[from + first], x[from + first + half]);
-            let cos = cos[row * (cos.stride(0) / N::value()) + i];
-            let sin = sin[row * (sin.stride(0) / N::value()) + i] * Vector::new(sign);
+            let cos = cos[row * cos_stride + i];
+            let sin = sin[row * sin_stride + i] * Vector::new(sign);
             let (a, b) = (Vector::<f32, N>::cast_from(a), Vector::<f32, N>::cast_from(b));
             y[to + first] = Vector::cast_from(a * cos - b * sin);
             y[to + first + half] = Vector::cast_from(b * cos + a * sin);
-        } else if unit < pairs + rest {
+        } else if unit < pairs + kept {
             y[to + pairs + unit] = x[from + pairs + unit];
         }
     }
@@ -75,10 +79,11 @@ pub fn apply<R: CubeRuntime>(
     let width = vector_width((head_dim / 2) | all, &[&x, &cos, &sin]);
     let half = head_dim / 2 / width;
     let pairs = heads * half;
-    let rest = if in_place { 0 } else { all / width - 2 * pairs };
-    let (cubes, units) = launch_shape(n, pairs + rest);
+    let kept = all / width - 2 * pairs;
+    let (cubes, units) = launch_shape(n, if in_place { pairs } else { pairs + kept });
     let written = if in_place { y.as_tensor_alias(0) } else { y.clone().into_tensor_arg() };
-    // SAFETY: units past the last row or past pairs and rest neither read nor write; in place, a unit writes only the
+    let strides = [&x, &cos, &sin].map(|x| row_stride(x, width));
+    // SAFETY: units past the last row or past what is copied neither read nor write; in place, a unit writes only the
     // two vectors that it has read.
     unsafe {
         turn_kernel::launch_unchecked::<R>(
@@ -91,9 +96,13 @@ pub fn apply<R: CubeRuntime>(
             sin.into_tensor_arg(),
             written,
             if inverse { -1.0 } else { 1.0 },
+            n,
+            strides[0],
+            strides[1],
+            strides[2],
             half,
             pairs,
-            rest,
+            kept,
             y.dtype.into(),
         );
     }

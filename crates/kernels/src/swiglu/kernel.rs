@@ -24,12 +24,14 @@ fn forward_kernel<F: Float, N: Size>(
     y: &mut Tensor<Vector<F, N>>,
     dropped: &mut ComptimeOption<Tensor<Vector<F, N>>>,
     mask: &ComptimeOption<Mask>,
+    n: usize,
+    vectors: usize,
+    stride: usize,
     #[define(F)] _dtype: StorageType,
 ) {
     let (row, column) = (row(), column());
-    let vectors = y.shape(1) / N::value();
-    if row < y.shape(0) && column < vectors {
-        let from = row * (gate_up.stride(0) / N::value()) + column;
+    if row < n && column < vectors {
+        let from = row * stride + column;
         let gate = gate_up[from];
         let up = gate_up[from + vectors];
         let gate = Vector::<f32, N>::cast_from(gate);
@@ -51,20 +53,23 @@ fn backward_kernel<F: Float, N: Size>(
     gate_up: &Tensor<Vector<F, N>>,
     grad: &Tensor<Vector<F, N>>,
     out: &mut Tensor<Vector<F, N>>,
+    n: usize,
+    vectors: usize,
+    stride: usize,
+    grad_stride: usize,
     #[define(F)] _dtype: StorageType,
 ) {
     let (row, column) = (row(), column());
-    let vectors = grad.shape(1) / N::value();
-    if row < grad.shape(0) && column < vectors {
-        let from = row * (gate_up.stride(0) / N::value()) + column;
+    if row < n && column < vectors {
+        let from = row * stride + column;
         let gate = gate_up[from];
         let up = gate_up[from + vectors];
-        let grad = grad[row * (grad.stride(0) / N::value()) + column];
+        let grad = grad[row * grad_stride + column];
         let (gate, up) = (Vector::<f32, N>::cast_from(gate), Vector::<f32, N>::cast_from(up));
         let grad = Vector::<f32, N>::cast_from(grad);
         let sigma = sigmoid::<N>(gate);
         let one = Vector::<f32, N>::new(1.0);
-        let to = row * (out.stride(0) / N::value()) + column;
+        let to = row * 2 * vectors + column;
         out[to] = Vector::cast_from(grad * up * sigma * (one + gate * (one - sigma)));
         out[to + vectors] = Vector::cast_from(grad * gate * sigma);
     }
@@ -109,6 +114,9 @@ fn launch_forward<R: CubeRuntime>(
             y.clone().into_tensor_arg(),
             dropped.clone().map(CubeTensor::into_tensor_arg).into(),
             dropout.map(|dropout| mask(dropout, [n, f])).into(),
+            n,
+            f / width,
+            row_stride(&gate_up, width),
             gate_up.dtype.into(),
         );
     }
@@ -128,6 +136,7 @@ pub fn backward<R: CubeRuntime>(gate_up: CubeTensor<R>, grad: CubeTensor<R>) -> 
     let out = empty(&grad, [n, 2 * f]);
     let width = vector_width(f, &[&gate_up, &grad]);
     let (cubes, units) = launch_shape(n, f / width);
+    let strides = [&gate_up, &grad].map(|x| row_stride(x, width));
     // SAFETY: units past the last row or the last vector of a row neither read nor write.
     unsafe {
         backward_kernel::launch_unchecked::<R>(
@@ -138,6 +147,10 @@ pub fn backward<R: CubeRuntime>(gate_up: CubeTensor<R>, grad: CubeTensor<R>) -> 
             gate_up.into_tensor_arg(),
             grad.clone().into_tensor_arg(),
             out.clone().into_tensor_arg(),
+            n,
+            f / width,
+            strides[0],
+            strides[1],
             grad.dtype.into(),
         );
     }
