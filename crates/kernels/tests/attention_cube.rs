@@ -261,8 +261,6 @@ mod cuda {
         Case { b: 2, h: 4, g: 4, t: 77, w: 128, rows: Rows::Packed(20) },
         Case { b: 2, h: 4, g: 4, t: 77, w: 128, rows: Rows::Dense },
         Case { b: 1, h: 2, g: 2, t: 1, w: 128, rows: Rows::Dense },
-        Case { b: 1, h: 1, g: 1, t: 4096, w: 128, rows: Rows::Dense },
-        Case { b: 1, h: 1, g: 1, t: 4096, w: 128, rows: Rows::Packed(35) },
         Case { b: 1, h: 2, g: 2, t: 300, w: 64, rows: Rows::Packed(35) },
         Case { b: 1, h: 2, g: 1, t: 300, w: 64, rows: Rows::Dense },
         Case { b: 2, h: 8, g: 2, t: 257, w: 128, rows: Rows::Packed(100) },
@@ -270,6 +268,8 @@ mod cuda {
         Case { b: 3, h: 2, g: 1, t: 190, w: 128, rows: Rows::Holes(35) },
         Case { b: 1, h: 2, g: 2, t: 200, w: 64, rows: Rows::Holes(9) },
         Case { b: 1, h: 2, g: 2, t: 90, w: 72, rows: Rows::Packed(20) },
+        Case { b: 1, h: 1, g: 1, t: 4096, w: 128, rows: Rows::Dense },
+        Case { b: 1, h: 1, g: 1, t: 4096, w: 128, rows: Rows::Packed(35) },
     ];
 
     /// f16 and bf16 round q, k, v and P: errors of one rounding, relative to the greatest value.
