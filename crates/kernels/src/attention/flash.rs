@@ -19,7 +19,9 @@ use cubecl::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
-use super::device::{Index, Tokens, dims, vector_width};
+use super::SEPARATE;
+use super::device::{HIDDEN, Index, Tokens, dims, vector_width};
+use super::ranges::{FULL, SKIP};
 
 /// Rows of a cube's tile, and keys or queries for which there is one tile code.
 pub(super) const EDGE: usize = 64;
@@ -178,6 +180,7 @@ fn fragment<F: Float>(
     let lane = UNIT_POS_PLANE as usize;
     let at = row * chunks + lane % 16 * chunks + ((lane / 16 ^ (lane % 8)) ^ (step * 2));
     let definition = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
+    // SAFETY: the place holds 16 bytes, eight elements of F.
     let slice = unsafe { tile.slice(at, at + 1).downcast_unchecked::<Vector<F, Const<8>>>() };
     definition.load_matrix::<Vector<F, Const<8>>, Const<2>>(&slice, MatrixIdent::A, 4usize, transposed)
 }
@@ -194,6 +197,7 @@ fn fragment_of_rows<F: Float>(
     let within = lane / 16 * 8 + lane % 8;
     let at = row * chunks + within * chunks + ((lane / 8 % 2 ^ (lane % 8)) ^ (step * 2));
     let definition = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
+    // SAFETY: the place holds 16 bytes, eight elements of F.
     let slice = unsafe { tile.slice(at, at + 1).downcast_unchecked::<Vector<F, Const<8>>>() };
     definition.load_matrix::<Vector<F, Const<8>>, Const<2>>(&slice, MatrixIdent::B, 4usize, false)
 }
@@ -345,15 +349,15 @@ fn load(from: &Tensor<Chunk>, head: &Head, first: usize, to: &mut Tile, #[compti
 /// a document that no key has.
 #[cube]
 fn token(tokens: &Tokens, batch: usize, i: usize, #[comptime] query: bool) -> (i32, i32) {
-    let mut document = i32::new(-2);
+    let mut document = SEPARATE.runtime();
     let mut position = i32::new(0);
     if i < tokens.documents.shape(1) {
         document = tokens.documents[batch * tokens.documents.stride(0) + i * tokens.documents.stride(1)];
         position = tokens.positions[batch * tokens.positions.stride(0) + i * tokens.positions.stride(1)];
     }
     if comptime!(query) {
-        if document == -2 {
-            document = i32::new(-3);
+        if document == SEPARATE {
+            document = comptime!(SEPARATE - 1).runtime();
         }
     }
     (document, position)
@@ -361,9 +365,16 @@ fn token(tokens: &Tokens, batch: usize, i: usize, #[comptime] query: bool) -> (i
 
 /// The first of the codes from `step` on that says that there is something to do; a tile has `parts` steps.
 #[cube]
-fn next(codes: &Tensor<i32>, start: usize, stride: usize, step: usize, end: usize, #[comptime] parts: usize) -> usize {
+fn next(
+    codes: &Tensor<i32>,
+    start: usize,
+    stride: usize,
+    step: usize,
+    end: usize,
+    #[comptime] parts: usize,
+) -> usize {
     let mut found = step;
-    while found < end && codes[start + found / parts * stride] == 0 {
+    while found < end && codes[start + found / parts * stride] == SKIP {
         found += parts;
     }
     found
@@ -466,7 +477,14 @@ fn own_tokens(tokens: &Tokens, batch: usize, row: usize, #[comptime] query: bool
 
 /// Documents, then positions, of `count` tokens from `first` on, to shared memory.
 #[cube]
-fn put_tokens(tokens: &Tokens, to: &mut SharedMemory<i32>, batch: usize, first: usize, #[comptime] count: usize, #[comptime] query: bool) {
+fn put_tokens(
+    tokens: &Tokens,
+    to: &mut SharedMemory<i32>,
+    batch: usize,
+    first: usize,
+    #[comptime] count: usize,
+    #[comptime] query: bool,
+) {
     let i = UNIT_POS as usize;
     if i < count {
         let (document, position) = token(tokens, batch, first + i, query);
@@ -556,7 +574,7 @@ fn flash_forward<F: Float>(
     let mut totals = Array::<f32>::new(2usize);
     #[unroll]
     for half in 0..2usize {
-        peaks[half] = f32::new(-1e30);
+        peaks[half] = f32::new(HIDDEN);
         totals[half] = f32::new(0.0);
     }
     if step < end {
@@ -570,8 +588,8 @@ fn flash_forward<F: Float>(
         fetch(&mut held, v, &v_head, step * 64, AHEAD, chunks);
         let mut p = scores::<F>(&near, row, &far, AHEAD, chunks, depth);
         put(&held, &mut values, AHEAD, chunks);
-        if code != 2 {
-            hide(&mut p, &mine, &theirs, f32::new(-1e30), AHEAD, true);
+        if code != FULL {
+            hide(&mut p, &mine, &theirs, f32::new(HIDDEN), AHEAD, true);
         }
         sync_cube();
         step = next(codes, codes_at, 1usize, step + 1, end, 1usize);
@@ -590,7 +608,7 @@ fn flash_forward<F: Float>(
         let query = tile * 64 + own + half * 8;
         if UNIT_POS_PLANE % 4 == 0 && query < q.shape(2) {
             let sum = peaks[half] * scale + total.ln();
-            lse[(batch * q.shape(1) + head) * q.shape(2) + query] = select(some, sum, f32::new(-1e30));
+            lse[(batch * q.shape(1) + head) * q.shape(2) + query] = select(some, sum, f32::new(HIDDEN));
         }
     }
     sync_cube();
@@ -732,8 +750,8 @@ fn flash_query_gradient<F: Float>(
         fetch(&mut held_k, k, &k_head, step * BACK, BACK, chunks);
         fetch(&mut held_v, v, &v_head, step * BACK, BACK, chunks);
         let mut p = scores::<F>(&near, row, &far, BACK, chunks, depth);
-        if code != 2 {
-            hide(&mut p, &mine, &theirs, f32::new(-1e30), BACK, true);
+        if code != FULL {
+            hide(&mut p, &mine, &theirs, f32::new(HIDDEN), BACK, true);
         }
         let mut slopes = scores::<F>(&upstream, row, &values, BACK, chunks, depth);
         slopes_of_rows(&mut p, &mut slopes, &norms, &means, scale);
@@ -826,8 +844,8 @@ fn flash_key_gradient<F: Float>(
             fetch(&mut held_q, q, &q_head, step * BACK, BACK, chunks);
             fetch(&mut held_g, grad, &g_head, step * BACK, BACK, chunks);
             let mut p = scores::<F>(&near, row, &far, BACK, chunks, depth);
-            if code != 2 {
-                hide(&mut p, &mine, &theirs, f32::new(-1e30), BACK, false);
+            if code != FULL {
+                hide(&mut p, &mine, &theirs, f32::new(HIDDEN), BACK, false);
             }
             let mut slopes = scores::<F>(&values, row, &upstream, BACK, chunks, depth);
             slopes_of_columns(&mut p, &mut slopes, &statistics, scale);
