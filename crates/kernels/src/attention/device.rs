@@ -18,8 +18,8 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{flash, plain};
 use super::ranges::Ranges;
+use super::{flash, plain};
 
 /// The `lse` of a query that sees nothing, and the score of a hidden pair: finite, and below every score.
 pub(super) const HIDDEN: f32 = -1e30;
@@ -63,7 +63,13 @@ pub(super) fn tokens<R: CubeRuntime>(
 pub(super) fn empty<R: CubeRuntime>(like: &CubeTensor<R>, dims: &[usize], dtype: DType) -> CubeTensor<R> {
     let bytes = dims.iter().product::<usize>() * dtype.size();
     let handle = like.client.empty(bytes);
-    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), Shape::from(dims.to_vec()), handle, dtype)
+    CubeTensor::new_contiguous(
+        like.client.clone(),
+        like.device.clone(),
+        Shape::from(dims.to_vec()),
+        handle,
+        dtype,
+    )
 }
 
 /// `b, h, t, w` of a tensor.
@@ -184,7 +190,8 @@ fn row_products_kernel<F: Float, N: Size>(
         let from_b = (batch * b.stride(0) + head * b.stride(1) + row * b.stride(2)) / N::value();
         let mut i = UNIT_POS_X as usize;
         while i < a.shape(3) / N::value() {
-            let product = Vector::<f32, N>::cast_from(a[from_a + i]) * Vector::<f32, N>::cast_from(b[from_b + i]);
+            let product =
+                Vector::<f32, N>::cast_from(a[from_a + i]) * Vector::<f32, N>::cast_from(b[from_b + i]);
             #[unroll]
             for j in 0..N::value() {
                 sum += product[j];

@@ -19,7 +19,9 @@ use cubecl::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
-use super::device::{Index, Tokens, dims, vector_width};
+use super::SEPARATE;
+use super::device::{HIDDEN, Index, Tokens, dims, vector_width};
+use super::ranges::{FULL, SKIP};
 
 /// Rows of a cube's tile, and keys or queries for which there is one tile code.
 pub(super) const EDGE: usize = 64;
@@ -31,7 +33,9 @@ const AHEAD: usize = 64;
 const BACK: usize = 32;
 
 type Pair<F> = Vector<F, Const<2>>;
-type Chunk<F> = Vector<F, Const<8>>;
+/// Eight elements of 16 bits, moved as 16 bytes.
+type Chunk = Vector<u32, Const<4>>;
+type Tile = SharedMemory<Chunk>;
 
 /// The `depth` of the products if this device and these tensors can take this way: 16, or 8.
 pub(super) fn depth<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> Option<usize> {
@@ -156,41 +160,46 @@ pub(super) fn backward<R: CubeRuntime>(
     }
 }
 
-/// Place of a chunk of 8 elements in a tile: chunks of a row are permuted by the row, so that the same column of
-/// eight rows lies in eight different sets of banks.
+/// Place in a tile of a chunk of 8 elements: chunks of a row are permuted by the row modulo 8, so that the same
+/// column of eight rows lies in eight different sets of banks. `row` is a multiple of 8 before `within`.
 #[cube]
-fn place(row: usize, chunk: usize, #[comptime] chunks: usize) -> usize {
-    row * chunks + (chunk ^ (row % 8))
+fn place(row: usize, within: usize, chunk: usize, #[comptime] chunks: usize) -> usize {
+    row * chunks + within * chunks + (chunk ^ (within % 8))
 }
 
 /// Left operand: 16 rows from `row`, 16 columns from `16 step`; transposed, the right operands of 16 rows from `row`
 /// and 16 columns from `16 step`, where rows run along the sum.
 #[cube]
 fn fragment<F: Float>(
-    tile: &SharedMemory<Chunk<F>>,
+    tile: &Tile,
     row: usize,
-    step: usize,
+    #[comptime] step: usize,
     #[comptime] transposed: bool,
     #[comptime] chunks: usize,
 ) -> Array<Pair<F>> {
     let lane = UNIT_POS_PLANE as usize;
-    let at = place(row + lane % 16, step * 2 + lane / 16, chunks);
+    let at = row * chunks + lane % 16 * chunks + ((lane / 16 ^ (lane % 8)) ^ (step * 2));
     let definition = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
-    definition.load_matrix::<Chunk<F>, Const<2>>(&tile.slice(at, at + 1), MatrixIdent::A, 4usize, transposed)
+    // SAFETY: the place holds 16 bytes, eight elements of F.
+    let slice = unsafe { tile.slice(at, at + 1).downcast_unchecked::<Vector<F, Const<8>>>() };
+    definition.load_matrix::<Vector<F, Const<8>>, Const<2>>(&slice, MatrixIdent::A, 4usize, transposed)
 }
 
 /// Right operands where columns run along the sum: 16 rows from `row`, 16 columns from `16 step`.
 #[cube]
 fn fragment_of_rows<F: Float>(
-    tile: &SharedMemory<Chunk<F>>,
+    tile: &Tile,
     row: usize,
-    step: usize,
+    #[comptime] step: usize,
     #[comptime] chunks: usize,
 ) -> Array<Pair<F>> {
     let lane = UNIT_POS_PLANE as usize;
-    let at = place(row + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2, chunks);
+    let within = lane / 16 * 8 + lane % 8;
+    let at = row * chunks + within * chunks + ((lane / 8 % 2 ^ (lane % 8)) ^ (step * 2));
     let definition = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
-    definition.load_matrix::<Chunk<F>, Const<2>>(&tile.slice(at, at + 1), MatrixIdent::B, 4usize, false)
+    // SAFETY: the place holds 16 bytes, eight elements of F.
+    let slice = unsafe { tile.slice(at, at + 1).downcast_unchecked::<Vector<F, Const<8>>>() };
+    definition.load_matrix::<Vector<F, Const<8>>, Const<2>>(&slice, MatrixIdent::B, 4usize, false)
 }
 
 /// `sum += a b` for one right operand of 16 × 8, which are `b[first]` and `b[first + 1]`.
@@ -238,9 +247,9 @@ fn zeros(#[comptime] count: usize) -> Sequence<Array<Pair<f32>>> {
 /// Sums `a bᵀ`: 16 rows of `a` from `row`, the first `columns` rows of `b`.
 #[cube]
 fn scores<F: Float>(
-    a: &SharedMemory<Chunk<F>>,
+    a: &Tile,
     row: usize,
-    b: &SharedMemory<Chunk<F>>,
+    b: &Tile,
     #[comptime] columns: usize,
     #[comptime] chunks: usize,
     #[comptime] depth: usize,
@@ -264,7 +273,7 @@ fn scores<F: Float>(
 fn gather<F: Float>(
     sums: &mut Sequence<Array<Pair<f32>>>,
     p: &Sequence<Array<Pair<f32>>>,
-    b: &SharedMemory<Chunk<F>>,
+    b: &Tile,
     #[comptime] rows: usize,
     #[comptime] chunks: usize,
     #[comptime] depth: usize,
@@ -285,75 +294,70 @@ fn gather<F: Float>(
     }
 }
 
-/// Reads this unit's chunks of `rows` rows of a head from `first` on; those past the end are 0.
-#[cube]
-fn fetch<F: Float>(
-    held: &mut Array<Chunk<F>>,
-    from: &Tensor<Chunk<F>>,
+/// A head of a tensor: where it begins and how far its rows are apart, in chunks, and its last row.
+#[derive(CubeType)]
+struct Head {
     base: usize,
+    stride: usize,
+    last: usize,
+}
+
+#[cube]
+fn head_of(x: &Tensor<Chunk>, batch: usize, head: usize) -> Head {
+    let base = (batch * x.stride(0) + head * x.stride(1)) / 8;
+    Head { base, stride: x.stride(2) / 8, last: x.shape(2) - 1 }
+}
+
+/// Reads this unit's chunks of `rows` rows of a head from `first` on. Past the end it reads the last row again, of
+/// which nobody makes use: keys and queries that are not there are hidden.
+#[cube]
+fn fetch(
+    held: &mut Array<Chunk>,
+    from: &Tensor<Chunk>,
+    head: &Head,
     first: usize,
     #[comptime] rows: usize,
     #[comptime] chunks: usize,
 ) {
-    let stride = from.stride(2) / 8;
-    let column = UNIT_POS as usize % chunks;
-    let mut row = first + UNIT_POS as usize / chunks;
+    let start = head.base + UNIT_POS as usize % chunks;
+    let row = first + UNIT_POS as usize / chunks;
     #[unroll]
     for i in 0..comptime!(rows * chunks / 128) {
-        let mut chunk = Vector::new(F::new(0.0));
-        if row < from.shape(2) {
-            chunk = from[base + row * stride + column];
-        }
-        held[i] = chunk;
-        row += 128 / chunks;
+        held[i] = from[start + min(row + i * (128 / chunks), head.last) * head.stride];
+    }
+}
+
+/// Writes what [`fetch`] read to a tile.
+#[cube]
+fn put(held: &Array<Chunk>, to: &mut Tile, #[comptime] rows: usize, #[comptime] chunks: usize) {
+    let start = place(0usize, UNIT_POS as usize / chunks, UNIT_POS as usize % chunks, chunks);
+    #[unroll]
+    for i in 0..comptime!(rows * chunks / 128) {
+        to[start + i * 128] = held[i];
     }
 }
 
 /// Copies 64 rows of a head to a tile.
 #[cube]
-fn load<F: Float>(
-    from: &Tensor<Chunk<F>>,
-    base: usize,
-    first: usize,
-    to: &mut SharedMemory<Chunk<F>>,
-    #[comptime] chunks: usize,
-) {
-    let mut held = Array::<Chunk<F>>::new(64 * chunks / 128);
-    fetch::<F>(&mut held, from, base, first, 64usize, chunks);
-    put::<F>(&held, to, 64usize, chunks);
-}
-
-/// Writes what [`fetch`] read to a tile.
-#[cube]
-fn put<F: Float>(held: &Array<Chunk<F>>, to: &mut SharedMemory<Chunk<F>>, #[comptime] rows: usize, #[comptime] chunks: usize) {
-    let column = UNIT_POS as usize % chunks;
-    let mut row = UNIT_POS as usize / chunks;
-    #[unroll]
-    for i in 0..comptime!(rows * chunks / 128) {
-        to[place(row, column, chunks)] = held[i];
-        row += 128 / chunks;
-    }
-}
-
-/// Where a head begins, in chunks.
-#[cube]
-fn base_of<F: Float>(x: &Tensor<Chunk<F>>, batch: usize, head: usize) -> usize {
-    (batch * x.stride(0) + head * x.stride(1)) / 8
+fn load(from: &Tensor<Chunk>, head: &Head, first: usize, to: &mut Tile, #[comptime] chunks: usize) {
+    let mut held = Array::<Chunk>::new(64 * chunks / 128);
+    fetch(&mut held, from, head, first, 64usize, chunks);
+    put(&held, to, 64usize, chunks);
 }
 
 /// Document and position of token `i`; past the end, and where a query stands in the document that nobody is in,
 /// a document that no key has.
 #[cube]
 fn token(tokens: &Tokens, batch: usize, i: usize, #[comptime] query: bool) -> (i32, i32) {
-    let mut document = i32::new(-2);
+    let mut document = SEPARATE.runtime();
     let mut position = i32::new(0);
     if i < tokens.documents.shape(1) {
         document = tokens.documents[batch * tokens.documents.stride(0) + i * tokens.documents.stride(1)];
         position = tokens.positions[batch * tokens.positions.stride(0) + i * tokens.positions.stride(1)];
     }
     if comptime!(query) {
-        if document == -2 {
-            document = i32::new(-3);
+        if document == SEPARATE {
+            document = comptime!(SEPARATE - 1).runtime();
         }
     }
     (document, position)
@@ -361,9 +365,16 @@ fn token(tokens: &Tokens, batch: usize, i: usize, #[comptime] query: bool) -> (i
 
 /// The first of the codes from `step` on that says that there is something to do; a tile has `parts` steps.
 #[cube]
-fn next(codes: &Tensor<i32>, start: usize, stride: usize, step: usize, end: usize, #[comptime] parts: usize) -> usize {
+fn next(
+    codes: &Tensor<i32>,
+    start: usize,
+    stride: usize,
+    step: usize,
+    end: usize,
+    #[comptime] parts: usize,
+) -> usize {
     let mut found = step;
-    while found < end && codes[start + found / parts * stride] == 0 {
+    while found < end && codes[start + found / parts * stride] == SKIP {
         found += parts;
     }
     found
@@ -375,40 +386,34 @@ fn stage<F: Float>(
     sums: &Sequence<Array<Pair<f32>>>,
     factors: &Array<f32>,
     row: usize,
-    to: &mut SharedMemory<Chunk<F>>,
+    to: &mut Tile,
     #[comptime] chunks: usize,
 ) {
     let lane = UNIT_POS_PLANE as usize;
-    let mut pairs = to.to_slice_mut().with_vector_size::<Const<2>>();
+    let mut words = to.to_slice_mut().with_vector_size::<Const<1>>();
+    let start = (row + lane / 4) * chunks;
     #[unroll]
     for n in 0..chunks {
+        let at = (start + (n ^ (lane / 4))) * 4 + lane % 4;
         #[unroll]
         for half in 0..2usize {
-            let at = place(row + lane / 4 + half * 8, n, chunks) * 4 + lane % 4;
-            pairs[at] = Vector::cast_from(sums.index(n)[half] * Vector::new(factors[half]));
+            let pair = Pair::<F>::cast_from(sums.index(n)[half] * Vector::new(factors[half]));
+            words[at + half * (8 * chunks * 4)] = Vector::<u32, Const<1>>::reinterpret(pair);
         }
     }
 }
 
-/// Copies rows of a tile to a head from row `first` on, up to row `end`.
+/// Copies rows of a tile to a head from row `first` on.
 #[cube]
-fn flush<F: Float>(
-    tile: &SharedMemory<Chunk<F>>,
-    to: &mut Tensor<Chunk<F>>,
-    base: usize,
-    stride: usize,
-    first: usize,
-    end: usize,
-    #[comptime] chunks: usize,
-) {
-    let column = UNIT_POS as usize % chunks;
-    let mut row = UNIT_POS as usize / chunks;
+fn flush(tile: &Tile, to: &mut Tensor<Chunk>, head: &Head, first: usize, #[comptime] chunks: usize) {
+    let at = place(0usize, UNIT_POS as usize / chunks, UNIT_POS as usize % chunks, chunks);
+    let start = head.base + UNIT_POS as usize % chunks;
+    let row = first + UNIT_POS as usize / chunks;
     #[unroll]
-    for _ in 0..comptime!(64 * chunks / 128) {
-        if first + row < end {
-            to[base + (first + row) * stride + column] = tile[place(row, column, chunks)];
+    for i in 0..comptime!(64 * chunks / 128) {
+        if row + i * (128 / chunks) <= head.last {
+            to[start + (row + i * (128 / chunks)) * head.stride] = tile[at + i * 128];
         }
-        row += 128 / chunks;
     }
 }
 
@@ -472,7 +477,14 @@ fn own_tokens(tokens: &Tokens, batch: usize, row: usize, #[comptime] query: bool
 
 /// Documents, then positions, of `count` tokens from `first` on, to shared memory.
 #[cube]
-fn put_tokens(tokens: &Tokens, to: &mut SharedMemory<i32>, batch: usize, first: usize, #[comptime] count: usize, #[comptime] query: bool) {
+fn put_tokens(
+    tokens: &Tokens,
+    to: &mut SharedMemory<i32>,
+    batch: usize,
+    first: usize,
+    #[comptime] count: usize,
+    #[comptime] query: bool,
+) {
     let i = UNIT_POS as usize;
     if i < count {
         let (document, position) = token(tokens, batch, first + i, query);
@@ -525,14 +537,14 @@ fn soften(
 #[cube(launch_unchecked, fast_math = FastMath::all())]
 #[allow(clippy::too_many_arguments)]
 fn flash_forward<F: Float>(
-    q: &Tensor<Chunk<F>>,
-    k: &Tensor<Chunk<F>>,
-    v: &Tensor<Chunk<F>>,
+    q: &Tensor<Chunk>,
+    k: &Tensor<Chunk>,
+    v: &Tensor<Chunk>,
     queries: &Tokens,
     keys: &Tokens,
     codes: &Tensor<i32>,
     rows: &Tensor<i32>,
-    o: &mut Tensor<Chunk<F>>,
+    o: &mut Tensor<Chunk>,
     lse: &mut Tensor<f32>,
     scale: f32,
     #[comptime] width: usize,
@@ -546,46 +558,46 @@ fn flash_forward<F: Float>(
     let group = head / (q.shape(1) / k.shape(1));
     let row = UNIT_POS as usize / 32 * 16;
     let own = row + UNIT_POS_PLANE as usize / 4;
-    let mut near = SharedMemory::<Chunk<F>>::new_aligned(64 * chunks, 128usize);
-    let mut far = SharedMemory::<Chunk<F>>::new_aligned(AHEAD * chunks, 128usize);
-    let mut values = SharedMemory::<Chunk<F>>::new_aligned(AHEAD * chunks, 128usize);
+    let mut near = SharedMemory::<Chunk>::new_aligned(64 * chunks, 128usize);
+    let mut far = SharedMemory::<Chunk>::new_aligned(AHEAD * chunks, 128usize);
+    let mut values = SharedMemory::<Chunk>::new_aligned(AHEAD * chunks, 128usize);
     let mut theirs = SharedMemory::<i32>::new(2 * AHEAD);
     let line = batch * codes.shape(1) + tile;
     let codes_at = line * codes.shape(2);
     let end = rows[line * 2 + 1] as usize;
     let mut step = next(codes, codes_at, 1usize, rows[line * 2] as usize, end, 1usize);
-    let (k_base, v_base) = (base_of(k, batch, group), base_of(v, batch, group));
+    let (k_head, v_head) = (head_of(k, batch, group), head_of(v, batch, group));
     let mine = own_tokens(queries, batch, tile * 64 + own, true);
-    load::<F>(q, base_of(q, batch, head), tile * 64, &mut near, chunks);
+    load(q, &head_of(q, batch, head), tile * 64, &mut near, chunks);
     let mut sums = zeros(chunks);
     let mut peaks = Array::<f32>::new(2usize);
     let mut totals = Array::<f32>::new(2usize);
     #[unroll]
     for half in 0..2usize {
-        peaks[half] = f32::new(-1e30);
+        peaks[half] = f32::new(HIDDEN);
         totals[half] = f32::new(0.0);
     }
     if step < end {
-        load::<F>(k, k_base, step * 64, &mut far, chunks);
+        load(k, &k_head, step * 64, &mut far, chunks);
     }
-    let mut held = Array::<Chunk<F>>::new(AHEAD * chunks / 128);
+    let mut held = Array::<Chunk>::new(AHEAD * chunks / 128);
     while step < end {
         put_tokens(keys, &mut theirs, batch, step * 64, AHEAD, false);
         sync_cube();
         let code = codes[codes_at + step];
-        fetch::<F>(&mut held, v, v_base, step * 64, AHEAD, chunks);
+        fetch(&mut held, v, &v_head, step * 64, AHEAD, chunks);
         let mut p = scores::<F>(&near, row, &far, AHEAD, chunks, depth);
-        put::<F>(&held, &mut values, AHEAD, chunks);
-        if code != 2 {
-            hide(&mut p, &mine, &theirs, f32::new(-1e30), AHEAD, true);
+        put(&held, &mut values, AHEAD, chunks);
+        if code != FULL {
+            hide(&mut p, &mine, &theirs, f32::new(HIDDEN), AHEAD, true);
         }
         sync_cube();
         step = next(codes, codes_at, 1usize, step + 1, end, 1usize);
-        // After the last step this reads what nobody uses.
-        fetch::<F>(&mut held, k, k_base, step * 64, AHEAD, chunks);
         soften(&mut p, &mut sums, &mut peaks, &mut totals, scale, chunks);
+        // After the last step this reads what nobody uses.
+        fetch(&mut held, k, &k_head, step * 64, AHEAD, chunks);
         gather::<F>(&mut sums, &p, &values, AHEAD, chunks, depth);
-        put::<F>(&held, &mut far, AHEAD, chunks);
+        put(&held, &mut far, AHEAD, chunks);
     }
     let mut factors = Array::<f32>::new(2usize);
     #[unroll]
@@ -596,13 +608,13 @@ fn flash_forward<F: Float>(
         let query = tile * 64 + own + half * 8;
         if UNIT_POS_PLANE % 4 == 0 && query < q.shape(2) {
             let sum = peaks[half] * scale + total.ln();
-            lse[(batch * q.shape(1) + head) * q.shape(2) + query] = select(some, sum, f32::new(-1e30));
+            lse[(batch * q.shape(1) + head) * q.shape(2) + query] = select(some, sum, f32::new(HIDDEN));
         }
     }
     sync_cube();
     stage::<F>(&sums, &factors, row, &mut near, chunks);
     sync_cube();
-    flush::<F>(&near, o, base_of(o, batch, head), o.stride(2) / 8, tile * 64, q.shape(2), chunks);
+    flush(&near, o, &head_of(o, batch, head), tile * 64, chunks);
 }
 
 /// `exp(scale · score - lse)`, 0 where hidden, and `P ∘ (dP - D)`, both in place; `norms` and `means` are those of
@@ -660,6 +672,13 @@ fn slopes_of_columns(
     }
 }
 
+/// A head of the joined gradient `[b, t, heads, w]`.
+#[cube]
+fn joined_head(x: &Tensor<Chunk>, batch: usize, head: usize) -> Head {
+    let base = (batch * x.stride(0) + head * x.stride(2)) / 8;
+    Head { base, stride: x.stride(1) / 8, last: x.shape(1) - 1 }
+}
+
 #[cube]
 fn both(value: f32) -> Array<f32> {
     let mut factors = Array::<f32>::new(2usize);
@@ -671,17 +690,17 @@ fn both(value: f32) -> Array<f32> {
 #[cube(launch_unchecked, fast_math = FastMath::all())]
 #[allow(clippy::too_many_arguments)]
 fn flash_query_gradient<F: Float>(
-    q: &Tensor<Chunk<F>>,
-    k: &Tensor<Chunk<F>>,
-    v: &Tensor<Chunk<F>>,
-    grad: &Tensor<Chunk<F>>,
+    q: &Tensor<Chunk>,
+    k: &Tensor<Chunk>,
+    v: &Tensor<Chunk>,
+    grad: &Tensor<Chunk>,
     queries: &Tokens,
     keys: &Tokens,
     codes: &Tensor<i32>,
     rows: &Tensor<i32>,
     lse: &Tensor<f32>,
     along: &Tensor<f32>,
-    joined: &mut Tensor<Chunk<F>>,
+    joined: &mut Tensor<Chunk>,
     scale: f32,
     #[comptime] width: usize,
     #[comptime] depth: usize,
@@ -693,19 +712,19 @@ fn flash_query_gradient<F: Float>(
     let group = head / (q.shape(1) / k.shape(1));
     let row = UNIT_POS as usize / 32 * 16;
     let own = row + UNIT_POS_PLANE as usize / 4;
-    let mut near = SharedMemory::<Chunk<F>>::new_aligned(64 * chunks, 128usize);
-    let mut upstream = SharedMemory::<Chunk<F>>::new_aligned(64 * chunks, 128usize);
-    let mut far = SharedMemory::<Chunk<F>>::new_aligned(BACK * chunks, 128usize);
-    let mut values = SharedMemory::<Chunk<F>>::new_aligned(BACK * chunks, 128usize);
+    let mut near = SharedMemory::<Chunk>::new_aligned(64 * chunks, 128usize);
+    let mut upstream = SharedMemory::<Chunk>::new_aligned(64 * chunks, 128usize);
+    let mut far = SharedMemory::<Chunk>::new_aligned(BACK * chunks, 128usize);
+    let mut values = SharedMemory::<Chunk>::new_aligned(BACK * chunks, 128usize);
     let mut theirs = SharedMemory::<i32>::new(2 * BACK);
     let line = batch * codes.shape(1) + tile;
     let codes_at = line * codes.shape(2);
     let end = rows[line * 2 + 1] as usize * 2;
     let mut step = next(codes, codes_at, 1usize, rows[line * 2] as usize * 2, end, 2usize);
-    let (k_base, v_base) = (base_of(k, batch, group), base_of(v, batch, group));
+    let (k_head, v_head) = (head_of(k, batch, group), head_of(v, batch, group));
     let mine = own_tokens(queries, batch, tile * 64 + own, true);
-    load::<F>(q, base_of(q, batch, head), tile * 64, &mut near, chunks);
-    load::<F>(grad, base_of(grad, batch, head), tile * 64, &mut upstream, chunks);
+    load(q, &head_of(q, batch, head), tile * 64, &mut near, chunks);
+    load(grad, &head_of(grad, batch, head), tile * 64, &mut upstream, chunks);
     let mut norms = Array::<f32>::new(2usize);
     let mut means = Array::<f32>::new(2usize);
     #[unroll]
@@ -717,22 +736,22 @@ fn flash_query_gradient<F: Float>(
         means[half] = along[statistic];
     }
     let mut sums = zeros(chunks);
-    let mut held_k = Array::<Chunk<F>>::new(BACK * chunks / 128);
-    let mut held_v = Array::<Chunk<F>>::new(BACK * chunks / 128);
-    fetch::<F>(&mut held_k, k, k_base, step * BACK, BACK, chunks);
-    fetch::<F>(&mut held_v, v, v_base, step * BACK, BACK, chunks);
+    let mut held_k = Array::<Chunk>::new(BACK * chunks / 128);
+    let mut held_v = Array::<Chunk>::new(BACK * chunks / 128);
+    fetch(&mut held_k, k, &k_head, step * BACK, BACK, chunks);
+    fetch(&mut held_v, v, &v_head, step * BACK, BACK, chunks);
     while step < end {
-        put::<F>(&held_k, &mut far, BACK, chunks);
-        put::<F>(&held_v, &mut values, BACK, chunks);
+        put(&held_k, &mut far, BACK, chunks);
+        put(&held_v, &mut values, BACK, chunks);
         put_tokens(keys, &mut theirs, batch, step * BACK, BACK, false);
         sync_cube();
         let code = codes[codes_at + step / 2];
         step = next(codes, codes_at, 1usize, step + 1, end, 2usize);
-        fetch::<F>(&mut held_k, k, k_base, step * BACK, BACK, chunks);
-        fetch::<F>(&mut held_v, v, v_base, step * BACK, BACK, chunks);
+        fetch(&mut held_k, k, &k_head, step * BACK, BACK, chunks);
+        fetch(&mut held_v, v, &v_head, step * BACK, BACK, chunks);
         let mut p = scores::<F>(&near, row, &far, BACK, chunks, depth);
-        if code != 2 {
-            hide(&mut p, &mine, &theirs, f32::new(-1e30), BACK, true);
+        if code != FULL {
+            hide(&mut p, &mine, &theirs, f32::new(HIDDEN), BACK, true);
         }
         let mut slopes = scores::<F>(&upstream, row, &values, BACK, chunks, depth);
         slopes_of_rows(&mut p, &mut slopes, &norms, &means, scale);
@@ -741,8 +760,7 @@ fn flash_query_gradient<F: Float>(
     }
     stage::<F>(&sums, &both(scale), row, &mut near, chunks);
     sync_cube();
-    let base = (batch * joined.stride(0) + head * joined.stride(2)) / 8;
-    flush::<F>(&near, joined, base, joined.stride(1) / 8, tile * 64, q.shape(2), chunks);
+    flush(&near, joined, &joined_head(joined, batch, head), tile * 64, chunks);
 }
 
 /// Norms, then means, of queries from `first` on.
@@ -771,17 +789,17 @@ fn put_statistics(
 #[cube(launch_unchecked, fast_math = FastMath::all())]
 #[allow(clippy::too_many_arguments)]
 fn flash_key_gradient<F: Float>(
-    q: &Tensor<Chunk<F>>,
-    k: &Tensor<Chunk<F>>,
-    v: &Tensor<Chunk<F>>,
-    grad: &Tensor<Chunk<F>>,
+    q: &Tensor<Chunk>,
+    k: &Tensor<Chunk>,
+    v: &Tensor<Chunk>,
+    grad: &Tensor<Chunk>,
     queries: &Tokens,
     keys: &Tokens,
     codes: &Tensor<i32>,
     columns: &Tensor<i32>,
     lse: &Tensor<f32>,
     along: &Tensor<f32>,
-    joined: &mut Tensor<Chunk<F>>,
+    joined: &mut Tensor<Chunk>,
     scale: f32,
     #[comptime] width: usize,
     #[comptime] depth: usize,
@@ -792,42 +810,42 @@ fn flash_key_gradient<F: Float>(
     let members = q.shape(1) / k.shape(1);
     let row = UNIT_POS as usize / 32 * 16;
     let own = row + UNIT_POS_PLANE as usize / 4;
-    let mut near = SharedMemory::<Chunk<F>>::new_aligned(64 * chunks, 128usize);
-    let mut values = SharedMemory::<Chunk<F>>::new_aligned(64 * chunks, 128usize);
-    let mut far = SharedMemory::<Chunk<F>>::new_aligned(BACK * chunks, 128usize);
-    let mut upstream = SharedMemory::<Chunk<F>>::new_aligned(BACK * chunks, 128usize);
+    let mut near = SharedMemory::<Chunk>::new_aligned(64 * chunks, 128usize);
+    let mut values = SharedMemory::<Chunk>::new_aligned(64 * chunks, 128usize);
+    let mut far = SharedMemory::<Chunk>::new_aligned(BACK * chunks, 128usize);
+    let mut upstream = SharedMemory::<Chunk>::new_aligned(BACK * chunks, 128usize);
     let mut theirs = SharedMemory::<i32>::new(2 * BACK);
     let mut statistics = SharedMemory::<f32>::new(2 * BACK);
     let line = batch * codes.shape(2) + tile;
     let codes_at = batch * codes.shape(1) * codes.shape(2) + tile;
     let end = columns[line * 2 + 1] as usize * 2;
     let mine = own_tokens(keys, batch, tile * 64 + own, false);
-    load::<F>(k, base_of(k, batch, group), tile * 64, &mut near, chunks);
-    load::<F>(v, base_of(v, batch, group), tile * 64, &mut values, chunks);
+    load(k, &head_of(k, batch, group), tile * 64, &mut near, chunks);
+    load(v, &head_of(v, batch, group), tile * 64, &mut values, chunks);
     let mut key_sums = zeros(chunks);
     let mut value_sums = zeros(chunks);
-    let mut held_q = Array::<Chunk<F>>::new(BACK * chunks / 128);
-    let mut held_g = Array::<Chunk<F>>::new(BACK * chunks / 128);
+    let mut held_q = Array::<Chunk>::new(BACK * chunks / 128);
+    let mut held_g = Array::<Chunk>::new(BACK * chunks / 128);
     for member in 0..members {
         let head = group * members + member;
-        let (q_base, g_base) = (base_of(q, batch, head), base_of(grad, batch, head));
+        let (q_head, g_head) = (head_of(q, batch, head), head_of(grad, batch, head));
         let start = (batch * q.shape(1) + head) * q.shape(2);
         let mut step = next(codes, codes_at, codes.shape(2), columns[line * 2] as usize * 2, end, 2usize);
-        fetch::<F>(&mut held_q, q, q_base, step * BACK, BACK, chunks);
-        fetch::<F>(&mut held_g, grad, g_base, step * BACK, BACK, chunks);
+        fetch(&mut held_q, q, &q_head, step * BACK, BACK, chunks);
+        fetch(&mut held_g, grad, &g_head, step * BACK, BACK, chunks);
         while step < end {
-            put::<F>(&held_q, &mut far, BACK, chunks);
-            put::<F>(&held_g, &mut upstream, BACK, chunks);
+            put(&held_q, &mut far, BACK, chunks);
+            put(&held_g, &mut upstream, BACK, chunks);
             put_tokens(queries, &mut theirs, batch, step * BACK, BACK, true);
             put_statistics(lse, along, &mut statistics, start, step * BACK, q.shape(2));
             sync_cube();
             let code = codes[codes_at + step / 2 * codes.shape(2)];
             step = next(codes, codes_at, codes.shape(2), step + 1, end, 2usize);
-            fetch::<F>(&mut held_q, q, q_base, step * BACK, BACK, chunks);
-            fetch::<F>(&mut held_g, grad, g_base, step * BACK, BACK, chunks);
+            fetch(&mut held_q, q, &q_head, step * BACK, BACK, chunks);
+            fetch(&mut held_g, grad, &g_head, step * BACK, BACK, chunks);
             let mut p = scores::<F>(&near, row, &far, BACK, chunks, depth);
-            if code != 2 {
-                hide(&mut p, &mine, &theirs, f32::new(-1e30), BACK, false);
+            if code != FULL {
+                hide(&mut p, &mine, &theirs, f32::new(HIDDEN), BACK, false);
             }
             let mut slopes = scores::<F>(&values, row, &upstream, BACK, chunks, depth);
             slopes_of_columns(&mut p, &mut slopes, &statistics, scale);
@@ -839,9 +857,7 @@ fn flash_key_gradient<F: Float>(
     stage::<F>(&key_sums, &both(scale), row, &mut near, chunks);
     stage::<F>(&value_sums, &both(f32::new(1.0)), row, &mut values, chunks);
     sync_cube();
-    let first = batch * joined.stride(0) + (q.shape(1) + group) * joined.stride(2);
-    let stride = joined.stride(1) / 8;
-    flush::<F>(&near, joined, first / 8, stride, tile * 64, k.shape(2), chunks);
-    let first = first + k.shape(1) * joined.stride(2);
-    flush::<F>(&values, joined, first / 8, stride, tile * 64, k.shape(2), chunks);
+    let first = q.shape(1) + group;
+    flush(&near, joined, &joined_head(joined, batch, first), tile * 64, chunks);
+    flush(&values, joined, &joined_head(joined, batch, first + k.shape(1)), tile * 64, chunks);
 }

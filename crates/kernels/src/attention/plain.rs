@@ -8,7 +8,9 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::device::{Index, Tokens, dims};
+use super::SEPARATE;
+use super::device::{HIDDEN, Index, Tokens, dims};
+use super::ranges::{FULL, MASKED, SKIP};
 
 /// Queries and keys in a tile.
 pub(super) const EDGE: usize = 16;
@@ -181,20 +183,26 @@ fn zero(sums: &mut Array<f32>, #[comptime] count: usize) {
 /// Whether query `i` sees key `j`; false past either end.
 #[cube]
 fn sees(queries: &Tokens, keys: &Tokens, code: i32, row: usize, i: usize, j: usize) -> bool {
-    let mut seen = code == 2;
-    if code == 1 && i < queries.documents.shape(1) && j < keys.documents.shape(1) {
+    let mut seen = code == FULL;
+    if code == MASKED && i < queries.documents.shape(1) && j < keys.documents.shape(1) {
         let mine = queries.documents[row * queries.documents.stride(0) + i * queries.documents.stride(1)];
         let other = keys.documents[row * keys.documents.stride(0) + j * keys.documents.stride(1)];
         let from = queries.positions[row * queries.positions.stride(0) + i * queries.positions.stride(1)];
         let to = keys.positions[row * keys.positions.stride(0) + j * keys.positions.stride(1)];
-        seen = mine == other && other != i32::new(-2) && from >= to;
+        seen = mine == other && other != SEPARATE && from >= to;
     }
     seen
 }
 
 /// Writes this unit's elements of a row.
 #[cube]
-fn store<F: Float>(to: &mut Tensor<F>, base: usize, sums: &Array<f32>, factor: f32, #[comptime] width: usize) {
+fn store<F: Float>(
+    to: &mut Tensor<F>,
+    base: usize,
+    sums: &Array<f32>,
+    factor: f32,
+    #[comptime] width: usize,
+) {
     #[unroll]
     for i in 0..width.div_ceil(16) {
         let column = UNIT_POS_X as usize + i * 16;
@@ -225,7 +233,7 @@ fn forward_kernel<F: Float>(
     let group = head / (q.shape(1) / k.shape(1));
     let query = tile * 16 + r;
     let place = batch * codes.shape(1) + tile;
-    let hidden = f32::new(-1e30);
+    let hidden = f32::new(HIDDEN);
     let mut near = SharedMemory::<f32>::new(16 * width);
     let mut far = SharedMemory::<f32>::new(16 * width);
     let mut scores = SharedMemory::<f32>::new(256usize);
@@ -236,7 +244,7 @@ fn forward_kernel<F: Float>(
     load(q, &mut near, batch, head, tile * 16, width);
     for other in rows[place * 2] as usize..rows[place * 2 + 1] as usize {
         let code = codes[place * codes.shape(2) + other];
-        if code != 0 {
+        if code != SKIP {
             load(k, &mut far, batch, group, other * 16, width);
             sync_cube();
             let mut score = hidden;
@@ -322,7 +330,7 @@ fn query_gradient<F: Float>(
     load(grad, &mut upstream, batch, head, tile * 16, width);
     for other in rows[place * 2] as usize..rows[place * 2 + 1] as usize {
         let code = codes[place * codes.shape(2) + other];
-        if code != 0 {
+        if code != SKIP {
             load(v, &mut far, batch, group, other * 16, width);
             sync_cube();
             let slope = dot(&upstream, r, &far, c, width) - mean;
@@ -384,7 +392,7 @@ fn key_gradient<F: Float>(
         let head = group * members + member;
         for other in columns[place] as usize..columns[place + 1] as usize {
             let code = codes[(batch * codes.shape(1) + other) * codes.shape(2) + tile];
-            if code != 0 {
+            if code != SKIP {
                 let query = other * 16 + c;
                 let statistic = (batch * q.shape(1) + head) * t + min(query, t - 1);
                 load(q, &mut far, batch, head, other * 16, width);

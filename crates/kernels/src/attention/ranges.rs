@@ -9,6 +9,7 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
+use super::SEPARATE;
 use super::device::{Tokens, empty, tokens};
 
 /// No query of the tile sees a key of the other.
@@ -71,7 +72,7 @@ impl<R: CubeRuntime> Ranges<R> {
     }
 }
 
-/// Least and greatest document and position of the tokens from `first` to `end`, those of [`super::SEPARATE`] left
+/// Least and greatest document and position of the tokens from `first` to `end`, those of [`SEPARATE`] left
 /// out, and how many were left in. Document -1, which ends a row, counts as the greatest, so that documents ascend.
 #[cube]
 fn bounds(tokens: &Tokens, row: usize, first: usize, end: usize) -> Array<i32> {
@@ -83,9 +84,10 @@ fn bounds(tokens: &Tokens, row: usize, first: usize, end: usize) -> Array<i32> {
     found[3] = i32::new(-2147483647);
     found[4] = i32::new(0);
     for i in first..end {
-        let mut document = tokens.documents[row * tokens.documents.stride(0) + i * tokens.documents.stride(1)];
+        let mut document =
+            tokens.documents[row * tokens.documents.stride(0) + i * tokens.documents.stride(1)];
         let position = tokens.positions[row * tokens.positions.stride(0) + i * tokens.positions.stride(1)];
-        if document != i32::new(-2) {
+        if document != SEPARATE {
             if document == i32::new(-1) {
                 document = greatest;
             }
@@ -102,13 +104,13 @@ fn bounds(tokens: &Tokens, row: usize, first: usize, end: usize) -> Array<i32> {
 #[cube]
 fn code_of(queries: &Array<i32>, keys: &Array<i32>, #[comptime] edge: usize) -> i32 {
     let whole = i32::cast_from(edge);
-    let mut code = i32::new(0);
+    let mut code = SKIP.runtime();
     let meet = queries[0] <= keys[1] && keys[0] <= queries[1] && queries[3] >= keys[2];
     if meet && queries[4] > 0 && keys[4] > 0 {
-        code = i32::new(1);
+        code = MASKED.runtime();
         let one = queries[0] == queries[1] && keys[0] == keys[1] && queries[0] == keys[0];
         if one && queries[2] >= keys[3] && queries[4] == whole && keys[4] == whole {
-            code = i32::new(2);
+            code = FULL.runtime();
         }
     }
     code
@@ -138,7 +140,7 @@ fn pair_codes(
         let theirs = bounds(keys, row, start, min(start + edge, s));
         let code = code_of(&mine, &theirs, edge);
         codes[place * key_tiles + other as usize] = code;
-        if code != 0 {
+        if code != SKIP {
             first = min(first, other);
             end = other + 1;
         }
@@ -168,7 +170,7 @@ fn column_ranges(codes: &Tensor<i32>, columns: &mut Tensor<i32>) {
     let mut first = u32::cast_from(query_tiles);
     let mut end = 0u32;
     for i in 0..query_tiles {
-        if codes[(row * query_tiles + i) * key_tiles + tile] != 0 {
+        if codes[(row * query_tiles + i) * key_tiles + tile] != SKIP {
             first = min(first, u32::cast_from(i));
             end = u32::cast_from(i) + 1;
         }
