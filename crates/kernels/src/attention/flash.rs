@@ -824,7 +824,6 @@ fn flash_key_gradient<F: Float>(
     let (tile, group, batch) = (CUBE_POS_X as usize, CUBE_POS_Y as usize, CUBE_POS_Z as usize);
     let members = q.shape(1) / k.shape(1);
     let row = UNIT_POS as usize / 32 * 16;
-    let own = row + UNIT_POS_PLANE as usize / 4;
     let mut near = SharedMemory::<Chunk>::new_aligned(64 * chunks, 128usize);
     let mut values = SharedMemory::<Chunk>::new_aligned(64 * chunks, 128usize);
     let mut far = SharedMemory::<Chunk>::new_aligned(BACK * chunks, 128usize);
@@ -834,11 +833,10 @@ fn flash_key_gradient<F: Float>(
     let line = batch * codes.shape(2) + tile;
     let codes_at = batch * codes.shape(1) * codes.shape(2) + tile;
     let end = columns[line * 2 + 1] as usize * 2;
-    let mine = own_tokens(keys, batch, tile * 64 + own, false);
+    let mine = own_tokens(keys, batch, tile * 64 + row + UNIT_POS_PLANE as usize / 4, false);
     load(k, &head_of(k, batch, group), tile * 64, &mut near, chunks);
     load(v, &head_of(v, batch, group), tile * 64, &mut values, chunks);
-    let mut key_sums = zeros(chunks);
-    let mut value_sums = zeros(chunks);
+    let (mut key_sums, mut value_sums) = (zeros(chunks), zeros(chunks));
     let mut held_q = Array::<Chunk>::new(BACK * chunks / 128);
     let mut held_g = Array::<Chunk>::new(BACK * chunks / 128);
     let mut held_tokens = Array::<i32>::new(2usize);
@@ -878,7 +876,6 @@ fn flash_key_gradient<F: Float>(
     stage::<F>(&key_sums, &both(scale), row, &mut near, chunks);
     stage::<F>(&value_sums, &both(f32::new(1.0)), row, &mut values, chunks);
     sync_cube();
-    let first = q.shape(1) + group;
-    flush(&near, joined, &joined_head(joined, batch, first), tile * 64, chunks);
-    flush(&values, joined, &joined_head(joined, batch, first + k.shape(1)), tile * 64, chunks);
+    flush(&near, joined, &joined_head(joined, batch, q.shape(1) + group), tile * 64, chunks);
+    flush(&values, joined, &joined_head(joined, batch, q.shape(1) + k.shape(1) + group), tile * 64, chunks);
 }
