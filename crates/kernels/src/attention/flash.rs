@@ -475,21 +475,28 @@ fn own_tokens(tokens: &Tokens, batch: usize, row: usize, #[comptime] query: bool
     mine
 }
 
-/// Documents, then positions, of `count` tokens from `first` on, to shared memory.
+/// Reads document and position of this unit's one of `count` tokens from `first` on.
 #[cube]
-fn put_tokens(
+fn fetch_tokens(
+    held: &mut Array<i32>,
     tokens: &Tokens,
-    to: &mut SharedMemory<i32>,
     batch: usize,
     first: usize,
     #[comptime] count: usize,
     #[comptime] query: bool,
 ) {
+    let (document, position) = token(tokens, batch, first + UNIT_POS as usize % count, query);
+    held[0] = document;
+    held[1] = position;
+}
+
+/// Writes what [`fetch_tokens`] read: documents, then positions.
+#[cube]
+fn put_tokens(held: &Array<i32>, to: &mut SharedMemory<i32>, #[comptime] count: usize) {
     let i = UNIT_POS as usize;
     if i < count {
-        let (document, position) = token(tokens, batch, first + i, query);
-        to[i] = document;
-        to[count + i] = position;
+        to[i] = held[0];
+        to[count + i] = held[1];
     }
 }
 
@@ -581,8 +588,10 @@ fn flash_forward<F: Float>(
         load(k, &k_head, step * 64, &mut far, chunks);
     }
     let mut held = Array::<Chunk>::new(AHEAD * chunks / 128);
+    let mut held_tokens = Array::<i32>::new(2usize);
+    fetch_tokens(&mut held_tokens, keys, batch, step * 64, AHEAD, false);
     while step < end {
-        put_tokens(keys, &mut theirs, batch, step * 64, AHEAD, false);
+        put_tokens(&held_tokens, &mut theirs, AHEAD);
         sync_cube();
         let code = codes[codes_at + step];
         fetch(&mut held, v, &v_head, step * 64, AHEAD, chunks);
@@ -593,6 +602,7 @@ fn flash_forward<F: Float>(
         }
         sync_cube();
         step = next(codes, codes_at, 1usize, step + 1, end, 1usize);
+        fetch_tokens(&mut held_tokens, keys, batch, step * 64, AHEAD, false);
         soften(&mut p, &mut sums, &mut peaks, &mut totals, scale, chunks);
         // After the last step this reads what nobody uses.
         fetch(&mut held, k, &k_head, step * 64, AHEAD, chunks);
@@ -740,13 +750,16 @@ fn flash_query_gradient<F: Float>(
     let mut held_v = Array::<Chunk>::new(BACK * chunks / 128);
     fetch(&mut held_k, k, &k_head, step * BACK, BACK, chunks);
     fetch(&mut held_v, v, &v_head, step * BACK, BACK, chunks);
+    let mut held_tokens = Array::<i32>::new(2usize);
+    fetch_tokens(&mut held_tokens, keys, batch, step * BACK, BACK, false);
     while step < end {
         put(&held_k, &mut far, BACK, chunks);
         put(&held_v, &mut values, BACK, chunks);
-        put_tokens(keys, &mut theirs, batch, step * BACK, BACK, false);
+        put_tokens(&held_tokens, &mut theirs, BACK);
         sync_cube();
         let code = codes[codes_at + step / 2];
         step = next(codes, codes_at, 1usize, step + 1, end, 2usize);
+        fetch_tokens(&mut held_tokens, keys, batch, step * BACK, BACK, false);
         fetch(&mut held_k, k, &k_head, step * BACK, BACK, chunks);
         fetch(&mut held_v, v, &v_head, step * BACK, BACK, chunks);
         let mut p = scores::<F>(&near, row, &far, BACK, chunks, depth);
@@ -763,26 +776,28 @@ fn flash_query_gradient<F: Float>(
     flush(&near, joined, &joined_head(joined, batch, head), tile * 64, chunks);
 }
 
-/// Norms, then means, of queries from `first` on.
+/// Reads norm and mean of this unit's query; past the end those of the last one, which are not used.
 #[cube]
-fn put_statistics(
+fn fetch_statistics(
+    held: &mut Array<f32>,
     lse: &Tensor<f32>,
     along: &Tensor<f32>,
-    to: &mut SharedMemory<f32>,
     start: usize,
     first: usize,
-    end: usize,
+    last: usize,
 ) {
+    let at = start + min(first + UNIT_POS as usize % BACK, last);
+    held[0] = max(lse[at], f32::new(-1e20));
+    held[1] = along[at];
+}
+
+/// Writes what [`fetch_statistics`] read: norms, then means.
+#[cube]
+fn put_statistics(held: &Array<f32>, to: &mut SharedMemory<f32>) {
     let i = UNIT_POS as usize;
     if i < BACK {
-        let mut norm = f32::new(0.0);
-        let mut mean = f32::new(0.0);
-        if first + i < end {
-            norm = max(lse[start + first + i], f32::new(-1e20));
-            mean = along[start + first + i];
-        }
-        to[i] = norm;
-        to[BACK + i] = mean;
+        to[i] = held[0];
+        to[BACK + i] = held[1];
     }
 }
 
@@ -809,7 +824,6 @@ fn flash_key_gradient<F: Float>(
     let (tile, group, batch) = (CUBE_POS_X as usize, CUBE_POS_Y as usize, CUBE_POS_Z as usize);
     let members = q.shape(1) / k.shape(1);
     let row = UNIT_POS as usize / 32 * 16;
-    let own = row + UNIT_POS_PLANE as usize / 4;
     let mut near = SharedMemory::<Chunk>::new_aligned(64 * chunks, 128usize);
     let mut values = SharedMemory::<Chunk>::new_aligned(64 * chunks, 128usize);
     let mut far = SharedMemory::<Chunk>::new_aligned(BACK * chunks, 128usize);
@@ -819,28 +833,33 @@ fn flash_key_gradient<F: Float>(
     let line = batch * codes.shape(2) + tile;
     let codes_at = batch * codes.shape(1) * codes.shape(2) + tile;
     let end = columns[line * 2 + 1] as usize * 2;
-    let mine = own_tokens(keys, batch, tile * 64 + own, false);
+    let mine = own_tokens(keys, batch, tile * 64 + row + UNIT_POS_PLANE as usize / 4, false);
     load(k, &head_of(k, batch, group), tile * 64, &mut near, chunks);
     load(v, &head_of(v, batch, group), tile * 64, &mut values, chunks);
-    let mut key_sums = zeros(chunks);
-    let mut value_sums = zeros(chunks);
+    let (mut key_sums, mut value_sums) = (zeros(chunks), zeros(chunks));
     let mut held_q = Array::<Chunk>::new(BACK * chunks / 128);
     let mut held_g = Array::<Chunk>::new(BACK * chunks / 128);
+    let mut held_tokens = Array::<i32>::new(2usize);
+    let mut held_statistics = Array::<f32>::new(2usize);
     for member in 0..members {
         let head = group * members + member;
         let (q_head, g_head) = (head_of(q, batch, head), head_of(grad, batch, head));
         let start = (batch * q.shape(1) + head) * q.shape(2);
         let mut step = next(codes, codes_at, codes.shape(2), columns[line * 2] as usize * 2, end, 2usize);
+        fetch_tokens(&mut held_tokens, queries, batch, step * BACK, BACK, true);
+        fetch_statistics(&mut held_statistics, lse, along, start, step * BACK, q_head.last);
         fetch(&mut held_q, q, &q_head, step * BACK, BACK, chunks);
         fetch(&mut held_g, grad, &g_head, step * BACK, BACK, chunks);
         while step < end {
             put(&held_q, &mut far, BACK, chunks);
             put(&held_g, &mut upstream, BACK, chunks);
-            put_tokens(queries, &mut theirs, batch, step * BACK, BACK, true);
-            put_statistics(lse, along, &mut statistics, start, step * BACK, q.shape(2));
+            put_tokens(&held_tokens, &mut theirs, BACK);
+            put_statistics(&held_statistics, &mut statistics);
             sync_cube();
             let code = codes[codes_at + step / 2 * codes.shape(2)];
             step = next(codes, codes_at, codes.shape(2), step + 1, end, 2usize);
+            fetch_tokens(&mut held_tokens, queries, batch, step * BACK, BACK, true);
+            fetch_statistics(&mut held_statistics, lse, along, start, step * BACK, q_head.last);
             fetch(&mut held_q, q, &q_head, step * BACK, BACK, chunks);
             fetch(&mut held_g, grad, &g_head, step * BACK, BACK, chunks);
             let mut p = scores::<F>(&near, row, &far, BACK, chunks, depth);
@@ -857,7 +876,6 @@ fn flash_key_gradient<F: Float>(
     stage::<F>(&key_sums, &both(scale), row, &mut near, chunks);
     stage::<F>(&value_sums, &both(f32::new(1.0)), row, &mut values, chunks);
     sync_cube();
-    let first = q.shape(1) + group;
-    flush(&near, joined, &joined_head(joined, batch, first), tile * 64, chunks);
-    flush(&values, joined, &joined_head(joined, batch, first + k.shape(1)), tile * 64, chunks);
+    flush(&near, joined, &joined_head(joined, batch, q.shape(1) + group), tile * 64, chunks);
+    flush(&values, joined, &joined_head(joined, batch, q.shape(1) + k.shape(1) + group), tile * 64, chunks);
 }

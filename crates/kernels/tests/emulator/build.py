@@ -1,0 +1,21 @@
+"""Compiles one generated kernel for the host: inline PTX is dropped, emu.h has those functions."""
+import os
+import re
+import subprocess
+import sys
+
+source, out = sys.argv[1:]
+here = os.path.dirname(os.path.abspath(__file__))
+text = open(source).read()
+text = re.sub(r"\ninline __device__ void\n__(ldmatrix|mma)_.*?\n    }\n", "\n", text, flags=re.S)
+text = re.sub(r"#include <.*>", "", text)
+name = re.search(r"__launch_bounds__\(\d+\)\s*(\w+)\s*\(", text).group(1)
+text += f"""
+static void emu_body(void **p) {{ emu::call({name}, p); }}
+extern "C" void emu_entry(void **p, unsigned *g, unsigned *d) {{ emu::launch(emu_body, p, g, d); }}
+"""
+open(source, "w").write(text)
+flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-include", f"{here}/emu.h"]
+found = subprocess.run(["g++", *flags, source, "-o", out], capture_output=True, text=True)
+open(out + ".log", "w").write(found.stderr)
+sys.exit(found.returncode)
