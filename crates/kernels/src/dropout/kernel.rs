@@ -170,6 +170,7 @@ fn apply_kernel<F: Float, N: Size>(
 }
 
 #[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
 fn add_kernel<F: Float, N: Size>(
     base: &Tensor<Vector<F, N>>,
     x: &Tensor<Vector<F, N>>,

@@ -129,6 +129,7 @@ fn as_f32<F: Float, N: Size>(values: &Array<Vector<F, N>>, #[comptime] i: usize)
 }
 
 #[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
 fn forward_kernel<F: Float, W: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,
     weight: &Tensor<Vector<W, N>>,
@@ -179,6 +180,7 @@ fn forward_kernel<F: Float, W: Float, N: Size>(
 }
 
 #[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
 fn backward_kernel<F: Float, W: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,
     weight: &Tensor<Vector<W, N>>,

@@ -13,6 +13,7 @@ use crate::dropout::kernel::*;
 /// Counts are vectors: `half` of half a head, `pairs` of the first halves of all heads that are turned, `kept` of the
 /// columns after those, which the last units copy unless the rows are turned in place.
 #[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
 fn turn_kernel<F: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,
     cos: &Tensor<Vector<f32, N>>,

@@ -19,6 +19,7 @@ fn sigmoid<N: Size>(a: Vector<f32, N>) -> Vector<f32, N> {
 }
 
 #[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
 fn forward_kernel<F: Float, N: Size>(
     gate_up: &Tensor<Vector<F, N>>,
     y: &mut Tensor<Vector<F, N>>,
@@ -49,6 +50,7 @@ fn forward_kernel<F: Float, N: Size>(
 }
 
 #[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
 fn backward_kernel<F: Float, N: Size>(
     gate_up: &Tensor<Vector<F, N>>,
     grad: &Tensor<Vector<F, N>>,
