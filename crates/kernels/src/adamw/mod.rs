@@ -8,8 +8,14 @@
 //! Hutter, "Decoupled Weight Decay Regularization", <https://arxiv.org/abs/1711.05101>. Everything is f32: 16 bytes read
 //! and 12 written for each element.
 
+mod eight_bit;
+#[cfg(feature = "cubecl")]
+pub mod kernel;
+
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+
+pub use eight_bit::{AdamWState8, BLOCK_8BIT, reference8};
 
 /// The settings of one step.
 #[derive(Clone, Copy, Debug, PartialEq)]

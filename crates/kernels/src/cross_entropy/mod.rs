@@ -8,6 +8,9 @@
 //! a time, so the logits `[n, v]` are never held whole, and loss and gradient come from one pass. Target [`IGNORED`]
 //! gives loss and gradient 0. Logits are reduced in f32.
 
+#[cfg(feature = "cubecl")]
+pub mod kernel;
+
 use std::ops::Range;
 
 use burn::tensor::backend::Backend;

@@ -1,9 +1,9 @@
-//! The two code books of bitsandbytes: the 16 levels of NF4 and the signed dynamic 8-bit map that double
-//! quantization uses for the block scales.
+//! The code books of bitsandbytes: the 16 levels of NF4, the signed dynamic 8-bit map that double quantization uses for
+//! the block scales, and the unsigned one that 8-bit optimizers use beside it.
 //!
 //! The values are copied from (NF4) or computed as in (dynamic map) `bitsandbytes/functional.py` 0.50.2, down to
 //! the last bit. What it trades: the dynamic map is computed once per process instead of standing here as 256
-//! literals. What it refuses: other code books (FP4, unsigned or shorter dynamic maps).
+//! literals. What it refuses: other code books (FP4, shorter dynamic maps).
 
 use std::sync::OnceLock;
 
@@ -81,6 +81,24 @@ fn build_dynamic_code() -> [f32; 256] {
     code
 }
 
+/// bitsandbytes' unsigned dynamic 8-bit map, in code order: 256 ascending values from 0 to 1.
+///
+/// Equal in its rule to `create_dynamic_map(signed=False)`: the sign's bit doubles the magnitudes of every decade.
+pub fn unsigned_dynamic_code() -> &'static [f32; 256] {
+    static CODE: OnceLock<[f32; 256]> = OnceLock::new();
+    CODE.get_or_init(|| {
+        let mut code = [0.0; 256];
+        code[255] = 1.0;
+        let magnitudes = (0..7).flat_map(|decade| {
+            let parts = 2usize << decade;
+            let scale = 10f64.powi(decade - 6) as f32;
+            (0..parts).map(move |i| scale * ((grid_point(i, parts) + grid_point(i + 1, parts)) / 2.0))
+        });
+        code[1..255].iter_mut().zip(magnitudes).for_each(|(level, magnitude)| *level = magnitude);
+        code
+    })
+}
+
 /// `torch.linspace(0.1, 1, parts + 1)[i]` in f32.
 ///
 /// torch walks from both ends to the middle and rounds once per value (a fused multiply-add); plain arithmetic
@@ -126,6 +144,20 @@ mod tests {
             .flat_map(|v| v.to_le_bytes())
             .fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         assert_eq!(hash, HASH_OF_SAVED_MAP);
+    }
+
+    #[test]
+    fn unsigned_map_has_twice_the_magnitudes() {
+        let code = unsigned_dynamic_code();
+        assert!(code.windows(2).all(|w| w[0] < w[1]));
+        assert_eq!((code[0], code[255]), (0.0, 1.0));
+        // Two midpoints in the least decade, at 1/4 and 3/4 of [1e-7, 1e-6], and 128 in the greatest.
+        let close = |found: f32, expected: f32| assert!((found / expected - 1.0).abs() < 1e-6, "{found}");
+        close(code[1], 3.25e-7);
+        close(code[2], 7.75e-7);
+        close(code[3], 2.125e-6);
+        close(code[127], 0.1 + 0.9 / 256.0);
+        close(code[254], 1.0 - 0.9 / 256.0);
     }
 
     const HASH_OF_SAVED_MAP: u64 = 0xd677_f22a_9666_5bc4;

@@ -1,0 +1,408 @@
+//! NF4 on a device: dense weights from packed ones, and packed ones from dense.
+//!
+//! A unit of [`dequantize`] expands words of eight codes, so that a plane reads its words side by side and writes 16 bytes
+//! a unit side by side. Levels come from 16 words of shared memory, one bank each, which all units read without conflict.
+//! Bytes moved: half a byte of codes and a 64th of a scale read, one value written. What it trades: rows whose width or
+//! place is no multiple of a vector are written in narrower vectors. What it refuses: weights of 2³² values or more.
+//!
+//! Here are also the helpers that the kernels of this crate's losses and optimizers share with these.
+
+use burn::module::{Param, ParamId};
+use burn::tensor::{DType, Int, Shape, Tensor as DenseTensor, TensorPrimitive};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeRuntime};
+use cubecl::prelude::*;
+
+use super::codebook::{NF4_THRESHOLDS, dynamic_code};
+use super::{BLOCK, NESTED_BLOCK, NF4_CODE, Nf4Tensor, Scales, double_quantize, double_scales, frozen};
+
+/// Units of a cube.
+const UNITS: usize = 256;
+/// Words of eight codes that a unit expands.
+const WORDS: usize = 4;
+/// Values in a word.
+const PER_WORD: usize = 8;
+/// Cubes in one dimension that every runtime allows.
+const CUBES: usize = 65_535;
+
+/// The scales of a packed weight as the kernel reads them.
+#[derive(Clone, Debug)]
+pub enum DeviceScales<R: CubeRuntime> {
+    /// One f32 for 64 values.
+    Plain(CubeTensor<R>),
+    /// Doubly quantized.
+    Double {
+        /// Four codes of the dynamic map a 32-bit word, lowest byte first; one code for 64 values.
+        codes: CubeTensor<R>,
+        /// One f32 for 256 codes.
+        nested: CubeTensor<R>,
+        /// `[1]`, f32, added to every scale.
+        offset: CubeTensor<R>,
+    },
+}
+
+/// A float tensor's primitive.
+pub(crate) fn float_primitive<R: CubeRuntime, const D: usize>(
+    x: DenseTensor<CubeBackend<R, f32, i32, u8>, D>,
+) -> CubeTensor<R> {
+    x.into_primitive().tensor()
+}
+
+impl<R: CubeRuntime> Nf4Tensor<CubeBackend<R, f32, i32, u8>> {
+    /// Codes, eight a word, and scales as [`dequantize`] takes them. No copies.
+    #[must_use]
+    pub fn device_parts(&self) -> (CubeTensor<R>, DeviceScales<R>) {
+        let scales = match &self.scales {
+            Scales::Plain(absmax) => DeviceScales::Plain(float_primitive(absmax.val())),
+            Scales::Double(double) => DeviceScales::Double {
+                codes: double.codes.val().into_primitive(),
+                nested: float_primitive(double.nested.val()),
+                offset: float_primitive(double.offset.val()),
+            },
+        };
+        (self.codes.val().into_primitive(), scales)
+    }
+}
+
+/// Contiguous tensor without contents on the device of another.
+pub(crate) fn empty<R: CubeRuntime>(like: &CubeTensor<R>, dims: &[usize], dtype: DType) -> CubeTensor<R> {
+    let bytes = dims.iter().product::<usize>() * dtype.size();
+    let handle = like.client.empty(bytes);
+    let shape = Shape::from(dims.to_vec());
+    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype)
+}
+
+/// The tensor itself if the elements of a row lie side by side, else a contiguous copy.
+pub(crate) fn rows_side_by_side<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
+    if x.meta.strides().last() == Some(&1) { x } else { into_contiguous(x) }
+}
+
+/// Elements that are read and written at once: the widest vector of at most `most` elements that divides `columns`
+/// and, for every tensor, its row strides and the place where its buffer starts.
+pub(crate) fn vector_width<R: CubeRuntime>(most: usize, columns: usize, tensors: &[&CubeTensor<R>]) -> usize {
+    let fits = |x: &CubeTensor<R>, width: usize| {
+        let offset = x.handle.offset_start.unwrap_or(0) as usize;
+        let (_, rows) = x.meta.strides().split_last().unwrap_or((&1, &[]));
+        rows.iter().all(|stride| stride % width == 0) && offset.is_multiple_of(width * x.dtype.size())
+    };
+    let fits_all = |width: &usize| {
+        *width <= most && columns.is_multiple_of(*width) && tensors.iter().all(|x| fits(x, *width))
+    };
+    [8, 4, 2].into_iter().find(fits_all).unwrap_or(1)
+}
+
+/// Elements of 16 bytes.
+pub(crate) fn widest(dtype: DType) -> usize {
+    16 / dtype.size()
+}
+
+/// So many cubes, numbered by `CUBE_POS`; there can be more than that.
+pub(crate) fn cubes(count: usize) -> CubeCount {
+    let count = count.max(1);
+    let x = count.min(CUBES);
+    CubeCount::Static(x as u32, count.div_ceil(x) as u32, 1)
+}
+
+/// A subnormal number becomes zero, with its sign: bitsandbytes' kernels are built with fast math.
+#[cube]
+fn flush(x: f32) -> f32 {
+    let zero = f32::reinterpret(u32::reinterpret(x) & 0x8000_0000u32);
+    select(x.abs() < f32::new(f32::MIN_POSITIVE), zero, x)
+}
+
+/// Fills shared memory with the 16 levels; the caller synchronises.
+#[cube]
+fn load_levels(levels: &mut SharedMemory<f32>) {
+    let values = comptime!(NF4_CODE.to_vec());
+    let table = Array::<f32>::from_data(values);
+    if UNIT_POS < 16 {
+        levels[UNIT_POS as usize] = table[UNIT_POS as usize];
+    }
+}
+
+/// Writes the eight values of a word into the dense weight.
+#[cube]
+fn write_word<F: Float, N: Size>(
+    out: &mut Tensor<Vector<F, N>>,
+    levels: &SharedMemory<f32>,
+    word: u32,
+    scale: f32,
+    index: usize,
+    #[comptime] dense: bool,
+) {
+    let cols = out.shape(1);
+    // Below 32 times the least normal number, a product with the least level can be subnormal.
+    let tiny = scale.abs() < f32::new(32.0 * f32::MIN_POSITIVE);
+    let count = out.shape(0) * cols;
+    let width = N::value().comptime();
+    #[unroll]
+    for part in 0..PER_WORD / width {
+        let mut value = Vector::<f32, N>::empty();
+        #[unroll]
+        for i in 0..width {
+            // Bytes of a word go up, within a byte the high half comes first.
+            let shift = comptime!((4 * ((part * width + i) ^ 1)) as u32);
+            value[i] = levels[((word >> shift) & 15) as usize] * scale;
+        }
+        if tiny {
+            #[unroll]
+            for i in 0..width {
+                value[i] = flush(value[i]);
+            }
+        }
+        let first = index * PER_WORD + part * width;
+        if first < count {
+            let place = if comptime!(dense) {
+                first / width
+            } else {
+                (first / cols) * (out.stride(0) / width) + (first % cols) / width
+            };
+            out[place] = Vector::cast_from(value);
+        }
+    }
+}
+
+#[cube(launch_unchecked)]
+fn plain_kernel<F: Float, N: Size>(
+    codes: &Tensor<i32>,
+    absmax: &Tensor<f32>,
+    out: &mut Tensor<Vector<F, N>>,
+    words: usize,
+    #[comptime] dense: bool,
+    #[define(F)] _dtype: StorageType,
+) {
+    let mut levels = SharedMemory::<f32>::new(16usize);
+    load_levels(&mut levels);
+    sync_cube();
+    let start = CUBE_POS as usize * (UNITS * WORDS) + UNIT_POS as usize;
+    let mut packed = Array::<u32>::new(WORDS);
+    let mut scales = Array::<f32>::new(WORDS);
+    #[unroll]
+    for i in 0..WORDS {
+        let index = start + i * UNITS;
+        if index < words {
+            packed[i] = u32::cast_from(codes[index]);
+            scales[i] = absmax[index / PER_WORD];
+        }
+    }
+    #[unroll]
+    for i in 0..WORDS {
+        let index = start + i * UNITS;
+        if index < words {
+            write_word::<F, N>(out, &levels, packed[i], scales[i], index, dense);
+        }
+    }
+}
+
+#[cube(launch_unchecked)]
+fn double_kernel<F: Float, N: Size>(
+    codes: &Tensor<i32>,
+    scale_codes: &Tensor<i32>,
+    nested: &Tensor<f32>,
+    offset: &Tensor<f32>,
+    out: &mut Tensor<Vector<F, N>>,
+    words: usize,
+    #[comptime] dense: bool,
+    #[define(F)] _dtype: StorageType,
+) {
+    let mut levels = SharedMemory::<f32>::new(16usize);
+    load_levels(&mut levels);
+    let mut dynamic = SharedMemory::<f32>::new(UNITS);
+    let values = comptime!(dynamic_code().to_vec());
+    let table = Array::<f32>::from_data(values);
+    dynamic[UNIT_POS as usize] = table[UNIT_POS as usize];
+    sync_cube();
+    let offset = offset[0];
+    let start = CUBE_POS as usize * (UNITS * WORDS) + UNIT_POS as usize;
+    let mut packed = Array::<u32>::new(WORDS);
+    let mut scales = Array::<u32>::new(WORDS);
+    let mut blocks = Array::<f32>::new(WORDS);
+    #[unroll]
+    for i in 0..WORDS {
+        let index = start + i * UNITS;
+        if index < words {
+            packed[i] = u32::cast_from(codes[index]);
+            let block = index / PER_WORD;
+            scales[i] = (u32::cast_from(scale_codes[block / 4]) >> (8 * (block % 4) as u32)) & 255;
+            blocks[i] = nested[block / NESTED_BLOCK];
+        }
+    }
+    #[unroll]
+    for i in 0..WORDS {
+        let index = start + i * UNITS;
+        if index < words {
+            // The flush stands between product and sum, so that no compiler contracts them to one rounding.
+            let scale = flush(dynamic[scales[i] as usize] * blocks[i]) + offset;
+            write_word::<F, N>(out, &levels, packed[i], scale, index, dense);
+        }
+    }
+}
+
+/// Writes the dense weight into `out` `[rows, cols]`, a view whose rows can lie apart; f32, f16 or bf16.
+///
+/// In f32 the bits are those of [`dequantize`](super::dequantize) on the host; other dtypes round them.
+///
+/// # Panics
+/// If codes or scales are fewer than the shape asks for, or the elements of a row of `out` do not lie side by side.
+pub fn dequantize<R: CubeRuntime>(codes: CubeTensor<R>, scales: DeviceScales<R>, out: CubeTensor<R>) {
+    let [rows, cols] = [out.meta.shape()[0], out.meta.shape()[1]];
+    let [stride, one] = [out.meta.strides()[0], out.meta.strides()[1]];
+    assert!(one == 1 || cols == 1, "the elements of a row of a dense weight lie side by side");
+    let count = rows * cols;
+    if count == 0 {
+        return;
+    }
+    let (words, blocks) = (count.div_ceil(PER_WORD), count.div_ceil(BLOCK));
+    assert!(codes.meta.num_elements() >= words, "codes of a weight [{rows}, {cols}]");
+    let width = vector_width(widest(out.dtype), cols, &[&out]);
+    let (client, dtype, dense) = (out.client.clone(), out.dtype, stride == cols || rows == 1);
+    let (count, dim) = (cubes(words.div_ceil(UNITS * WORDS)), CubeDim::new_1d(UNITS as u32));
+    let (codes, out) = (codes.into_tensor_arg(), out.into_tensor_arg());
+    // SAFETY: units neither read words past the last nor write past the last value; the lengths of codes and scales
+    // are checked against the shape.
+    unsafe {
+        match scales {
+            DeviceScales::Plain(absmax) => {
+                assert!(absmax.meta.num_elements() >= blocks, "scales of a weight [{rows}, {cols}]");
+                let absmax = absmax.into_tensor_arg();
+                let dtype = dtype.into();
+                plain_kernel::launch_unchecked::<R>(
+                    &client, count, dim, width, codes, absmax, out, words, dense, dtype,
+                );
+            }
+            DeviceScales::Double { codes: scale_codes, nested, offset } => {
+                assert!(
+                    4 * scale_codes.meta.num_elements() >= blocks
+                        && NESTED_BLOCK * nested.meta.num_elements() >= blocks,
+                    "scales of a weight [{rows}, {cols}]"
+                );
+                double_kernel::launch_unchecked::<R>(
+                    &client,
+                    count,
+                    dim,
+                    width,
+                    codes,
+                    scale_codes.into_tensor_arg(),
+                    nested.into_tensor_arg(),
+                    offset.into_tensor_arg(),
+                    out,
+                    words,
+                    dense,
+                    dtype.into(),
+                );
+            }
+        }
+    }
+}
+
+/// Codes and scales of a dense weight; a unit has the eight values of a word, eight units share a scale.
+#[cube(launch_unchecked)]
+fn quantize_kernel<F: Float, N: Size>(
+    dense: &Tensor<Vector<F, N>>,
+    codes: &mut Tensor<i32>,
+    absmax: &mut Tensor<f32>,
+    words: usize,
+    #[define(F)] _dtype: StorageType,
+) {
+    let unit = UNIT_POS as usize;
+    let index = CUBE_POS as usize * UNITS + unit;
+    let cols = dense.shape(1);
+    let count = dense.shape(0) * cols;
+    let width = N::value().comptime();
+    let mut values = Array::<f32>::new(PER_WORD);
+    // Like the host, NaN is passed over, and a block of nothing but NaN keeps the least number.
+    let mut largest = f32::new(f32::MIN);
+    #[unroll]
+    for part in 0..PER_WORD / width {
+        let first = index * PER_WORD + part * width;
+        let mut vector = Vector::<f32, N>::new(0.0);
+        if first < count {
+            let place = (first / cols) * (dense.stride(0) / width) + (first % cols) / width;
+            vector = Vector::cast_from(dense[place]);
+            #[unroll]
+            for i in 0..width {
+                let magnitude = vector[i].abs();
+                largest = select(magnitude > largest, magnitude, largest);
+            }
+        }
+        #[unroll]
+        for i in 0..width {
+            values[part * width + i] = vector[i];
+        }
+    }
+    let mut shared = SharedMemory::<f32>::new(UNITS);
+    shared[unit] = largest;
+    sync_cube();
+    let start = unit / 8 * 8;
+    #[unroll]
+    for i in 0..8usize {
+        let other = shared[start + i];
+        largest = select(other > largest, other, largest);
+    }
+    largest = flush(largest);
+    let inverse = flush(1.0 / largest);
+    if index < words {
+        let mut word = 0u32;
+        #[unroll]
+        for i in 0..PER_WORD {
+            let scaled = flush(values[i]) * inverse;
+            let mut code = 0u32;
+            #[unroll]
+            for k in 0..15usize {
+                code += u32::cast_from(scaled > f32::new(comptime!(NF4_THRESHOLDS[k])));
+            }
+            // A byte that holds no value is 0; a half of a byte that holds one is the code of a zero.
+            let first = index * PER_WORD + (i / 2) * 2;
+            code = select(first < count, code, 0u32);
+            word |= code << comptime!((4 * (i ^ 1)) as u32);
+        }
+        codes[index] = i32::cast_from(word);
+        if unit % 8 == 0 {
+            absmax[index / 8] = largest;
+        }
+    }
+}
+
+/// Packs a dense weight `[out, in]` on its device; codes and scales are those of [`quantize`](super::quantize) on the host.
+///
+/// The scales, a 64th of the weight, go over the host if they are to be quantized too.
+#[must_use]
+pub fn quantize<R: CubeRuntime>(
+    dense: CubeTensor<R>,
+    double: bool,
+) -> Nf4Tensor<CubeBackend<R, f32, i32, u8>> {
+    let dense = rows_side_by_side(dense);
+    let [rows, cols] = [dense.meta.shape()[0], dense.meta.shape()[1]];
+    let count = rows * cols;
+    let words = count.div_ceil(PER_WORD);
+    let codes = empty(&dense, &[words], DType::I32);
+    let absmax = empty(&dense, &[count.div_ceil(BLOCK)], DType::F32);
+    let width = vector_width(widest(dense.dtype), cols, &[&dense]);
+    let (client, device, dtype) = (dense.client.clone(), dense.device.clone(), dense.dtype);
+    if count > 0 {
+        // SAFETY: units read no value past the last, and write no word or scale past the last.
+        unsafe {
+            quantize_kernel::launch_unchecked::<R>(
+                &client,
+                cubes(words.div_ceil(UNITS)),
+                CubeDim::new_1d(UNITS as u32),
+                width,
+                dense.into_tensor_arg(),
+                codes.clone().into_tensor_arg(),
+                absmax.clone().into_tensor_arg(),
+                words,
+                dtype.into(),
+            );
+        }
+    }
+    let absmax = DenseTensor::from_primitive(TensorPrimitive::Float(absmax));
+    let scales = if double {
+        double_scales(&double_quantize(&super::host_floats(absmax)), &device)
+    } else {
+        Scales::Plain(frozen(absmax))
+    };
+    let codes = DenseTensor::<_, 1, Int>::from_primitive(codes);
+    let codes = Param::initialized(ParamId::new(), codes);
+    Nf4Tensor { codes, scales, out_features: rows, in_features: cols }
+}
