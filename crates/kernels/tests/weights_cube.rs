@@ -47,7 +47,14 @@ impl<R: CubeRuntime> Runner<'_, R> {
     }
 
     /// Rows inside wider rows of NaN: `before` columns precede them and `after` follow.
-    fn view(&self, values: &[f32], [n, d]: [usize; 2], before: usize, after: usize, dtype: DType) -> CubeTensor<R> {
+    fn view(
+        &self,
+        values: &[f32],
+        [n, d]: [usize; 2],
+        before: usize,
+        after: usize,
+        dtype: DType,
+    ) -> CubeTensor<R> {
         let all = before + d + after;
         let mut wide = vec![f32::NAN; n * all];
         for row in 0..n {
@@ -68,9 +75,8 @@ impl<R: CubeRuntime> Runner<'_, R> {
 
     /// Hands NaN to whoever allocates buffers of so many bytes next.
     fn poison(&self, bytes: usize) {
-        let tensors = [0, 1, 2].map(|_| {
-            Tensor::<Cube<R>, 1>::full([bytes.div_ceil(4)], f32::NAN, (self.device, DType::F32))
-        });
+        let tensors = [0, 1, 2]
+            .map(|_| Tensor::<Cube<R>, 1>::full([bytes.div_ceil(4)], f32::NAN, (self.device, DType::F32)));
         for x in tensors {
             let _ = x.slice([0..1]).into_data();
         }
@@ -192,7 +198,8 @@ impl<R: CubeRuntime> Runner<'_, R> {
         logits[..v].sort_by(f32::total_cmp);
         logits[(n - 1) * v + v / 2] = 60.0;
         let logits = rounded(&logits, self.dtype);
-        let targets = (0..n).map(|i| if i % 5 == 3 { IGNORED } else { (i * 7919 % v) as i32 }).collect::<Vec<_>>();
+        let targets =
+            (0..n).map(|i| if i % 5 == 3 { IGNORED } else { (i * 7919 % v) as i32 }).collect::<Vec<_>>();
         let scale = 0.37;
         let (losses, d) = softmax_losses(&logits, &targets, dims, scale);
         if v <= 300 {
@@ -269,7 +276,8 @@ impl<R: CubeRuntime> Runner<'_, R> {
             ("first", first, state.first),
             ("second", second, state.second),
         ] {
-            let (found, expected) = (self.download::<2>(found), expected.into_data().to_vec::<f32>().unwrap());
+            let (found, expected) =
+                (self.download::<2>(found), expected.into_data().to_vec::<f32>().unwrap());
             self.near(format!("AdamW's {name} {dims:?} {:?}", self.dtype), &found, &expected, 2e-7, 1e-6);
         }
     }
@@ -290,7 +298,10 @@ impl<R: CubeRuntime> Runner<'_, R> {
             let gradient = self.upload(&g, dims, self.dtype);
             adamw::kernel::step8(found.0.clone(), gradient, &found.1, &settings(step), 0.5);
             let what = format!("of 8-bit AdamW {dims:?} {:?}, step {step}", self.dtype);
-            let (a, b) = (self.download::<2>(found.0.clone()), expected.0.clone().into_data().to_vec::<f32>().unwrap());
+            let (a, b) = (
+                self.download::<2>(found.0.clone()),
+                expected.0.clone().into_data().to_vec::<f32>().unwrap(),
+            );
             // A code that differs in a tie moves the parameter by some percent of a step.
             let bound = if step == 1 { 2e-7 } else { 1e-3 };
             self.near(format!("parameter {what}"), &a, &b, bound, 1e-6);
@@ -327,9 +338,12 @@ impl<R: CubeRuntime> Runner<'_, R> {
         let (start, aim) = (noise(count, 1), noise(count, 2));
         let curvature = noise(count, 3).iter().map(|x| 1.5 + x).collect::<Vec<_>>();
         let loss = |p: &[f32]| {
-            p.iter().zip(&aim).zip(&curvature).map(|((p, a), c)| c * (p - a) * (p - a)).sum::<f32>() / count as f32
+            p.iter().zip(&aim).zip(&curvature).map(|((p, a), c)| c * (p - a) * (p - a)).sum::<f32>()
+                / count as f32
         };
-        let slope = |p: &[f32]| -> Vec<f32> { p.iter().zip(&aim).zip(&curvature).map(|((p, a), c)| c * (p - a)).collect() };
+        let slope = |p: &[f32]| -> Vec<f32> {
+            p.iter().zip(&aim).zip(&curvature).map(|((p, a), c)| c * (p - a)).collect()
+        };
         let mut plain = Tensor::<Flex, 1>::from_floats(start.as_slice(), &device);
         let mut state = AdamWState::zeros_like(&plain);
         let parameter = self.upload(&start, [count], DType::F32);
@@ -353,7 +367,9 @@ impl<R: CubeRuntime> Runner<'_, R> {
 
     fn squares(&mut self) {
         let sizes = [1, 7, 64, 4096, 5000, 16 * 4096, 300_001, 3, 12, 8 * 11_008];
-        let values = (0..40).map(|i| rounded(&noise(sizes[i % sizes.len()], i as u64), self.dtype)).collect::<Vec<_>>();
+        let values = (0..40)
+            .map(|i| rounded(&noise(sizes[i % sizes.len()], i as u64), self.dtype))
+            .collect::<Vec<_>>();
         let expected = values.iter().flatten().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>() as f32;
         let tensors = values.iter().map(|x| self.upload(x, [x.len()], self.dtype)).collect::<Vec<_>>();
         let found = [0, 1].map(|_| {
@@ -514,7 +530,8 @@ mod cuda {
     fn cuda_losses_are_those_of_f64() {
         in_every_dtype(|runner| {
             losses(runner, &[DType::F32, DType::BF16, DType::F16]);
-            runner.case("cross-entropy 600".into(), |runner| runner.cross_entropy([600, 32_000], runner.dtype));
+            runner
+                .case("cross-entropy 600".into(), |runner| runner.cross_entropy([600, 32_000], runner.dtype));
         });
     }
 

@@ -132,7 +132,8 @@ mod tests {
             let codes = unpack::<Flex>(words, &[0, 8, 16, 24], 0xFF).into_data();
             assert_eq!(codes.iter::<i64>().collect::<Vec<_>>(), (0..256).collect::<Vec<_>>());
             assert_eq!(scales.into_scalar(), 1.0);
-            let values = noise(1000, 5).iter().map(|x| if map[0] < 0.0 { *x } else { x.abs() }).collect::<Vec<_>>();
+            let values =
+                noise(1000, 5).iter().map(|x| if map[0] < 0.0 { *x } else { x.abs() }).collect::<Vec<_>>();
             let x = Tensor::<Flex, 1>::from_floats(values.as_slice(), &device);
             let codes = nearest(x, map, &device).into_data().iter::<i64>().collect::<Vec<_>>();
             for (x, code) in values.iter().zip(codes) {

@@ -13,13 +13,15 @@ use cubecl::prelude::*;
 
 use super::{AdamW, AdamWState8, BLOCK_8BIT};
 use crate::cross_entropy::kernel::{has_planes, over_cube};
-use crate::nf4::kernel::{cubes, empty, float_primitive, vector_width, widest};
+use crate::nf4::kernel::{cubes, empty, float_primitive, load_table, vector_width, widest};
 use crate::nf4::{dynamic_code, unsigned_dynamic_code};
 
 /// Units of a cube; a block of 8-bit moments has as many values.
 const UNITS: usize = 256;
 /// Vectors of which a unit sums the squares.
 const SUMMED: usize = 16;
+/// Blocks of 8-bit moments that a cube takes one after the other, for which it fills its tables once.
+const BLOCKS: usize = 8;
 /// Tensors that one launch sums.
 const TOGETHER: usize = 16;
 
@@ -273,7 +275,8 @@ pub fn sum_of_squares<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>) -> Option<Cub
         let slots = group.slots();
         let count = CubeCount::Static(group.cubes as u32, group.tensors.len() as u32, 1);
         let dtype = group.tensors[0].dtype.into();
-        let tensors = group.tensors.into_iter().map(CubeTensor::into_tensor_arg).collect::<SequenceArg<R, _>>();
+        let tensors =
+            group.tensors.into_iter().map(CubeTensor::into_tensor_arg).collect::<SequenceArg<R, _>>();
         let sums = sums.clone().into_tensor_arg();
         // SAFETY: units read no vector past the end of their tensor, and cubes write one slot each, all of which are there.
         unsafe {
@@ -306,31 +309,34 @@ pub fn sum_of_squares<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>) -> Option<Cub
     Some(total)
 }
 
-/// The code whose level is nearest to `x`: as many as there are midpoints below it.
+/// As many as there are midpoints of neighbouring levels below `x`: the code of the nearest level.
 #[cube]
-fn nearest(x: f32, levels: &SharedMemory<f32>) -> u32 {
+fn nearest(x: f32, midpoints: &SharedMemory<f32>) -> u32 {
     let mut code = 0u32;
     #[unroll]
     for i in 0..8u32 {
         let step = comptime!(128u32 >> i);
-        let upper = (code + step) as usize;
-        if x > (levels[upper - 1] + levels[upper]) * 0.5 {
-            code += step;
-        }
+        code += select(x > midpoints[(code + step - 1) as usize], step, 0u32);
     }
     code
 }
 
+/// Between each level and the next; the last entry is not used.
+fn midpoints(levels: &[f32; 256]) -> Vec<f32> {
+    let next = levels.iter().skip(1).chain([&levels[255]]);
+    levels.iter().zip(next).map(|(a, b)| (a + b) * 0.5).collect()
+}
+
 /// One of four bytes of a word of a block.
 #[cube]
-fn code_of(words: &Tensor<i32>, unit: usize) -> usize {
-    let word = u32::cast_from(words[CUBE_POS as usize * (UNITS / 4) + unit / 4]);
+fn code_of(words: &Tensor<i32>, block: usize, unit: usize) -> usize {
+    let word = u32::cast_from(words[block * (UNITS / 4) + unit / 4]);
     ((word >> (8 * (unit % 4) as u32)) & 255) as usize
 }
 
 /// Writes codes that lie in shared memory, four a word, by a quarter of the units from `first` on.
 #[cube]
-fn write_codes(words: &mut Tensor<i32>, codes: &SharedMemory<u32>, #[comptime] first: usize) {
+fn write_codes(words: &mut Tensor<i32>, codes: &SharedMemory<u32>, block: usize, #[comptime] first: usize) {
     let unit = UNIT_POS as usize;
     if unit >= first && unit < first + UNITS / 4 {
         let place = unit - first;
@@ -339,8 +345,31 @@ fn write_codes(words: &mut Tensor<i32>, codes: &SharedMemory<u32>, #[comptime] f
         for i in 0..4usize {
             word |= codes[4 * place + i] << comptime!(8 * i as u32);
         }
-        words[CUBE_POS as usize * (UNITS / 4) + place] = i32::cast_from(word);
+        words[block * (UNITS / 4) + place] = i32::cast_from(word);
     }
+}
+
+/// The tables that a cube needs.
+#[derive(CubeType)]
+struct Tables {
+    signed: SharedMemory<f32>,
+    unsigned: SharedMemory<f32>,
+    signed_midpoints: SharedMemory<f32>,
+    unsigned_midpoints: SharedMemory<f32>,
+}
+
+#[cube]
+fn load_tables() -> Tables {
+    let mut signed = SharedMemory::<f32>::new(UNITS);
+    let mut unsigned = SharedMemory::<f32>::new(UNITS);
+    let mut signed_midpoints = SharedMemory::<f32>::new(UNITS);
+    let mut unsigned_midpoints = SharedMemory::<f32>::new(UNITS);
+    load_table(&mut signed, comptime!(dynamic_code().to_vec()));
+    load_table(&mut unsigned, comptime!(unsigned_dynamic_code().to_vec()));
+    load_table(&mut signed_midpoints, comptime!(midpoints(dynamic_code())));
+    load_table(&mut unsigned_midpoints, comptime!(midpoints(unsigned_dynamic_code())));
+    sync_cube();
+    Tables { signed, unsigned, signed_midpoints, unsigned_midpoints }
 }
 
 #[cube(launch_unchecked)]
@@ -356,48 +385,45 @@ fn step8_kernel<P: Float, G: Float>(
     #[define(P)] _dtype: StorageType,
     #[define(G)] _gradient_dtype: StorageType,
 ) {
-    let (unit, block) = (UNIT_POS as usize, CUBE_POS as usize);
-    if block >= first_scales.shape(0) {
-        terminate!();
-    }
-    let place = block * UNITS + unit;
-    let here = place < parameter.shape(0);
-    let mut signed = SharedMemory::<f32>::new(UNITS);
-    let mut unsigned = SharedMemory::<f32>::new(UNITS);
-    let values = comptime!(dynamic_code().to_vec());
-    let table = Array::<f32>::from_data(values);
-    signed[unit] = table[unit];
-    let values = comptime!(unsigned_dynamic_code().to_vec());
-    let table = Array::<f32>::from_data(values);
-    unsigned[unit] = table[unit];
-    let (m, v) = (code_of(first, unit), code_of(second, unit));
-    let (m_scale, v_scale) = (first_scales[block], second_scales[block]);
-    let mut p = Vector::<f32, Const<1>>::new(0.0);
-    let mut g = Vector::<f32, Const<1>>::new(0.0);
-    if here {
-        p = Vector::cast_from(parameter[place]);
-        g = Vector::<f32, Const<1>>::cast_from(gradient[place]) * Vector::new(numbers.scale);
-    }
-    sync_cube();
-    let m = first_moment::<Const<1>>(Vector::new(signed[m] * m_scale), g, numbers);
-    let v = second_moment::<Const<1>>(Vector::new(unsigned[v] * v_scale), g, numbers);
-    if here {
-        parameter[place] = P::cast_from(moved::<Const<1>>(p, m, v, numbers)[0]);
-    }
-    let (m, v) = (m[0], v[0]);
-    let m_scale = over_cube(m.abs(), UNITS, planes, true);
-    let v_scale = over_cube(v, UNITS, planes, true);
+    let unit = UNIT_POS as usize;
+    let tables = load_tables();
     let mut m_codes = SharedMemory::<u32>::new(UNITS);
     let mut v_codes = SharedMemory::<u32>::new(UNITS);
-    // A block of zeros keeps the code of zero.
-    m_codes[unit] = nearest(m / select(m_scale > 0.0, m_scale, f32::new(1.0)), &signed);
-    v_codes[unit] = nearest(v / select(v_scale > 0.0, v_scale, f32::new(1.0)), &unsigned);
-    sync_cube();
-    write_codes(first, &m_codes, 0usize);
-    write_codes(second, &v_codes, comptime!(UNITS / 4));
-    if unit == 0 {
-        first_scales[block] = m_scale;
-        second_scales[block] = v_scale;
+    let mut block = CUBE_POS as usize * BLOCKS;
+    let end = min(block + BLOCKS, first_scales.shape(0));
+    while block < end {
+        let place = block * UNITS + unit;
+        let here = place < parameter.shape(0);
+        let (m, v) = (code_of(first, block, unit), code_of(second, block, unit));
+        let (m_scale, v_scale) = (first_scales[block], second_scales[block]);
+        let mut p = Vector::<f32, Const<1>>::new(0.0);
+        let mut g = Vector::<f32, Const<1>>::new(0.0);
+        if here {
+            p = Vector::cast_from(parameter[place]);
+            g = Vector::<f32, Const<1>>::cast_from(gradient[place]) * Vector::new(numbers.scale);
+        }
+        let m = first_moment::<Const<1>>(Vector::new(tables.signed[m] * m_scale), g, numbers);
+        let v = second_moment::<Const<1>>(Vector::new(tables.unsigned[v] * v_scale), g, numbers);
+        if here {
+            parameter[place] = P::cast_from(moved::<Const<1>>(p, m, v, numbers)[0]);
+        }
+        let (m, v) = (m[0], v[0]);
+        let m_scale = over_cube(m.abs(), UNITS, planes, true);
+        let v_scale = over_cube(v, UNITS, planes, true);
+        // A block of zeros keeps the code of zero.
+        let one = f32::new(1.0);
+        m_codes[unit] = nearest(m / select(m_scale > 0.0, m_scale, one), &tables.signed_midpoints);
+        v_codes[unit] = nearest(v / select(v_scale > 0.0, v_scale, one), &tables.unsigned_midpoints);
+        sync_cube();
+        write_codes(first, &m_codes, block, 0usize);
+        write_codes(second, &v_codes, block, comptime!(UNITS / 4));
+        if unit == 0 {
+            first_scales[block] = m_scale;
+            second_scales[block] = v_scale;
+        }
+        // The next block overwrites what lies in shared memory.
+        sync_cube();
+        block += 1;
     }
 }
 
@@ -425,12 +451,12 @@ pub fn step8<R: CubeRuntime>(
     let (client, planes) = (parameter.client.clone(), has_planes(&parameter));
     let (dtype, gradient_dtype) = (parameter.dtype.into(), gradient.dtype.into());
     let codes = |words: &burn::tensor::Tensor<_, 1, burn::tensor::Int>| words.clone().into_primitive();
-    // SAFETY: cubes past the last block end at once, and units past the last element neither read nor write parameter
+    // SAFETY: cubes take no block past the last, and units past the last element neither read nor write parameter
     // and gradient; the state has whole blocks.
     unsafe {
         step8_kernel::launch_unchecked::<R>(
             &client,
-            cubes(blocks),
+            cubes(blocks.div_ceil(BLOCKS)),
             CubeDim::new_1d(UNITS as u32),
             parameter.into_tensor_arg(),
             gradient.into_tensor_arg(),

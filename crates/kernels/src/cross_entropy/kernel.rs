@@ -26,11 +26,7 @@ pub(crate) fn over_cube(
     #[comptime] planes: bool,
     #[comptime] largest: bool,
 ) -> f32 {
-    if comptime!(planes) {
-        by_planes(value, units, largest)
-    } else {
-        by_halves(value, units, largest)
-    }
+    if comptime!(planes) { by_planes(value, units, largest) } else { by_halves(value, units, largest) }
 }
 
 #[cube]
@@ -248,11 +244,16 @@ fn launch<R: CubeRuntime>(
 ) -> (CubeTensor<R>, Option<CubeTensor<R>>) {
     let (logits, targets) = (rows_side_by_side(logits), into_contiguous(targets));
     let [n, v] = [logits.meta.shape()[0], logits.meta.shape()[1]];
-    assert_eq!((targets.meta.num_elements(), targets.dtype), (n, DType::I32), "targets of {n} rows of logits");
+    assert_eq!(
+        (targets.meta.num_elements(), targets.dtype),
+        (n, DType::I32),
+        "targets of {n} rows of logits"
+    );
     let losses = empty(&logits, &[n], DType::F32);
     let in_place = |dtype| logits.dtype == dtype && logits.can_mut() && logits.is_contiguous();
     let alias = gradient.is_some_and(|(_, dtype)| in_place(dtype));
-    let d_logits = gradient.map(|(_, dtype)| if alias { logits.clone() } else { empty(&logits, &[n, v], dtype) });
+    let d_logits =
+        gradient.map(|(_, dtype)| if alias { logits.clone() } else { empty(&logits, &[n, v], dtype) });
     if n == 0 || v == 0 {
         return (losses, d_logits);
     }
