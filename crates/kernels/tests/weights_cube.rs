@@ -444,6 +444,47 @@ fn optimizer<R: CubeRuntime>(runner: &mut Runner<R>) {
     runner.case("squares".into(), Runner::squares);
 }
 
+#[test]
+fn the_unsigned_map_has_twice_the_magnitudes() {
+    let code = nf4::unsigned_dynamic_code();
+    assert!(code.windows(2).all(|w| w[0] < w[1]));
+    assert_eq!((code[0], code[255]), (0.0, 1.0));
+    // Two midpoints in the least decade, at 1/4 and 3/4 of [1e-7, 1e-6], and 128 in the greatest.
+    let expected =
+        [(1, 3.25e-7), (2, 7.75e-7), (3, 2.125e-6), (127, 0.1 + 0.9 / 256.0), (254, 1.0 - 0.9 / 256.0)];
+    for (i, expected) in expected {
+        assert!((code[i] / expected - 1.0).abs() < 1e-6, "{} at {i}", code[i]);
+    }
+}
+
+/// Without memory of the past the moments are g and g², which shows how the reference rounds them.
+#[test]
+fn the_reference_keeps_the_nearest_level() {
+    let device = Default::default();
+    let count = 700;
+    let g = noise(count, 3);
+    let zeros = Tensor::<Flex, 1>::zeros([count], &device);
+    let state = AdamWState8::<Flex>::zeros(count, &device);
+    assert_eq!((state.first.dims(), state.first_scales.dims()), ([192], [3]));
+    for moment in state.moments(count) {
+        assert!(moment.into_data().iter::<f32>().all(|x| x == 0.0));
+    }
+    let settings = AdamW { beta_1: 0.0, beta_2: 0.0, ..settings(1) };
+    let (_, state) = adamw::reference8(zeros, Tensor::from_floats(g.as_slice(), &device), state, &settings);
+    let squares = g.iter().map(|x| x * x).collect::<Vec<_>>();
+    let maps = [nf4::dynamic_code(), nf4::unsigned_dynamic_code()];
+    for ((values, map), found) in [g, squares].iter().zip(maps).zip(state.moments(count)) {
+        let found = found.into_data().to_vec::<f32>().unwrap();
+        for (values, found) in values.chunks(256).zip(found.chunks(256)) {
+            let scale = values.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
+            for (x, found) in values.iter().zip(found) {
+                let least = map.iter().map(|level| (level * scale - x).abs()).fold(f32::MAX, f32::min);
+                assert!((found - x).abs() <= least * 1.001 + 1e-9, "{found} for {x} of {scale}");
+            }
+        }
+    }
+}
+
 #[cfg(feature = "wgpu")]
 mod wgpu {
     use super::*;
