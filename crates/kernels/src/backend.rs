@@ -9,7 +9,7 @@ use burn_flex::Flex;
 
 use crate::nf4::Nf4Tensor;
 use crate::{
-    AdamW, AdamWState, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout, Heads, LinearPart, Projection,
+    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout, Heads, LinearPart, Projection,
     RotaryAngles, adamw, attention, cross_entropy, nf4, qlora_linear, rms_norm, rotary, swiglu,
 };
 
@@ -143,14 +143,20 @@ pub trait KernelBackend: Backend {
         cross_entropy::losses(hidden, head, targets)
     }
 
-    /// Sum of the losses and its gradients in one pass over the vocabulary.
+    /// Sum of the losses, and the gradients of `scale` times it, in one pass over the vocabulary.
     fn cross_entropy_with_gradient(
         hidden: Tensor<Self, 2>,
         head: Tensor<Self, 2>,
         targets: Tensor<Self, 1, Int>,
+        scale: f64,
         with_head: bool,
     ) -> CrossEntropyGradient<Self> {
-        cross_entropy::with_gradient(hidden, head, targets, with_head)
+        cross_entropy::with_gradient(hidden, head, targets, scale, with_head)
+    }
+
+    /// The sum `[1]` of the squares of all elements of f32 tensors; `None` if there is no tensor.
+    fn sum_of_squares(tensors: Vec<Tensor<Self, 2>>) -> Option<Tensor<Self, 1>> {
+        tensors.into_iter().map(|tensor| tensor.square().sum()).reduce(|sum, next| sum + next)
     }
 
     /// One AdamW step of one parameter; see [`adamw`].
@@ -161,6 +167,16 @@ pub trait KernelBackend: Backend {
         settings: &AdamW,
     ) -> (Tensor<Self, D>, AdamWState<Self, D>) {
         adamw::reference(parameter, gradient, state, settings)
+    }
+
+    /// One AdamW step of one parameter whose moments are kept in 8 bits; see [`adamw::AdamWState8`].
+    fn adamw_step8<const D: usize>(
+        parameter: Tensor<Self, D>,
+        gradient: Tensor<Self, D>,
+        state: AdamWState8<Self>,
+        settings: &AdamW,
+    ) -> (Tensor<Self, D>, AdamWState8<Self>) {
+        adamw::reference8(parameter, gradient, state, settings)
     }
 }
 

@@ -6,9 +6,9 @@ use burn_cubecl::tensor::CubeTensor;
 use crate::device::{Cube, int_primitive, primitive, tensor};
 use crate::product::ProductRuntime;
 use crate::{
-    Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout, KernelBackend, LinearPart,
-    Nf4Tensor, Projection, RotaryAngles, attention, cross_entropy, dropout, nf4, qlora_linear, rms_norm,
-    rotary, swiglu,
+    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
+    KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, adamw, attention, cross_entropy, dropout,
+    nf4, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
@@ -110,13 +110,57 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         hidden: Tensor<Self, 2>,
         head: Tensor<Self, 2>,
         targets: Tensor<Self, 1, Int>,
+        scale: f64,
         with_head: bool,
     ) -> CrossEntropyGradient<Self> {
         if with_head {
-            return cross_entropy::with_gradient(hidden, head, targets, true);
+            return cross_entropy::with_gradient(hidden, head, targets, scale, true);
         }
-        cross_entropy::cube::with_gradient(hidden, head, targets)
+        cross_entropy::cube::with_gradient(hidden, head, targets, scale)
     }
+
+    fn cross_entropy(
+        hidden: Tensor<Self, 2>,
+        head: Tensor<Self, 2>,
+        targets: Tensor<Self, 1, Int>,
+    ) -> Tensor<Self, 1> {
+        cross_entropy::cube::losses(hidden, head, targets)
+    }
+
+    fn sum_of_squares(tensors: Vec<Tensor<Self, 2>>) -> Option<Tensor<Self, 1>> {
+        adamw::kernel::sum_of_squares(tensors.into_iter().map(primitive).collect()).map(tensor)
+    }
+
+    fn adamw_step<const D: usize>(
+        parameter: Tensor<Self, D>,
+        gradient: Tensor<Self, D>,
+        state: AdamWState<Self, D>,
+        settings: &AdamW,
+    ) -> (Tensor<Self, D>, AdamWState<Self, D>) {
+        let parameter = owned(parameter);
+        let [first, second] = [state.first, state.second].map(owned);
+        let [p, m, v] = [&parameter, &first, &second].map(CubeTensor::clone);
+        adamw::kernel::step(p, primitive(gradient), m, v, settings, settings.gradient_scale as f32);
+        (tensor(parameter), AdamWState { first: tensor(first), second: tensor(second) })
+    }
+
+    fn adamw_step8<const D: usize>(
+        parameter: Tensor<Self, D>,
+        gradient: Tensor<Self, D>,
+        state: AdamWState8<Self>,
+        settings: &AdamW,
+    ) -> (Tensor<Self, D>, AdamWState8<Self>) {
+        let parameter = owned(parameter);
+        let scale = settings.gradient_scale as f32;
+        adamw::kernel::step8(parameter.clone(), primitive(gradient), &state, settings, scale);
+        (tensor(parameter), state)
+    }
+}
+
+/// A tensor that may be written in place: itself, or a copy if others hold it too.
+fn owned<R: ProductRuntime, const D: usize>(x: Tensor<Cube<R>, D>) -> CubeTensor<R> {
+    let x = primitive(x);
+    if x.can_mut() && x.is_contiguous() { x } else { burn_cubecl::kernel::into_contiguous(x.copy()) }
 }
 
 fn turn<R: ProductRuntime>(

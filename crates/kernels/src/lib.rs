@@ -31,7 +31,7 @@ mod product;
 #[cfg(test)]
 mod testing;
 
-pub use adamw::{AdamW, AdamWState};
+pub use adamw::{AdamW, AdamWState, AdamWState8};
 pub use attention::{Attended, AttentionIndex, Heads, SEPARATE};
 pub use cross_entropy::{CrossEntropyGradient, IGNORED};
 pub use dropout::Dropout;

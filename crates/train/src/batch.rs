@@ -1,10 +1,13 @@
 //! A batch on the device, with its targets already shifted.
 //!
-//! Rows without a target never reach the head: the places that bear loss are picked on the host, where they are known.
+//! Where few tokens bear loss, only those reach the head: their places are picked on the host, where they are known, and
+//! filled up with places without target to one of a few sizes, because an allocator that reuses memory by size would
+//! otherwise take more for every batch. Where most bear loss, all are passed on, which saves the copies.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 use buzzer_data::Batch;
+use buzzer_kernels::IGNORED;
 
 /// Rows `[b, t]` and their targets.
 #[derive(Clone, Debug)]
@@ -15,11 +18,11 @@ pub struct DeviceBatch<B: Backend> {
     pub documents: Tensor<B, 2, Int>,
     /// Positions `[b, t]`.
     pub positions: Tensor<B, 2, Int>,
-    /// Places among the `b t` tokens whose successor is a target `[n]`.
-    pub loss_rows: Tensor<B, 1, Int>,
-    /// Those successors `[n]`.
+    /// Places among the `b t` tokens that reach the head `[n]`; `None` if all do, n = b t.
+    pub loss_rows: Option<Tensor<B, 1, Int>>,
+    /// What each is to predict `[n]`; [`IGNORED`] where that bears no loss.
     pub targets: Tensor<B, 1, Int>,
-    /// n.
+    /// Targets among them.
     pub loss_tokens: usize,
     /// Tokens without padding.
     pub tokens: usize,
@@ -31,20 +34,60 @@ impl<B: Backend> DeviceBatch<B> {
     pub fn new(batch: &Batch, device: &B::Device) -> Self {
         let dims = [batch.rows, batch.len];
         let upload = |values: &[i32]| Tensor::from_data(TensorData::new(values.to_vec(), dims), device);
-        let (rows, targets): (Vec<i32>, Vec<i32>) = shifted(batch).unzip();
-        let loss_tokens = rows.len();
-        let line = |values: Vec<i32>| Tensor::from_data(TensorData::new(values, [loss_tokens]), device);
+        let line = |values: Vec<i32>| {
+            let length = values.len();
+            Tensor::from_data(TensorData::new(values, [length]), device)
+        };
+        let places = Places::new(batch);
         Self {
             ids: upload(&batch.ids),
             documents: upload(&batch.documents),
             positions: upload(&batch.positions),
-            loss_rows: line(rows),
-            targets: line(targets),
-            loss_tokens,
+            loss_rows: places.rows.map(line),
+            targets: line(places.targets),
+            loss_tokens: places.loss_tokens,
             tokens: batch.tokens,
         }
     }
+
+    /// The rows of `x [b t, d]` that reach the head.
+    #[must_use]
+    pub fn at_head<C: Backend>(&self, x: Tensor<C, 2>, map: impl Fn(Tensor<B, 1, Int>) -> Tensor<C, 1, Int>) -> Tensor<C, 2> {
+        match &self.loss_rows {
+            Some(rows) => x.select(0, map(rows.clone())),
+            None => x,
+        }
+    }
 }
+
+/// What reaches the head, on the host.
+struct Places {
+    rows: Option<Vec<i32>>,
+    targets: Vec<i32>,
+    loss_tokens: usize,
+}
+
+impl Places {
+    fn new(batch: &Batch) -> Self {
+        let (mut rows, mut targets): (Vec<i32>, Vec<i32>) = shifted(batch).unzip();
+        let (loss_tokens, all) = (rows.len(), batch.ids.len());
+        if 2 * loss_tokens > all {
+            let mut everywhere = vec![IGNORED; all];
+            for (row, target) in rows.into_iter().zip(targets) {
+                everywhere[row as usize] = target;
+            }
+            return Self { rows: None, targets: everywhere, loss_tokens };
+        }
+        let step = (all / SIZES).max(1);
+        let length = loss_tokens.next_multiple_of(step);
+        rows.resize(length, 0);
+        targets.resize(length, IGNORED);
+        Self { rows: Some(rows), targets, loss_tokens }
+    }
+}
+
+/// Into how many sizes, at most, the numbers of places are rounded up.
+const SIZES: usize = 16;
 
 /// Pairs of a place and the target it predicts.
 fn shifted(batch: &Batch) -> impl Iterator<Item = (i32, i32)> {
@@ -71,5 +114,31 @@ mod tests {
             loss_tokens: 4,
         };
         assert_eq!(shifted(&batch).collect::<Vec<_>>(), [(0, 11), (2, 13), (4, 21), (5, 22)]);
+        let few = Places::new(&batch);
+        assert_eq!(few.rows, Some(vec![0, 2, 4, 5]));
+        assert_eq!(few.targets, [11, 13, 21, 22]);
+        let most = Batch { labels: vec![-100, 11, 12, 13, -100, 21, 22, -100], ..batch };
+        let all = Places::new(&most);
+        assert_eq!((all.rows, all.loss_tokens), (None, 5));
+        assert_eq!(all.targets, [11, 12, 13, IGNORED, 21, 22, IGNORED, IGNORED]);
+    }
+
+    #[test]
+    fn numbers_of_places_are_rounded_to_a_few_sizes() {
+        let labels = (0..640).map(|place| if place % 10 == 1 { 3 } else { -100 }).collect();
+        let zeros = vec![0; 640];
+        let batch = Batch {
+            rows: 1,
+            len: 640,
+            ids: zeros.clone(),
+            positions: zeros.clone(),
+            documents: zeros,
+            labels,
+            tokens: 640,
+            loss_tokens: 64,
+        };
+        let places = Places::new(&batch);
+        assert_eq!((places.rows.unwrap().len(), places.targets.len(), places.loss_tokens), (80, 80, 64));
+        assert_eq!(places.targets[63..66], [3, IGNORED, IGNORED]);
     }
 }

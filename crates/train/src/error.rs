@@ -15,7 +15,7 @@ pub enum TrainError {
     },
     /// The loss or a gradient stopped being a number.
     #[error(
-        "step {step}: the {what} is {value}; lower --lr, or check the base model's weights. The last saved adapter is from before this step"
+        "step {step}: the {what} is {value}, first in {place}; lower --lr, or check the base model's weights. The last saved adapter is from before this step"
     )]
     NonFinite {
         /// The step, from 1.
@@ -24,6 +24,8 @@ pub enum TrainError {
         what: &'static str,
         /// Its value.
         value: f64,
+        /// Where the first such number appeared: a block and its part.
+        place: String,
     },
     /// A setting that makes no sense.
     #[error("{flag} {found} is not possible; choose {choose}")]

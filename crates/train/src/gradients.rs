@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
+use buzzer_kernels::KernelBackend;
 use buzzer_model::Target;
 
 /// Gradients of A `[r, in]` and B `[out, r]` by block and linear; f32.
@@ -26,32 +27,22 @@ impl<B: Backend> LoraGradients<B> {
             };
         }
     }
+}
 
+impl<B: KernelBackend> LoraGradients<B> {
     /// The Euclidean norm over all factors.
     #[must_use]
     pub fn norm(&self) -> f64 {
-        let squares = self.factors.values().flatten().map(|gradient| gradient.clone().square().sum());
-        let total = squares.reduce(|sum, next| sum + next);
-        total.map_or(0.0, |total| f64::from(scalar(total)).sqrt())
+        let all = self.factors.values().flatten().cloned().collect();
+        B::sum_of_squares(all).map_or(0.0, |sum| f64::from(scalar(sum)).sqrt())
     }
 
-    /// Multiplies every gradient.
-    pub fn scale(&mut self, factor: f64) {
-        for gradient in self.factors.values_mut().flatten() {
-            gradient.inplace(|gradient| gradient.mul_scalar(factor));
-        }
-    }
-
-    /// Scales all gradients down together so that their norm is at most `most`; returns the norm before.
-    ///
-    /// PyTorch's rule: multiply by `most / (norm + 1e-6)` where that is below 1.
-    pub fn clip(&mut self, most: Option<f64>) -> f64 {
-        let norm = self.norm();
-        let factor = most.map_or(1.0, |most| most / (norm + 1e-6));
-        if factor < 1.0 {
-            self.scale(factor);
-        }
-        norm
+    /// The factor whose gradient is the first, in the order of the backward pass, that is no finite number.
+    #[must_use]
+    pub fn first_non_finite(&self) -> Option<(usize, Target)> {
+        let finite = |gradient: &Tensor<B, 2>| scalar(gradient.clone().abs().max()).is_finite();
+        let mut backwards = self.factors.iter().rev();
+        backwards.find(|(_, pair)| !pair.iter().all(finite)).map(|(&place, _)| place)
     }
 }
 

@@ -10,6 +10,7 @@ mod error;
 mod gradients;
 mod plan;
 mod pretrain;
+mod scaling;
 mod schedule;
 mod step;
 mod trainer;

@@ -64,7 +64,7 @@ impl<B: KernelBackend> Pretrainer<B> {
         }
         let (loss, mut grads, head) = self.backward(&batch);
         if !loss.is_finite() {
-            return Err(TrainError::NonFinite { step, what: "loss", value: loss });
+            return Err(TrainError::NonFinite { step, what: "loss", value: loss, place: "the whole model".into() });
         }
         let mut gather = Gather::<B> { grads: &mut grads, found: HashMap::new() };
         self.model = self.model.clone().map(&mut gather);
@@ -86,15 +86,14 @@ impl<B: KernelBackend> Pretrainer<B> {
     fn backward(&self, batch: &DeviceBatch<Autodiff<B>>) -> (f64, Grads<B>, Tensor<B, 2>) {
         let context =
             BlockContext::rows(self.model.config(), batch.documents.clone(), batch.positions.clone());
-        let hidden = self.model.hidden(batch.ids.clone(), &context, None).select(0, batch.loss_rows.clone());
+        let hidden = batch.at_head(self.model.hidden(batch.ids.clone(), &context, None), |rows| rows);
         let head = self.model.head_weight().inner();
-        let loss =
-            B::cross_entropy_with_gradient(hidden.clone().inner(), head, batch.targets.clone().inner(), true);
+        let (rows, targets) = (hidden.clone().inner(), batch.targets.clone().inner());
         let scale = 1.0 / batch.loss_tokens as f64;
-        let upstream = Tensor::from_inner(loss.hidden.mul_scalar(scale));
-        let grads = (hidden * upstream).sum().backward();
+        let loss = B::cross_entropy_with_gradient(rows, head, targets, scale, true);
+        let grads = (hidden * Tensor::from_inner(loss.hidden)).sum().backward();
         let d_head = loss.head.unwrap_or_else(|| self.model.head_weight().inner().zeros_like());
-        (f64::from(scalar(loss.loss_sum)) * scale, grads, d_head.mul_scalar(scale))
+        (f64::from(scalar(loss.loss_sum)) * scale, grads, d_head)
     }
 
     fn update(&mut self, mut gradients: HashMap<ParamId, Tensor<B, 1>>) -> Result<(), TrainError> {
@@ -102,10 +101,9 @@ impl<B: KernelBackend> Pretrainer<B> {
         let squares = gradients.values().map(|gradient| gradient.clone().square().sum());
         let norm = squares.reduce(|sum, next| sum + next).map_or(0.0, |sum| f64::from(scalar(sum)).sqrt());
         if !norm.is_finite() {
-            return Err(TrainError::NonFinite { step, what: "gradient norm", value: norm });
+            return Err(TrainError::NonFinite { step, what: "gradient norm", value: norm, place: "the whole model".into() });
         }
-        let factor =
-            self.settings.optimizer.max_grad_norm.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0));
+        let factor = self.settings.optimizer.clip_factor(norm);
         for gradient in gradients.values_mut() {
             gradient.inplace(|gradient| gradient.mul_scalar(factor));
         }

@@ -70,7 +70,7 @@ pub fn backward_by_blocks<B: KernelBackend>(
 #[must_use]
 pub fn mean_loss<B: KernelBackend>(model: &Llama<B>, batch: &DeviceBatch<B>) -> (f64, usize) {
     let hidden = model.hidden(batch.ids.clone(), &context(model, batch), None);
-    let rows = hidden.select(0, batch.loss_rows.clone());
+    let rows = batch.at_head(hidden, |rows| rows);
     let losses = B::cross_entropy(rows, model.head_weight(), batch.targets.clone());
     (f64::from(scalar(losses.sum())) / batch.loss_tokens.max(1) as f64, batch.loss_tokens)
 }
@@ -79,22 +79,51 @@ fn context<B: KernelBackend>(model: &Llama<B>, batch: &DeviceBatch<B>) -> BlockC
     BlockContext::rows(model.config(), batch.documents.clone(), batch.positions.clone())
 }
 
-/// Loss, and the gradient at the last block's output.
+/// Loss, and the gradient of its multiple at the last block's output.
 fn backward_of_head<B: KernelBackend>(
     model: &Llama<B>,
     batch: &DeviceBatch<B>,
     x: Tensor<B, 2>,
     scale: f64,
 ) -> (Tensor<B, 1>, Tensor<B, 2>) {
-    let everywhere = x.zeros_like();
+    let everywhere = batch.loss_rows.is_some().then(|| x.zeros_like());
     let epsilon = model.config().rms_norm_eps;
-    let x = x.select(0, batch.loss_rows.clone());
+    let x = batch.at_head(x, |rows| rows);
     let normed = B::rms_norm(x.clone(), model.norm.val(), epsilon);
-    let loss = B::cross_entropy_with_gradient(normed, model.head_weight(), batch.targets.clone(), false);
-    let upstream = loss.hidden.mul_scalar(scale);
-    let (dx, _) = B::rms_norm_backward(x, model.norm.val(), epsilon, upstream, false);
-    let dx = everywhere.select_assign(0, batch.loss_rows.clone(), dx, IndexingUpdateOp::Add);
+    let targets = batch.targets.clone();
+    let loss = B::cross_entropy_with_gradient(normed, model.head_weight(), targets, scale, false);
+    let (dx, _) = B::rms_norm_backward(x, model.norm.val(), epsilon, loss.hidden, false);
+    let dx = match (everywhere, &batch.loss_rows) {
+        (Some(zeros), Some(rows)) => zeros.select_assign(0, rows.clone(), dx, IndexingUpdateOp::Add),
+        _ => dx,
+    };
     (loss.loss_sum, dx)
+}
+
+/// Where a pass first gives something that is no finite number: a block and its part, or the head.
+#[must_use]
+pub fn locate_non_finite<B: KernelBackend>(
+    model: &Llama<B>,
+    batch: &DeviceBatch<B>,
+    dropout: Option<Dropout>,
+) -> String {
+    let context = context(model, batch);
+    let finite = |x: &Tensor<B, 2>| scalar(x.clone().cast(DType::F32).abs().max()).is_finite();
+    let mut x = model.embed(batch.ids.clone());
+    if !finite(&x) {
+        return "the embedding".into();
+    }
+    for (layer, block) in model.blocks.iter().enumerate() {
+        let dropout = dropout.map(|dropout| dropout.derive(layer as u64));
+        let Trunk { residual, activated } = block.trunk(x.clone(), &context, dropout, None);
+        x = block.forward(x, &context, dropout, None);
+        for (part, value) in [("attention", residual), ("the MLP's gate", activated), ("the MLP", x.clone())] {
+            if !finite(&value) {
+                return format!("{part} of block {layer}");
+            }
+        }
+    }
+    "the head".into()
 }
 
 /// One block, run again.

@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use burn::module::Param;
+use burn::tensor::{DType, Tensor};
 use buzzer_data::{Batch, Cursor, PackedRow, RowStream};
-use buzzer_kernels::{AdamW, AdamWState, Dropout, KernelBackend};
-use buzzer_model::{Llama, Target};
+use buzzer_kernels::{AdamW, AdamWState, AdamWState8, Dropout, KernelBackend};
+use buzzer_model::{Llama, Lora, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::gradients::scalar;
+use crate::scaling::LossScale;
+use crate::step::locate_non_finite;
 use crate::{DeviceBatch, LoraGradients, Schedule, ScheduleKind, TrainError, backward_by_blocks, mean_loss};
 
 /// AdamW's numbers and the clipping in front of it.
@@ -24,17 +28,34 @@ pub struct OptimizerSettings {
     pub weight_decay: f64,
     /// The largest gradient norm, if there is to be one.
     pub max_grad_norm: Option<f64>,
+    /// Keep the moments in 8 bits: 2 bytes for each trained number instead of 8.
+    #[serde(default)]
+    pub eight_bit: bool,
 }
 
 impl Default for OptimizerSettings {
     fn default() -> Self {
-        Self { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay: 0.0, max_grad_norm: Some(0.3) }
+        Self {
+            beta_1: 0.9,
+            beta_2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: Some(0.3),
+            eight_bit: false,
+        }
     }
 }
 
 impl OptimizerSettings {
+    /// What gradients of this norm are multiplied by: PyTorch's rule, `most / (norm + 1e-6)` where that is below 1.
+    #[must_use]
+    pub fn clip_factor(&self, norm: f64) -> f64 {
+        self.max_grad_norm.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0))
+    }
+
     pub(crate) fn at(&self, learning_rate: f64, step: u64) -> AdamW {
         AdamW {
+            gradient_scale: 1.0,
             learning_rate,
             beta_1: self.beta_1,
             beta_2: self.beta_2,
@@ -85,13 +106,48 @@ pub struct StepReport {
     pub loss_tokens: usize,
     /// Duration.
     pub seconds: f64,
+    /// What the loss was multiplied by for the backward pass; 1 unless computed in f16.
+    pub loss_scale: f64,
+    /// Whether a gradient left the range of f16, and the factors were left as they were.
+    pub skipped: bool,
+}
+
+/// The moments of one factor.
+#[derive(Clone, Debug)]
+enum Moments<B: KernelBackend> {
+    Full(AdamWState<B, 2>),
+    EightBit(AdamWState8<B>),
+}
+
+impl<B: KernelBackend> Moments<B> {
+    fn zeros(parameter: &Tensor<B, 2>, eight_bit: bool) -> Self {
+        if eight_bit {
+            let elements = parameter.dims().iter().product();
+            Self::EightBit(AdamWState8::zeros(elements, &parameter.device()))
+        } else {
+            Self::Full(AdamWState::zeros_like(parameter))
+        }
+    }
+
+    fn step(self, value: Tensor<B, 2>, gradient: Tensor<B, 2>, settings: &AdamW) -> (Tensor<B, 2>, Self) {
+        match self {
+            Self::Full(state) => {
+                let (value, state) = B::adamw_step(value, gradient, state, settings);
+                (value, Self::Full(state))
+            }
+            Self::EightBit(state) => {
+                let (value, state) = B::adamw_step8(value, gradient, state, settings);
+                (value, Self::EightBit(state))
+            }
+        }
+    }
 }
 
 /// Moments of every LoRA factor.
 #[derive(Clone, Debug)]
 pub struct LoraOptimizer<B: KernelBackend> {
     settings: OptimizerSettings,
-    states: BTreeMap<(usize, Target), [AdamWState<B, 2>; 2]>,
+    states: BTreeMap<(usize, Target), [Moments<B>; 2]>,
     steps: u64,
 }
 
@@ -106,6 +162,7 @@ pub struct Trainer<B: KernelBackend> {
     stream: RowStream,
     rows_left: usize,
     step: u64,
+    loss_scale: LossScale,
 }
 
 impl<B: KernelBackend> LoraOptimizer<B> {
@@ -116,31 +173,52 @@ impl<B: KernelBackend> LoraOptimizer<B> {
     }
 
     /// Clips the gradients, changes the model's factors, and returns the norm before clipping.
-    pub fn step(&mut self, model: &mut Llama<B>, mut gradients: LoraGradients<B>, learning_rate: f64) -> f64 {
-        let norm = gradients.clip(self.settings.max_grad_norm);
+    pub fn step(&mut self, model: &mut Llama<B>, gradients: LoraGradients<B>, learning_rate: f64) -> f64 {
+        self.step_scaled(model, gradients, learning_rate, 1.0)
+    }
+
+    /// [`Self::step`] with gradients of a loss that was multiplied by `loss_scale`; the norm returned is that of the
+    /// loss itself. A norm that is no finite number changes nothing.
+    pub fn step_scaled(
+        &mut self,
+        model: &mut Llama<B>,
+        gradients: LoraGradients<B>,
+        learning_rate: f64,
+        loss_scale: f64,
+    ) -> f64 {
+        let norm = gradients.norm() / loss_scale;
         if !norm.is_finite() {
             return norm;
         }
         self.steps += 1;
-        let settings = self.settings.at(learning_rate, self.steps);
-        for ((layer, target), gradients) in gradients.factors {
-            let Some(lora) = &mut model.blocks[layer].linear_mut(target).lora else { continue };
-            let fresh = || [AdamWState::zeros_like(&lora.a.val()), AdamWState::zeros_like(&lora.b.val())];
-            let states = self.states.remove(&(layer, target)).unwrap_or_else(fresh);
-            let mut new_states = Vec::with_capacity(2);
-            for ((factor, gradient), state) in
-                [&mut lora.a, &mut lora.b].into_iter().zip(gradients).zip(states)
-            {
-                let (value, state) = B::adamw_step(factor.val(), gradient, state, &settings);
-                *factor = factor.clone().map(|_| value);
-                new_states.push(state);
-            }
-            if let Ok(states) = <[AdamWState<B, 2>; 2]>::try_from(new_states) {
-                self.states.insert((layer, target), states);
-            }
+        let gradient_scale = self.settings.clip_factor(norm) / loss_scale;
+        let settings = AdamW { gradient_scale, ..self.settings.at(learning_rate, self.steps) };
+        for (place, gradients) in gradients.factors {
+            let (layer, target) = place;
+            // Taken out of the model, so that the factors are held once and change where they lie.
+            let linear = model.blocks[layer].linear_mut(target);
+            let Some(Lora { a, b, scale }) = linear.lora.take() else { continue };
+            let fresh = || [&a, &b].map(|factor| Moments::zeros(&factor.val(), self.settings.eight_bit));
+            let [a_moments, b_moments] = self.states.remove(&place).unwrap_or_else(fresh);
+            let [a_gradient, b_gradient] = gradients;
+            let (a, a_moments) = step_of_factor(a, a_gradient, a_moments, &settings);
+            let (b, b_moments) = step_of_factor(b, b_gradient, b_moments, &settings);
+            linear.lora = Some(Lora { a, b, scale });
+            self.states.insert(place, [a_moments, b_moments]);
         }
         norm
     }
+}
+
+fn step_of_factor<B: KernelBackend>(
+    factor: Param<Tensor<B, 2>>,
+    gradient: Tensor<B, 2>,
+    moments: Moments<B>,
+    settings: &AdamW,
+) -> (Param<Tensor<B, 2>>, Moments<B>) {
+    let (id, value, mapper) = factor.consume();
+    let (value, moments) = moments.step(value, gradient, settings);
+    (Param::from_mapped_value(id, value, mapper), moments)
 }
 
 impl TrainSettings {
@@ -214,6 +292,7 @@ impl<B: KernelBackend> Trainer<B> {
             schedule: Schedule::new(settings.schedule, settings.learning_rate, warmup, steps),
             stream: RowStream::new(rows.len(), settings.seed),
             optimizer: LoraOptimizer::new(settings.optimizer),
+            loss_scale: LossScale::new(model.dtype() == DType::F16),
             model,
             rows,
             settings,
@@ -254,8 +333,11 @@ impl<B: KernelBackend> Trainer<B> {
 
     /// Takes one optimizer step; `None` once the run is over.
     ///
+    /// In f16 a step whose gradient leaves the dtype's range is skipped, reported as such, and the loss is scaled down.
+    ///
     /// # Errors
-    /// If the rows have no target, or loss or gradient is no finite number. The model is then as it was.
+    /// If the rows have no target, or loss or gradient is no finite number and a smaller scale cannot help. The model is
+    /// then as it was.
     pub fn step(&mut self) -> Result<Option<StepReport>, TrainError> {
         let started = Instant::now();
         let count = self.rows_left.min(self.settings.rows_per_step());
@@ -270,10 +352,19 @@ impl<B: KernelBackend> Trainer<B> {
             })
             .collect();
         let step = self.step + 1;
-        let (loss, gradients) = self.gradients(&batches, step)?;
+        let loss_scale = self.loss_scale.value();
+        let (loss, gradients) = self.gradients(&batches, step, loss_scale)?;
         let learning_rate = self.schedule.rate(self.step);
-        let grad_norm = self.optimizer.step(&mut self.model, gradients, learning_rate);
-        finite(step, "gradient norm", grad_norm)?;
+        let culprits = gradients.clone();
+        let grad_norm = self.optimizer.step_scaled(&mut self.model, gradients, learning_rate, loss_scale);
+        let skipped = !grad_norm.is_finite();
+        if !self.loss_scale.adapt(skipped) {
+            let place = culprits.first_non_finite().map_or_else(
+                || "the sum over all factors".into(),
+                |(layer, target)| format!("{} of block {layer}", target.name()),
+            );
+            return Err(TrainError::NonFinite { step, what: "gradient norm", value: grad_norm, place });
+        }
         self.step = step;
         self.rows_left -= count;
         Ok(Some(StepReport {
@@ -284,11 +375,18 @@ impl<B: KernelBackend> Trainer<B> {
             tokens: batches.iter().map(|batch| batch.tokens).sum(),
             loss_tokens: batches.iter().map(|batch| batch.loss_tokens).sum(),
             seconds: started.elapsed().as_secs_f64(),
+            loss_scale,
+            skipped,
         }))
     }
 
-    /// Mean loss and gradients of all batches of a step.
-    fn gradients(&self, batches: &[Batch], step: u64) -> Result<(f64, LoraGradients<B>), TrainError> {
+    /// Mean loss and gradients, times `loss_scale`, of all batches of a step.
+    fn gradients(
+        &self,
+        batches: &[Batch],
+        step: u64,
+        loss_scale: f64,
+    ) -> Result<(f64, LoraGradients<B>), TrainError> {
         let device = self.model.device();
         let uploaded: Vec<_> = batches.iter().map(|batch| DeviceBatch::<B>::new(batch, &device)).collect();
         let targets: usize = uploaded.iter().map(|batch| batch.loss_tokens).sum();
@@ -299,12 +397,20 @@ impl<B: KernelBackend> Trainer<B> {
         let mut sum = LoraGradients { factors: BTreeMap::new() };
         let mut losses = Vec::with_capacity(uploaded.len());
         for (number, batch) in uploaded.iter().enumerate().filter(|(_, batch)| batch.loss_tokens > 0) {
-            let pass = backward_by_blocks(&self.model, batch, scale, self.dropout(step, number));
-            losses.push(pass.loss);
+            let dropout = self.dropout(step, number);
+            let pass = backward_by_blocks(&self.model, batch, scale * loss_scale, dropout);
+            losses.push((number, pass.loss));
             sum.add(pass.gradients);
         }
-        let loss_sum: f64 = losses.into_iter().map(|loss| f64::from(scalar(loss))).sum();
-        finite(step, "loss", loss_sum * scale)?;
+        let mut loss_sum = 0.0;
+        for (number, loss) in losses {
+            let value = f64::from(scalar(loss));
+            if !value.is_finite() {
+                let place = locate_non_finite(&self.model, &uploaded[number], self.dropout(step, number));
+                return Err(TrainError::NonFinite { step, what: "loss", value, place });
+            }
+            loss_sum += value;
+        }
         Ok((loss_sum * scale, sum))
     }
 
@@ -329,8 +435,4 @@ impl<B: KernelBackend> Trainer<B> {
         }
         (targets > 0).then(|| sum / targets as f64)
     }
-}
-
-fn finite(step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
-    if value.is_finite() { Ok(()) } else { Err(TrainError::NonFinite { step, what, value }) }
 }

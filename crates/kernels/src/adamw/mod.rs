@@ -8,8 +8,14 @@
 //! Hutter, "Decoupled Weight Decay Regularization", <https://arxiv.org/abs/1711.05101>. Everything is f32: 16 bytes read
 //! and 12 written for each element.
 
+mod eight_bit;
+#[cfg(feature = "cubecl")]
+pub mod kernel;
+
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+
+pub use eight_bit::{AdamWState8, BLOCK_8BIT, reference8};
 
 /// The settings of one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,6 +32,8 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// n, from 1.
     pub step: u64,
+    /// What g is multiplied by first, for clipping and for gradients of a scaled loss.
+    pub gradient_scale: f64,
 }
 
 /// The moments of one parameter.
@@ -53,7 +61,8 @@ pub fn reference<B: Backend, const D: usize>(
     state: AdamWState<B, D>,
     settings: &AdamW,
 ) -> (Tensor<B, D>, AdamWState<B, D>) {
-    let AdamW { learning_rate, beta_1, beta_2, epsilon, weight_decay, step } = *settings;
+    let AdamW { learning_rate, beta_1, beta_2, epsilon, weight_decay, step, gradient_scale } = *settings;
+    let gradient = if gradient_scale == 1.0 { gradient } else { gradient.mul_scalar(gradient_scale) };
     let first = state.first.mul_scalar(beta_1) + gradient.clone().mul_scalar(1.0 - beta_1);
     let second = state.second.mul_scalar(beta_2) + gradient.square().mul_scalar(1.0 - beta_2);
     let corrected = |beta: f64| 1.0 - beta.powf(step as f64);
@@ -81,6 +90,7 @@ mod tests {
             epsilon: 1e-8,
             weight_decay: 0.5,
             step: 1,
+            gradient_scale: 1.0,
         };
         let parameter = tensor([1.0, -2.0]);
         let state = AdamWState::zeros_like(&parameter);

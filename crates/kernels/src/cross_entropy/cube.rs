@@ -2,29 +2,48 @@
 
 use burn::tensor::{DType, Int, Tensor};
 
-use super::{Chunk, CrossEntropyGradient, chunks};
-use crate::device::{Cube, Matrix, primitive, tensor, uninitialized};
+use super::{CrossEntropyGradient, kernel};
+use crate::device::{Cube, Matrix, int_primitive, primitive, tensor, uninitialized};
 use crate::product::{self, Product, ProductRuntime};
+
+/// Rows whose logits are held at a time: 128 MiB for 32,000 words, and enough rows for a fast product.
+pub const CHUNK_ROWS: usize = 1024;
+
+pub(crate) fn losses<R: ProductRuntime>(
+    hidden: Tensor<Cube<R>, 2>,
+    head: Tensor<Cube<R>, 2>,
+    targets: Tensor<Cube<R>, 1, Int>,
+) -> Tensor<Cube<R>, 1> {
+    let [n, _] = hidden.dims();
+    let head = Matrix::new(primitive(head.cast(hidden.dtype())));
+    let rows = Matrix::new(primitive(hidden));
+    let part = |start: usize| {
+        let count = CHUNK_ROWS.min(n - start);
+        let logits = product::new(&rows.rows(start, count), &head.t(), 1.0, DType::F32);
+        tensor(kernel::losses(logits, int_primitive(targets.clone().narrow(0, start, count))))
+    };
+    Tensor::cat((0..n).step_by(CHUNK_ROWS).map(part).collect(), 0)
+}
 
 pub(crate) fn with_gradient<R: ProductRuntime>(
     hidden: Tensor<Cube<R>, 2>,
     head: Tensor<Cube<R>, 2>,
     targets: Tensor<Cube<R>, 1, Int>,
+    scale: f64,
 ) -> CrossEntropyGradient<Cube<R>> {
     let [n, d] = hidden.dims();
-    let [v, _] = head.dims();
     let dtype = hidden.dtype();
-    let rows = Matrix::new(primitive(hidden.clone()));
-    let head = Matrix::new(primitive(head.cast(dtype)));
-    let gradient = Matrix::new(uninitialized(&rows.tensor, [n, d], dtype));
     let mut loss_sum = Tensor::<Cube<R>, 1>::zeros([1], (&hidden.device(), DType::F32));
-    for range in chunks(n, v) {
-        let (start, count) = (range.start, range.len());
+    let head = Matrix::new(primitive(head.cast(dtype)));
+    let rows = Matrix::new(primitive(hidden));
+    let gradient = Matrix::new(uninitialized(&rows.tensor, [n, d], dtype));
+    for start in (0..n).step_by(CHUNK_ROWS) {
+        let count = CHUNK_ROWS.min(n - start);
         let logits = product::new(&rows.rows(start, count), &head.t(), 1.0, DType::F32);
-        let chunk = Chunk::from_logits(tensor(logits), targets.clone().narrow(0, start, count));
-        loss_sum = loss_sum + chunk.losses().sum();
-        let a = Matrix::new(primitive(chunk.d_logits().cast(dtype)));
-        let c = gradient.rows(start, count);
+        let targets = int_primitive(targets.clone().narrow(0, start, count));
+        let (losses, d_logits) = kernel::rows(logits, targets, scale as f32, dtype);
+        loss_sum = loss_sum + tensor::<R, 1>(losses).sum();
+        let (a, c) = (Matrix::new(d_logits), gradient.rows(start, count));
         product::run(Product { a, b: head.clone(), c, alpha: 1.0, beta: 0.0 });
     }
     CrossEntropyGradient { loss_sum, hidden: tensor(gradient.tensor), head: None }

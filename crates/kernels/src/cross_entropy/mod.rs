@@ -10,6 +10,8 @@
 
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
+#[cfg(feature = "cubecl")]
+pub mod kernel;
 
 use std::ops::Range;
 
@@ -22,7 +24,7 @@ pub const IGNORED: i32 = -100;
 /// Logits held at a time: 32 MiB in f32.
 pub const CHUNK_VALUES: usize = 1 << 23;
 
-/// Sum of losses and its gradients.
+/// Sum of losses, and gradients of its multiple.
 #[derive(Debug)]
 pub struct CrossEntropyGradient<B: Backend> {
     /// `[1]`, f32.
@@ -49,6 +51,7 @@ pub(crate) fn with_gradient<B: Backend>(
     hidden: Tensor<B, 2>,
     head: Tensor<B, 2>,
     targets: Tensor<B, 1, Int>,
+    scale: f64,
     with_head: bool,
 ) -> CrossEntropyGradient<B> {
     let device = hidden.device();
@@ -58,7 +61,7 @@ pub(crate) fn with_gradient<B: Backend>(
     for rows in chunks(hidden.dims()[0], head.dims()[0]) {
         let chunk = Chunk::new(&hidden, &head, &targets, rows.clone());
         loss_sum = loss_sum + chunk.losses().sum();
-        let d_logits = chunk.d_logits().cast(hidden.dtype());
+        let d_logits = chunk.d_logits().mul_scalar(scale).cast(hidden.dtype());
         d_hidden.push(d_logits.clone().matmul(head.clone().cast(hidden.dtype())));
         d_head = d_head.map(|sum| {
             let part = d_logits.transpose().matmul(hidden.clone().narrow(0, rows.start, rows.len()));
@@ -144,11 +147,12 @@ mod tests {
             hidden.clone().inner(),
             head.clone().inner(),
             targets.inner(),
+            0.5,
             true,
         );
         close(fused.loss_sum, plain, 1e-5);
-        close(fused.hidden, hidden.grad(&grads).unwrap(), 1e-5);
-        close(fused.head.unwrap(), head.grad(&grads).unwrap(), 1e-5);
+        close(fused.hidden.mul_scalar(2), hidden.grad(&grads).unwrap(), 1e-5);
+        close(fused.head.unwrap().mul_scalar(2), head.grad(&grads).unwrap(), 1e-5);
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! The two code books of bitsandbytes: the 16 levels of NF4 and the signed dynamic 8-bit map that double
-//! quantization uses for the block scales.
+//! The code books of bitsandbytes: the 16 levels of NF4, the signed dynamic 8-bit map that double quantization uses for
+//! the block scales, and the unsigned one that 8-bit optimizers use beside it.
 //!
 //! The values are copied from (NF4) or computed as in (dynamic map) `bitsandbytes/functional.py` 0.50.2, down to
 //! the last bit. What it trades: the dynamic map is computed once per process instead of standing here as 256
-//! literals. What it refuses: other code books (FP4, unsigned or shorter dynamic maps).
+//! literals. What it refuses: other code books (FP4, shorter dynamic maps).
 
 use std::sync::OnceLock;
 
@@ -79,6 +79,24 @@ fn build_dynamic_code() -> [f32; 256] {
         }
     }
     code
+}
+
+/// bitsandbytes' unsigned dynamic 8-bit map, in code order: 256 ascending values from 0 to 1.
+///
+/// Equal in its rule to `create_dynamic_map(signed=False)`: the sign's bit doubles the magnitudes of every decade.
+pub fn unsigned_dynamic_code() -> &'static [f32; 256] {
+    static CODE: OnceLock<[f32; 256]> = OnceLock::new();
+    CODE.get_or_init(|| {
+        let mut code = [0.0; 256];
+        code[255] = 1.0;
+        let magnitudes = (0..7).flat_map(|decade| {
+            let parts = 2usize << decade;
+            let scale = 10f64.powi(decade - 6) as f32;
+            (0..parts).map(move |i| scale * ((grid_point(i, parts) + grid_point(i + 1, parts)) / 2.0))
+        });
+        code[1..255].iter_mut().zip(magnitudes).for_each(|(level, magnitude)| *level = magnitude);
+        code
+    })
 }
 
 /// `torch.linspace(0.1, 1, parts + 1)[i]` in f32.

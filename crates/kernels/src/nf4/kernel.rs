@@ -19,8 +19,8 @@ use super::{BLOCK, NESTED_BLOCK, NF4_CODE, Nf4Tensor, Scales, double_quantize, d
 
 /// Units of a cube.
 const UNITS: usize = 256;
-/// Words of eight codes that a unit expands.
-const WORDS: usize = 4;
+/// Words of eight codes that a unit expands: all its reads are under way before it waits for one.
+const WORDS: usize = 8;
 /// Values in a word.
 const PER_WORD: usize = 8;
 /// Cubes in one dimension that every runtime allows.
@@ -111,13 +111,27 @@ fn flush(x: f32) -> f32 {
     select(x.abs() < f32::new(f32::MIN_POSITIVE), zero, x)
 }
 
-/// Fills shared memory with the 16 levels; the caller synchronises.
+/// Fills shared memory with constants, one for each of 256 units; the caller synchronises.
+///
+/// A constant array would be copied to every unit's own memory, which for 256 entries costs more than the rest of a
+/// kernel. So a unit selects its entry, among those of 32 neighbours only.
 #[cube]
-fn load_levels(levels: &mut SharedMemory<f32>) {
-    let values = comptime!(NF4_CODE.to_vec());
-    let table = Array::<f32>::from_data(values);
-    if UNIT_POS < 16 {
-        levels[UNIT_POS as usize] = table[UNIT_POS as usize];
+pub(crate) fn load_table(table: &mut SharedMemory<f32>, #[comptime] values: Vec<f32>) {
+    let (group, lane) = (UNIT_POS / 32, UNIT_POS % 32);
+    let length = comptime!(values.len());
+    #[unroll]
+    for k in 0..length.div_ceil(32) {
+        if group == k as u32 {
+            let mut value = f32::new(0.0);
+            let first = comptime!(k * 32);
+            #[unroll]
+            for i in 0..comptime!(32.min(length - first)) {
+                value = select(lane == i as u32, f32::new(comptime!(values[first + i])), value);
+            }
+            if UNIT_POS < length as u32 {
+                table[UNIT_POS as usize] = value;
+            }
+        }
     }
 }
 
@@ -173,7 +187,7 @@ fn plain_kernel<F: Float, N: Size>(
     #[define(F)] _dtype: StorageType,
 ) {
     let mut levels = SharedMemory::<f32>::new(16usize);
-    load_levels(&mut levels);
+    load_table(&mut levels, comptime!(NF4_CODE.to_vec()));
     sync_cube();
     let start = CUBE_POS as usize * (UNITS * WORDS) + UNIT_POS as usize;
     let mut packed = Array::<u32>::new(WORDS);
@@ -207,11 +221,9 @@ fn double_kernel<F: Float, N: Size>(
     #[define(F)] _dtype: StorageType,
 ) {
     let mut levels = SharedMemory::<f32>::new(16usize);
-    load_levels(&mut levels);
+    load_table(&mut levels, comptime!(NF4_CODE.to_vec()));
     let mut dynamic = SharedMemory::<f32>::new(UNITS);
-    let values = comptime!(dynamic_code().to_vec());
-    let table = Array::<f32>::from_data(values);
-    dynamic[UNIT_POS as usize] = table[UNIT_POS as usize];
+    load_table(&mut dynamic, comptime!(dynamic_code().to_vec()));
     sync_cube();
     let offset = offset[0];
     let start = CUBE_POS as usize * (UNITS * WORDS) + UNIT_POS as usize;

@@ -19,12 +19,14 @@ pub(crate) mod cube;
 #[cfg(feature = "cubecl")]
 pub mod kernel;
 mod host;
+#[cfg(feature = "cubecl")]
+pub mod kernel;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-pub use codebook::{NF4_CODE, dynamic_code};
+pub use codebook::{NF4_CODE, dynamic_code, unsigned_dynamic_code};
 pub use host::{DoubleQuant, Nf4Host, dequantize, double_quantize, quantize, restore_absmax};
 
 /// Values that share one scale.
@@ -216,7 +218,7 @@ fn scales<B: Backend>(scales: &Scales<B>, blocks: usize, device: &B::Device) -> 
 }
 
 /// Fields of 32-bit words, in the order of `shifts`.
-fn unpack<B: Backend>(words: Tensor<B, 1, Int>, shifts: &[i32], mask: i32) -> Tensor<B, 1, Int> {
+pub(crate) fn unpack<B: Backend>(words: Tensor<B, 1, Int>, shifts: &[i32], mask: i32) -> Tensor<B, 1, Int> {
     use burn::tensor::ElementConversion;
     let field =
         |&shift: &i32| words.clone().bitwise_right_shift_scalar(shift.elem()).bitwise_and_scalar(mask.elem());
@@ -224,7 +226,8 @@ fn unpack<B: Backend>(words: Tensor<B, 1, Int>, shifts: &[i32], mask: i32) -> Te
     Tensor::stack::<2>(shifts.iter().map(field).collect(), 1).reshape([total])
 }
 
-fn pad<B: Backend>(values: Tensor<B, 1>, to: usize) -> Tensor<B, 1> {
+/// Zeros after the values.
+pub(crate) fn pad<B: Backend>(values: Tensor<B, 1>, to: usize) -> Tensor<B, 1> {
     let [length] = values.dims();
     if length == to {
         return values;
