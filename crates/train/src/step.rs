@@ -102,7 +102,7 @@ fn backward_of_head<B: KernelBackend>(
 
 /// Where a pass first gives something that is no finite number: a block and its part, or the head.
 #[must_use]
-pub fn locate_non_finite<B: KernelBackend>(
+pub(crate) fn locate_non_finite<B: KernelBackend>(
     model: &Llama<B>,
     batch: &DeviceBatch<B>,
     dropout: Option<Dropout>,

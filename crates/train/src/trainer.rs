@@ -361,7 +361,7 @@ impl<B: KernelBackend> Trainer<B> {
         if !self.loss_scale.adapt(skipped) {
             let place = culprits.first_non_finite().map_or_else(
                 || "the sum over all factors".into(),
-                |(layer, target)| format!("{} of block {layer}", target.name()),
+                |(layer, target)| format!("{} of block {layer}", target.hf_name()),
             );
             return Err(TrainError::NonFinite { step, what: "gradient norm", value: grad_norm, place });
         }

@@ -18,7 +18,7 @@ use buzzer_kernels::{Dropout, Nf4Tensor};
 use buzzer_model::{Block, BlockContext, Llama, LlamaConfig, LoraSettings, Target, Weight};
 use buzzer_text::Example;
 use buzzer_train::{
-    DeviceBatch, LoraGradients, OptimizerSettings, PretrainSettings, Pretrainer, Schedule, ScheduleKind,
+    DeviceBatch, LoraGradients, LoraOptimizer, OptimizerSettings, PretrainSettings, Pretrainer, Schedule, ScheduleKind,
     StepReport, TrainError, TrainSettings, Trainer, backward_by_blocks, mean_loss,
 };
 
@@ -396,11 +396,11 @@ fn a_loss_that_is_no_number_names_the_step_and_changes_nothing() {
     let before = factors(trainer.model());
     let error = trainer.step().unwrap_err();
     assert!(
-        matches!(error, TrainError::NonFinite { step: 4, what: "loss", value } if value.is_nan()),
+        matches!(error, TrainError::NonFinite { step: 4, what: "loss", value, .. } if value.is_nan()),
         "{error:?}"
     );
     let text = error.to_string();
-    assert!(text.contains("step 4: the loss is NaN") && text.contains("--lr"), "{text}");
+    assert!(text.contains("step 4: the loss is NaN, first in the embedding") && text.contains("--lr"), "{text}");
     assert_eq!(factors(trainer.model()), before);
     assert_eq!(trainer.steps_done(), 3);
 }
@@ -504,11 +504,25 @@ fn gradients_are_clipped_together() {
     let whole = flat(&pass.gradients);
     let norm = whole.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt();
     for (most, factor) in [(None, 1.0), (Some(norm * 2.0), 1.0), (Some(norm / 4.0), 0.25)] {
-        let mut gradients = pass.gradients.clone();
-        close(gradients.clip(most), norm, 1e-5);
-        close(gradients.norm(), norm * factor, 1e-5);
-        let expected: Vec<_> = whole.iter().map(|value| value * factor as f32).collect();
-        assert!(distance(&flat(&gradients), &expected) < 1e-5);
+        let clipping = OptimizerSettings { max_grad_norm: most, ..OptimizerSettings::default() };
+        close(pass.gradients.norm(), norm, 1e-5);
+        close(clipping.clip_factor(norm), factor, 1e-5);
+        // One step with the limit is one step without, of gradients that were multiplied before.
+        let mut scaled = pass.gradients.clone();
+        for gradient in scaled.factors.values_mut().flatten() {
+            gradient.inplace(|gradient| gradient.mul_scalar(factor));
+        }
+        let free = OptimizerSettings { max_grad_norm: None, ..clipping };
+        let stepped = |settings, gradients| {
+            let mut model = trained();
+            let mut optimizer = LoraOptimizer::new(settings);
+            let norm = optimizer.step(&mut model, gradients, 1e-3);
+            (norm, factors(&model))
+        };
+        let (found_norm, found) = stepped(clipping, pass.gradients.clone());
+        close(found_norm, norm, 1e-5);
+        let (_, expected) = stepped(free, scaled);
+        assert!(distance(&found, &expected) < 1e-6);
     }
 }
 

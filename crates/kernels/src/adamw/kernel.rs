@@ -44,7 +44,7 @@ struct Numbers {
 }
 
 fn numbers<R: CubeRuntime>(settings: &AdamW, gradient_scale: f32) -> NumbersLaunch<R> {
-    let AdamW { learning_rate, beta_1, beta_2, epsilon, weight_decay, step } = *settings;
+    let AdamW { learning_rate, beta_1, beta_2, epsilon, weight_decay, step, .. } = *settings;
     let corrected = |beta: f64| 1.0 - beta.powf(step as f64);
     NumbersLaunch::new(
         gradient_scale,

@@ -7,7 +7,7 @@ use crate::device::{Cube, Matrix, int_primitive, primitive, tensor, uninitialize
 use crate::product::{self, Product, ProductRuntime};
 
 /// Rows whose logits are held at a time: 128 MiB for 32,000 words, and enough rows for a fast product.
-pub const CHUNK_ROWS: usize = 1024;
+pub(crate) const CHUNK_ROWS: usize = 1024;
 
 pub(crate) fn losses<R: ProductRuntime>(
     hidden: Tensor<Cube<R>, 2>,

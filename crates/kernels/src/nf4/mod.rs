@@ -19,8 +19,6 @@ pub(crate) mod cube;
 #[cfg(feature = "cubecl")]
 pub mod kernel;
 mod host;
-#[cfg(feature = "cubecl")]
-pub mod kernel;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::backend::Backend;
