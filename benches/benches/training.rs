@@ -14,7 +14,7 @@ use buzzer::kernels::{FrozenWeight, KernelBackend, LinearPart};
 use buzzer::model::{Llama, LlamaConfig, LoraSettings, Target};
 use buzzer::text::{Fields, Renderer, Template, Tokenizer};
 use buzzer::train::{
-    MemoryPlan, OptimizerSettings, ScheduleKind, Shape, TrainSettings, Trainer,
+    Engine, FrozenFormat, MemoryPlan, OptimizerSettings, PlanSettings, ScheduleKind, Shape, TrainSettings, Trainer,
 };
 use buzzer::{Device, DeviceJob};
 use buzzer_benches::{BenchError, Row, commit, enter_workspace_root, write_rows};
@@ -279,8 +279,10 @@ impl Setup {
         println!("model drawn and packed in {:.1} s", begin.elapsed().as_secs_f64());
         model.add_lora(&self.lora, 0);
         B::memory_cleanup(device);
-        let shape = Shape { batch_rows: self.train.batch_rows, row_len: self.seq };
-        let plan = MemoryPlan::new(&self.config, &self.lora, shape, model.weight_bytes(), self.dtype.size());
+        let plan = self.plan(&rows, B::card(device).is_some());
+        for (part, bytes) in plan.parts() {
+            println!("planned {part:<36} {bytes:>14}");
+        }
         let mut trainer = Trainer::new(model, rows, self.train.clone())?;
         for _ in 0..warmup {
             trainer.step()?;
@@ -304,6 +306,23 @@ impl Setup {
             planned: plan.total(),
             peak: B::allocated(device).map(|allocated| allocated.reserved),
             peak_after_warmup,
+        })
+    }
+
+    fn plan(&self, rows: &[PackedRow], on_card: bool) -> MemoryPlan {
+        // The first token of a row is nobody's successor, whatever its label.
+        let targets = rows.iter().flat_map(|row| row.labels.iter().skip(1)).filter(|&&label| label >= 0).count();
+        MemoryPlan::new(&PlanSettings {
+            config: self.config.clone(),
+            lora: self.lora.clone(),
+            shape: Shape { batch_rows: self.train.batch_rows, row_len: self.seq },
+            accumulation: self.train.accumulation,
+            frozen: FrozenFormat::Nf4Double,
+            element: self.dtype.size(),
+            eight_bit: self.train.optimizer.eight_bit,
+            dropout: self.train.dropout > 0.0,
+            loss_share: targets as f64 / (rows.len() * self.seq).max(1) as f64,
+            engine: if on_card { Engine::Card } else { Engine::Host },
         })
     }
 

@@ -18,7 +18,7 @@ mod trainer;
 pub use batch::DeviceBatch;
 pub use error::TrainError;
 pub use gradients::LoraGradients;
-pub use plan::{MemoryPlan, Shape};
+pub use plan::{Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork};
 pub use pretrain::{PretrainSettings, Pretrainer};
 pub use schedule::{Schedule, ScheduleKind};
 pub use step::{BlockPass, backward_by_blocks, mean_loss};
