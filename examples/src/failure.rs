@@ -17,6 +17,12 @@ impl Failure {
         Self { status: 1, message: message.into() }
     }
 
+    /// A plan that needs more memory than there is: status 3.
+    #[must_use]
+    pub fn does_not_fit(message: impl Into<String>) -> Self {
+        Self { status: 3, message: message.into() }
+    }
+
     /// Bad arguments or input: status 2.
     #[must_use]
     pub fn input(message: impl Into<String>) -> Self {

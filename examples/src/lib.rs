@@ -1,5 +1,8 @@
 //! What the programs share: arguments, the corpus, answering, reports and exit status.
 //!
+//! The programs' bodies are in [`programs`] and not in `examples/NAME.rs`, so that what is generic over the backend is compiled
+//! once for each device and not once more for each program.
+//!
 //! Programs print and touch the file system; the library crates do not. An error ends a program with the status of
 //! the contract: 1 a check failed, 2 bad arguments or input, 3 the plan does not fit.
 
@@ -8,11 +11,17 @@ mod corpus;
 mod failure;
 mod model;
 mod output;
+mod planning;
 mod recipe;
+
+pub mod programs;
 
 pub use answer::{AnswerArgs, Answered, answer_clues, judge_answers};
 pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, build as build_corpus};
 pub use failure::{Failure, finish};
-pub use model::{AnswererArgs, Base, ModelArgs, load_base};
-pub use output::{bytes, next_run_dir, peak_memory_bytes, read_json, write_report};
-pub use recipe::{Preset, Recipe, RecipeArgs};
+pub use model::{AnswererArgs, Base, ModelArgs, QuantizationArg, load_base};
+pub use output::{
+    available_memory_bytes, bytes, duration, next_run_dir, peak_memory_bytes, read_json, write_report,
+};
+pub use planning::{Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype};
+pub use recipe::{OptimizerArg, Preset, Recipe, RecipeArgs};

@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use buzzer::Device;
-use buzzer::burn::tensor::DType;
 use buzzer::kernels::KernelBackend;
 use buzzer::model::Llama;
 use buzzer::text::{Renderer, Template, Tokenizer};
 use buzzer::weights::{Adapter, Quantization, attach_adapter, describe, load_llama};
 use clap::{Args, ValueEnum};
 
+use crate::planning::{DtypeArg, device_dtype};
 use crate::{AnswerArgs, Failure};
 
 /// The base model that ships with the project.
@@ -27,6 +27,9 @@ pub struct ModelArgs {
     /// How the frozen weights are held
     #[arg(long, value_enum, default_value_t = QuantizationArg::Nf4Double)]
     pub quantization: QuantizationArg,
+    /// Dtype to compute in [default: bf16 or f16 on a CUDA card, whichever it has; f32 elsewhere]
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeArg>,
 }
 
 /// A model to answer with: base, adapter, prompt, device.
@@ -101,11 +104,15 @@ impl ModelArgs {
 /// Loads model and tokenizer, and checks that they belong together.
 ///
 /// # Errors
-/// If a file is missing or damaged, or the tokenizer has ids that the model has no row for.
+/// If a file is missing or damaged, or the tokenizer has ids that the model has no row for, or the device does not
+/// compute in the dtype.
 pub fn load_base<B: KernelBackend>(args: &ModelArgs, device: &B::Device) -> Result<Base<B>, Failure> {
+    let dtype = device_dtype::<B>(args.dtype, device)?;
     let tokenizer = args.open_tokenizer()?;
-    let model = load_llama::<B>(&args.model, args.quantization.into(), DType::F32, device)?;
+    let model = load_llama::<B>(&args.model, args.quantization.into(), dtype, device)?;
     tokenizer.check_vocab(model.config().vocab_size)?;
+    // Buffers of packing are of no use to what follows.
+    B::memory_cleanup(device);
     Ok(Base { model, tokenizer })
 }
 

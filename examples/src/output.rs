@@ -67,6 +67,28 @@ pub fn peak_memory_bytes() -> u64 {
     kilobytes.unwrap_or(0) * 1024
 }
 
+/// Memory that the system can give to programs now, where it tells.
+#[must_use]
+pub fn available_memory_bytes() -> Option<u64> {
+    let info = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kilobytes = line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?;
+    Some(kilobytes * 1024)
+}
+
+/// A time for people.
+#[must_use]
+pub fn duration(seconds: f64) -> String {
+    let minutes = (seconds / 60.0).round() as u64;
+    if seconds < 120.0 {
+        format!("{seconds:.0} s")
+    } else if minutes < 120 {
+        format!("{minutes} min")
+    } else {
+        format!("{} h {} min", minutes / 60, minutes % 60)
+    }
+}
+
 /// Bytes for people.
 #[must_use]
 pub fn bytes(count: u64) -> String {

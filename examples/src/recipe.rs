@@ -19,6 +19,15 @@ pub enum Preset {
     Notebook,
 }
 
+/// The optimizer, as an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OptimizerArg {
+    /// AdamW with moments in f32: 8 bytes for each trained number
+    Adamw,
+    /// AdamW with moments in 8 bits: 2 bytes
+    Adamw8,
+}
+
 /// Flags that override a preset.
 #[derive(Args, Clone, Debug)]
 pub struct RecipeArgs {
@@ -52,6 +61,9 @@ pub struct RecipeArgs {
     /// Largest gradient norm; 0 for no limit
     #[arg(long, value_name = "NORM")]
     pub max_grad_norm: Option<f64>,
+    /// How the optimizer holds its moments
+    #[arg(long, value_enum)]
+    pub optimizer: Option<OptimizerArg>,
     /// Rows on the device at a time
     #[arg(long, value_name = "ROWS")]
     pub batch: Option<usize>,
@@ -164,6 +176,8 @@ impl RecipeArgs {
         set(&mut recipe.train.optimizer.weight_decay, self.weight_decay);
         let limit = self.max_grad_norm.map(|norm| (norm > 0.0).then_some(norm));
         set(&mut recipe.train.optimizer.max_grad_norm, limit);
+        let eight_bit = self.optimizer.map(|optimizer| optimizer == OptimizerArg::Adamw8);
+        set(&mut recipe.train.optimizer.eight_bit, eight_bit);
         set(&mut recipe.train.batch_rows, self.batch);
         set(&mut recipe.train.accumulation, self.accumulate);
         set(&mut recipe.train.epochs, self.epochs);

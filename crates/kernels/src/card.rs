@@ -170,7 +170,9 @@ pub(crate) fn cuda(index: usize) -> Card {
         mem_get_info().ok()
     });
     Card {
-        name: context.and_then(|context| context.name().ok()).unwrap_or_else(|| format!("CUDA device {index}")),
+        name: context
+            .and_then(|context| context.name().ok())
+            .unwrap_or_else(|| format!("CUDA device {index}")),
         compute_capability: major.zip(minor).map(|(major, minor)| 10 * major + minor),
         memory_bytes: memory.map(|(_, total)| total as u64),
         free_bytes: memory.map(|(free, _)| free as u64),
@@ -195,7 +197,8 @@ pub fn limit_memory(index: usize, limit_bytes: u64) -> Result<u64, String> {
         return Err(format!("cuda:{index} has {free} bytes free, which is less"));
     };
     // SAFETY: a plain allocation in the context that was just bound; nobody gets its address.
-    unsafe { malloc_sync(rest as usize) }.map_err(|error| format!("cuda:{index} does not give {rest} bytes: {error}"))?;
+    unsafe { malloc_sync(rest as usize) }
+        .map_err(|error| format!("cuda:{index} does not give {rest} bytes: {error}"))?;
     // The memory belongs to the context, which therefore must not end.
     std::mem::forget(context);
     Ok(rest)

@@ -41,9 +41,9 @@ pub use rotary::RotaryAngles;
 
 pub use autodiff::seeded;
 pub use backend::KernelBackend;
+pub use card::{Allocated, BANDWIDTH_EFFICIENCY, Card, CardModel, MATMUL_EFFICIENCY, MODELS, UnknownCard};
 #[cfg(feature = "cuda")]
 pub use card::{cuda_cards, limit_memory};
-pub use card::{Allocated, BANDWIDTH_EFFICIENCY, Card, CardModel, MATMUL_EFFICIENCY, MODELS, UnknownCard};
 #[cfg(feature = "cuda")]
 pub use cubecl::cuda::CudaDevice;
 #[cfg(feature = "wgpu")]

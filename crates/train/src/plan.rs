@@ -233,7 +233,8 @@ impl<'a> Walk<'a> {
         let inputs: Vec<Buffer> = (0..layers).map(|_| self.ledger.take(Part::BlockInputs, size)).collect();
         self.ledger.give(inputs);
         let sets = if self.settings.accumulation > 1 { 2 } else { 1 };
-        let factors = self.gradient_sizes().into_iter().flat_map(|count| std::iter::repeat_n(4 * count, sets));
+        let factors =
+            self.gradient_sizes().into_iter().flat_map(|count| std::iter::repeat_n(4 * count, sets));
         let gradients: Vec<Buffer> = factors.map(|bytes| self.ledger.take(Part::Gradients, bytes)).collect();
         self.ledger.give(gradients);
         self.dense_weights(&[Target::Gate]);
@@ -245,7 +246,9 @@ impl<'a> Walk<'a> {
     fn gradient_sizes(&self) -> Vec<usize> {
         let group = |targets: &[Target]| {
             let [_, inner, rank] = self.widths(targets);
-            let b = targets.iter().map(|&target| self.settings.config.linear_shape(target)[0] * self.settings.rank_of(target));
+            let b = targets
+                .iter()
+                .map(|&target| self.settings.config.linear_shape(target)[0] * self.settings.rank_of(target));
             b.chain([rank * inner]).filter(|&count| count > 0).collect::<Vec<_>>()
         };
         let block = [&QKV[..], &[Target::O], &GATE_UP, &[Target::Down]].map(group).concat();
@@ -290,7 +293,9 @@ impl<'a> Walk<'a> {
         let blocks = 0..self.settings.config.num_hidden_layers;
         let corrected = blocks.flat_map(|_| self.settings.lora.targets.clone());
         corrected
-            .flat_map(|target| self.settings.config.linear_shape(target).map(|width| width * self.settings.lora.rank))
+            .flat_map(|target| {
+                self.settings.config.linear_shape(target).map(|width| width * self.settings.lora.rank)
+            })
             .collect()
     }
 

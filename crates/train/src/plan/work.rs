@@ -73,6 +73,7 @@ fn activation_bytes(settings: &PlanSettings, tokens: f64) -> f64 {
         2.0 * (inner + 2.0 * out) + 4.0 * inner + 2.0 * out
     };
     let factors = settings.lora.targets.iter().map(widths).sum::<f64>();
-    let logits = settings.head_rows() as f64 * config.vocab_size as f64 * (8.0 + 2.0 * settings.element as f64);
+    let logits =
+        settings.head_rows() as f64 * config.vocab_size as f64 * (8.0 + 2.0 * settings.element as f64);
     tokens * layers(settings) * (elementwise + factors) * settings.element as f64 + logits
 }

@@ -1,0 +1,367 @@
+//! Fine-tunes a model on clues and shows what it learnt: answers before and after, an adapter, a report.
+//!
+//! With no arguments it teaches the tiny model in `datasets/tiny-llama` the sample in `datasets/sample`. Ctrl-C ends the run
+//! after the step in hand, saves the adapter and exits with status 0.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use crate::{
+    AnswerArgs, Answered, Budget, Corpus, CorpusReport, CorpusSize, DataArgs, Failure, LimitArgs, ModelArgs,
+    Recipe, RecipeArgs, RunPlan, answer_clues, build_corpus, bytes, duration, finish, judge_answers,
+    load_base, next_run_dir, peak_memory_bytes, write_report,
+};
+use buzzer::eval::{Scores, exact_match};
+use buzzer::kernels::KernelBackend;
+use buzzer::model::{Llama, LlamaConfig};
+use buzzer::text::Renderer;
+use buzzer::train::{MemoryPlan, StepReport, Trainer};
+use buzzer::weights::{extract_adapter, read_config};
+use buzzer::{Device, DeviceJob};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+/// Teach a Llama 2 model question-and-answer clues with QLoRA.
+///
+/// With no arguments it fine-tunes the tiny model that ships with the project on its sample of clues.
+#[derive(Parser)]
+#[command(name = "finetune")]
+struct Args {
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
+    answer: AnswerArgs,
+    /// Device to train on
+    #[arg(long, default_value_t, hide_default_value = true)]
+    device: Device,
+    /// Measure the loss on held-out clues so many times during the run; the best adapter is kept
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    evaluations: u64,
+    /// Folder for the adapters and report.json [default: runs/finetune-NNN]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Set by the signal handler.
+    #[arg(skip)]
+    stop: Arc<AtomicBool>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    device: String,
+    model: ModelReport,
+    recipe: Recipe,
+    data: CorpusReport,
+    packing: PackingReport,
+    steps: u64,
+    interrupted: bool,
+    loss: Loss,
+    eval_loss: Vec<EvalLoss>,
+    tokens_per_second: f64,
+    loss_tokens_per_second: f64,
+    peak_memory_bytes: u64,
+    planned_memory_bytes: usize,
+    plan: MemoryPlan,
+    eval: Eval,
+    adapter: PathBuf,
+    adapter_best: Option<PathBuf>,
+    seconds: f64,
+}
+
+#[derive(Serialize)]
+struct ModelReport {
+    base: PathBuf,
+    parameters: usize,
+    trainable: usize,
+}
+
+#[derive(Serialize)]
+struct PackingReport {
+    rows: usize,
+    documents: usize,
+    tokens: usize,
+    loss_tokens: usize,
+    efficiency: f64,
+}
+
+#[derive(Serialize)]
+struct Loss {
+    first: f64,
+    last: f64,
+}
+
+#[derive(Clone, Copy, Serialize)]
+struct EvalLoss {
+    step: u64,
+    loss: f64,
+}
+
+#[derive(Serialize)]
+struct Eval {
+    before: Scores,
+    after: Scores,
+}
+
+/// Runs the program on the process's arguments.
+#[must_use]
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    finish(listen(&args.stop).and_then(|()| args.device.run(Finetune { args: &args })))
+}
+
+/// From here on Ctrl-C, a hang-up or a polite kill ends the run after the step in hand.
+fn listen(stop: &Arc<AtomicBool>) -> Result<(), Failure> {
+    let told = Arc::clone(stop);
+    Ok(ctrlc::set_handler(move || told.store(true, Ordering::SeqCst))?)
+}
+
+struct Finetune<'a> {
+    args: &'a Args,
+}
+
+impl DeviceJob for Finetune<'_> {
+    type Output = Result<(), Failure>;
+
+    fn run<B: KernelBackend>(self, device: &B::Device) -> Result<(), Failure> {
+        let started = Instant::now();
+        let args = self.args;
+        let mut recipe = args.recipe.resolve(args.model.is_sample())?;
+        let config = read_config(&args.model.model)?;
+        recipe.row_len = recipe.row_len.min(config.max_position_embeddings);
+        let renderer = Renderer::new(args.model.open_tokenizer()?, recipe.template);
+        renderer.tokenizer().notes().iter().for_each(|note| println!("tokenizer {note}"));
+        let corpus = build_corpus(&args.data, &renderer, recipe.pack_args())?;
+        println!("{}", corpus.describe(recipe.pack_args()));
+        recipe.limit_steps(corpus.train.rows.len());
+
+        let plan = args.plan::<B>(&config, &recipe, &corpus, device)?;
+        let mut model = load_base::<B>(&args.model, device)?.model;
+        model.add_lora(&recipe.lora, recipe.train.seed);
+        let (parameters, trainable) = (config.parameters(), model.lora_parameters());
+        println!("model     {}: {parameters} parameters, {trainable} trainable", args.model.model.display());
+        let out = args.out.clone().map_or_else(|| next_run_dir("finetune"), Ok)?;
+        let before = answer(&model, &renderer, &corpus, &args.answer, "before")?;
+        // Buffers of answering have other sizes than those of training.
+        B::memory_cleanup(device);
+        let run = Run { args, recipe: &recipe, corpus: &corpus, out: &out };
+        let trained = run.train(model)?;
+        let after = answer(&trained.model, &renderer, &corpus, &args.answer, "after")?;
+        show(&before, &after);
+
+        let packing = corpus.train.report;
+        let report = Report {
+            device: args.device.to_string(),
+            model: ModelReport { base: args.model.model.clone(), parameters, trainable },
+            packing: PackingReport {
+                rows: packing.rows,
+                documents: packing.documents,
+                tokens: packing.tokens,
+                loss_tokens: packing.loss_tokens,
+                efficiency: packing.efficiency,
+            },
+            steps: trained.steps,
+            interrupted: trained.interrupted,
+            loss: trained.loss,
+            eval_loss: trained.eval_loss,
+            tokens_per_second: trained.tokens_per_second,
+            loss_tokens_per_second: trained.loss_tokens_per_second,
+            peak_memory_bytes: peak_memory_bytes(),
+            planned_memory_bytes: plan.total(),
+            plan,
+            eval: Eval { before: judge_answers(&before), after: judge_answers(&after) },
+            adapter: out.join("adapter"),
+            adapter_best: trained.best.map(|_| out.join("adapter-best")),
+            seconds: started.elapsed().as_secs_f64(),
+            recipe,
+            data: corpus.report,
+        };
+        let path = write_report(&out, &report)?;
+        summary(&report, &path);
+        Ok(())
+    }
+}
+
+impl Args {
+    /// Prints the plan, and refuses what does not fit before anything is loaded.
+    fn plan<B: KernelBackend>(
+        &self,
+        config: &LlamaConfig,
+        recipe: &Recipe,
+        corpus: &Corpus,
+        device: &B::Device,
+    ) -> Result<MemoryPlan, Failure> {
+        self.limits.enforce(self.device)?;
+        let budget = Budget::of_device::<B>(self.device, device, self.model.dtype)?.limited(self.limits)?;
+        let corpus = CorpusSize::of(corpus);
+        let plan = RunPlan::new(config, recipe, self.model.quantization, &corpus, &budget);
+        println!("{}", plan.describe());
+        let (_, steps) = recipe.train.length(corpus.rows);
+        match budget.predict(plan.work) {
+            Some(seconds) => {
+                let whole = duration(seconds * steps as f64);
+                println!("steps     {steps}, {whole} predicted from the card's data sheet");
+            }
+            None => println!("steps     {steps}"),
+        }
+        plan.check()?;
+        Ok(plan.memory)
+    }
+}
+
+fn answer<B: KernelBackend>(
+    model: &Llama<B>,
+    renderer: &Renderer,
+    corpus: &Corpus,
+    args: &AnswerArgs,
+    when: &'static str,
+) -> Result<Vec<Answered>, Failure> {
+    let style = ProgressStyle::with_template("{msg:9} {bar:30} {pos}/{len} clues answered  {eta} left")?;
+    let bar = ProgressBar::new(corpus.eval_clues.len() as u64).with_style(style).with_message(when);
+    let answered =
+        answer_clues(model, renderer, &corpus.eval_clues, args, |count| bar.set_position(count as u64))?;
+    bar.finish_and_clear();
+    let Scores { exact_match, f1, n } = judge_answers(&answered);
+    println!(
+        "{when:9} exact match {:.1} %, F1 {:.1} % on {n} held-out clues",
+        100.0 * exact_match,
+        100.0 * f1
+    );
+    Ok(answered)
+}
+
+/// What a run needs besides the model.
+struct Run<'a> {
+    args: &'a Args,
+    recipe: &'a Recipe,
+    corpus: &'a Corpus,
+    out: &'a Path,
+}
+
+/// What a run leaves.
+struct Trained<B: KernelBackend> {
+    model: Llama<B>,
+    steps: u64,
+    interrupted: bool,
+    loss: Loss,
+    eval_loss: Vec<EvalLoss>,
+    best: Option<f64>,
+    tokens_per_second: f64,
+    loss_tokens_per_second: f64,
+}
+
+impl Run<'_> {
+    fn train<B: KernelBackend>(&self, model: Llama<B>) -> Result<Trained<B>, Failure> {
+        let stop = &self.args.stop;
+        let mut trainer = Trainer::new(model, self.corpus.train.rows.clone(), self.recipe.train.clone())?;
+        let total = trainer.total_steps();
+        let every = (total / self.args.evaluations.max(1)).max(1);
+        let style = ProgressStyle::with_template("training  {bar:30} step {pos}/{len}  {msg}  {eta} left")?;
+        let bar = ProgressBar::new(total).with_style(style);
+        let mut reports: Vec<StepReport> = Vec::with_capacity(total as usize);
+        let (mut eval_loss, mut best) = (Vec::new(), None);
+        while !stop.load(Ordering::SeqCst) {
+            let Some(report) = trainer.step()? else { break };
+            reports.push(report);
+            bar.set_message(progress(&reports));
+            bar.inc(1);
+            if self.args.evaluations > 0 && report.step % every == 0 {
+                self.evaluate(&trainer, &mut eval_loss, &mut best, &bar)?;
+            }
+        }
+        bar.finish_and_clear();
+        let interrupted = stop.load(Ordering::SeqCst);
+        if interrupted {
+            println!("stopped   after step {} of {total}; saving the adapter", trainer.steps_done());
+        }
+        self.save(trainer.model(), "adapter")?;
+        let seconds: f64 = reports.iter().map(|report| report.seconds).sum();
+        let rate = |count: usize| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
+        Ok(Trained {
+            steps: trainer.steps_done(),
+            interrupted,
+            loss: Loss {
+                first: reports.first().map_or(0.0, |report| report.loss),
+                last: reports.last().map_or(0.0, |report| report.loss),
+            },
+            eval_loss,
+            best,
+            tokens_per_second: rate(reports.iter().map(|report| report.tokens).sum()),
+            loss_tokens_per_second: rate(reports.iter().map(|report| report.loss_tokens).sum()),
+            model: trainer.into_model(),
+        })
+    }
+
+    /// The loss on held-out rows; keeps the adapter if it is the best so far.
+    fn evaluate<B: KernelBackend>(
+        &self,
+        trainer: &Trainer<B>,
+        losses: &mut Vec<EvalLoss>,
+        best: &mut Option<f64>,
+        bar: &ProgressBar,
+    ) -> Result<(), Failure> {
+        let Some(loss) = trainer.evaluate(&self.corpus.eval.rows) else { return Ok(()) };
+        let step = trainer.steps_done();
+        losses.push(EvalLoss { step, loss });
+        bar.suspend(|| println!("held out  loss {loss:.3} after step {step}"));
+        if best.is_none_or(|best| loss < best) {
+            *best = Some(loss);
+            self.save(trainer.model(), "adapter-best")?;
+        }
+        Ok(())
+    }
+
+    fn save<B: KernelBackend>(&self, model: &Llama<B>, name: &str) -> Result<(), Failure> {
+        let base = self.args.model.model.display().to_string();
+        let adapter = extract_adapter(model, &self.recipe.lora, self.recipe.train.dropout, Some(base));
+        Ok(adapter.write(&self.out.join(name))?)
+    }
+}
+
+/// The last steps' mean loss and speed.
+fn progress(reports: &[StepReport]) -> String {
+    let recent = &reports[reports.len().saturating_sub(20)..];
+    let loss = recent.iter().map(|report| report.loss).sum::<f64>() / recent.len() as f64;
+    let tokens: usize = recent.iter().map(|report| report.tokens).sum();
+    let seconds: f64 = recent.iter().map(|report| report.seconds).sum();
+    format!("loss {loss:.3}  {:.0} tokens/s", tokens as f64 / seconds)
+}
+
+/// Five clues with the answers before and after.
+fn show(before: &[Answered], after: &[Answered]) {
+    for (before, after) in before.iter().zip(after).take(5) {
+        let mark = if exact_match(&after.answer, &after.clue.answer) { "right" } else { "wrong" };
+        let first_line = |answer: &str| answer.lines().next().unwrap_or_default().to_owned();
+        println!("clue      {}", after.clue.question);
+        println!("          before: {:?}", first_line(&before.answer));
+        println!(
+            "          after:  {:?} ({mark}; expected {:?})",
+            first_line(&after.answer),
+            after.clue.answer
+        );
+    }
+}
+
+fn summary(report: &Report, path: &Path) {
+    println!(
+        "done      {} steps in {:.0} s, {:.0} tokens/s, peak memory {}",
+        report.steps,
+        report.seconds,
+        report.tokens_per_second,
+        bytes(report.peak_memory_bytes)
+    );
+    println!(
+        "result    exact match {:.1} % before, {:.1} % after",
+        100.0 * report.eval.before.exact_match,
+        100.0 * report.eval.after.exact_match
+    );
+    println!("written   {} and {}", report.adapter.display(), path.display());
+}

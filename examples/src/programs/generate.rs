@@ -1,0 +1,153 @@
+//! Answers clues: one from the command line, a file of them, or as they are typed.
+
+use std::fs;
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use crate::{AnswererArgs, Failure, finish, write_report};
+use buzzer::DeviceJob;
+use buzzer::infer::generate;
+use buzzer::kernels::KernelBackend;
+use buzzer::model::Llama;
+use buzzer::text::{Renderer, StreamDecoder};
+use clap::Parser;
+use serde::Serialize;
+
+/// Answer clues with a model and, if you like, an adapter.
+///
+/// Give one clue, or a file with one clue a line; with neither, clues are read from the terminal until an empty line.
+#[derive(Parser)]
+#[command(name = "generate")]
+struct Args {
+    /// The clue to answer
+    clue: Option<String>,
+    /// Text file, one clue a line
+    #[arg(long, value_name = "FILE", conflicts_with = "clue")]
+    file: Option<PathBuf>,
+    /// Category of the clues, for --template category
+    #[arg(long, default_value = "")]
+    category: String,
+    #[command(flatten)]
+    with: AnswererArgs,
+}
+
+#[derive(Serialize)]
+struct Report {
+    device: String,
+    model: PathBuf,
+    adapter: Option<PathBuf>,
+    answers: Vec<Answer>,
+    seconds: f64,
+}
+
+#[derive(Serialize)]
+struct Answer {
+    clue: String,
+    answer: String,
+    tokens: usize,
+}
+
+/// Runs the program on the process's arguments.
+#[must_use]
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    finish(args.with.device.run(Generate { args: &args }))
+}
+
+struct Generate<'a> {
+    args: &'a Args,
+}
+
+impl DeviceJob for Generate<'_> {
+    type Output = Result<(), Failure>;
+
+    fn run<B: KernelBackend>(self, device: &B::Device) -> Result<(), Failure> {
+        let started = Instant::now();
+        let args = self.args;
+        let (model, renderer) = args.with.load::<B>(device)?;
+        let answerer = Answerer { args, renderer, model };
+        let answers = match (&args.clue, &args.file) {
+            (Some(clue), _) => vec![answerer.stream(clue)?],
+            (None, Some(path)) => {
+                let text = fs::read_to_string(path)
+                    .map_err(|error| Failure::input(format!("{}: {error}; check --file", path.display())))?;
+                let clues = text.lines().map(str::trim).filter(|line| !line.is_empty());
+                clues.map(|clue| answerer.named(clue)).collect::<Result<_, _>>()?
+            }
+            (None, None) => answerer.converse()?,
+        };
+        if let Some(out) = &args.with.out {
+            let report = Report {
+                device: args.with.device.to_string(),
+                model: args.with.model.model.clone(),
+                adapter: args.with.adapter.clone(),
+                answers,
+                seconds: started.elapsed().as_secs_f64(),
+            };
+            write_report(out, &report)?;
+        }
+        Ok(())
+    }
+}
+
+struct Answerer<'a, B: KernelBackend> {
+    args: &'a Args,
+    renderer: Renderer,
+    model: Llama<B>,
+}
+
+impl<B: KernelBackend> Answerer<'_, B> {
+    /// Answers one clue; the text comes out as it is made.
+    fn stream(&self, clue: &str) -> Result<Answer, Failure> {
+        let prompt = self.renderer.prompt(&self.args.category, clue)?;
+        let options = self.args.with.answer.options(self.renderer.tokenizer().eos_id());
+        let mut decoder = StreamDecoder::new(self.renderer.tokenizer());
+        let (mut answer, mut failed) = (String::new(), None);
+        let mut say = |text: &str| {
+            print!("{text}");
+            answer.push_str(text);
+            io::stdout().flush()
+        };
+        let ids = generate(&self.model, &[prompt], &options, |_, id| {
+            let piece = decoder.push(id).map_err(Failure::from);
+            let said = piece.and_then(|piece| Ok(say(&piece.unwrap_or_default())?));
+            failed = said.err().or(failed.take());
+        })?;
+        if let Some(failure) = failed {
+            return Err(failure);
+        }
+        say(&decoder.finish()?)?;
+        println!();
+        let tokens = ids.first().map_or(0, Vec::len);
+        Ok(Answer { clue: clue.to_owned(), answer: answer.trim().to_owned(), tokens })
+    }
+
+    fn named(&self, clue: &str) -> Result<Answer, Failure> {
+        print!("{clue} => ");
+        self.stream(clue)
+    }
+
+    /// Reads clues until an empty line or the end of input.
+    fn converse(&self) -> Result<Vec<Answer>, Failure> {
+        let terminal = io::stdin().is_terminal();
+        let ask = || {
+            if terminal {
+                print!("clue> ");
+            }
+            io::stdout().flush()
+        };
+        let mut answers = Vec::new();
+        ask()?;
+        for line in io::stdin().lock().lines() {
+            let line = line?;
+            if line.trim().is_empty() {
+                break;
+            }
+            answers.push(self.stream(line.trim())?);
+            ask()?;
+        }
+        Ok(answers)
+    }
+}

@@ -1,0 +1,8 @@
+//! The programs' bodies, one module each; `examples/NAME.rs` calls `NAME::main`.
+
+pub mod evaluate;
+pub mod finetune;
+pub mod generate;
+pub mod make_base;
+pub mod parity;
+pub mod plan;

@@ -1,0 +1,406 @@
+//! Checks this build against a golden directory: a run of transformers, PEFT and bitsandbytes.
+//!
+//! `parity --golden DIR [--device D] [--out DIR]` prints a row per check with its largest error and its bound, and exits
+//! with status 1 if one is over. Any directory of the same layout is checked by its path alone: sizes come from its
+//! files. For users who want to trust a new card, and for CI.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use crate::{Failure, finish, read_json, write_report};
+use buzzer::burn::tensor::{DType, Int, Tensor, TensorData};
+use buzzer::data::Batch;
+use buzzer::infer::{GenerateOptions, Sampling, generate};
+use buzzer::kernels::{KernelBackend, Nf4Tensor};
+use buzzer::model::{BlockContext, Llama, Target, Weight, block_tensor};
+use buzzer::text::Tokenizer;
+use buzzer::train::{
+    DeviceBatch, LoraOptimizer, OptimizerSettings, Schedule, ScheduleKind, backward_by_blocks,
+};
+use buzzer::weights::{Absmax, Adapter, Checkpoint, Nf4Stored, Quantization, attach_adapter, load_llama};
+use buzzer::{Device, DeviceJob};
+use clap::Parser;
+use serde::{Deserialize, Serialize};
+
+/// Check this build against a golden directory.
+#[derive(Parser)]
+#[command(name = "parity")]
+struct Args {
+    /// Directory made by a reference run (model, adapters, logits, training log)
+    #[arg(long, value_name = "DIR")]
+    golden: PathBuf,
+    /// Device to check
+    #[arg(long, default_value_t, hide_default_value = true)]
+    device: Device,
+    /// Folder for report.json
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// One comparison.
+#[derive(Serialize)]
+struct Check {
+    name: String,
+    /// Largest absolute error, unless the name says otherwise.
+    error: f64,
+    bound: f64,
+    passed: bool,
+}
+
+#[derive(Deserialize)]
+struct TrainLog {
+    log: Vec<LoggedStep>,
+}
+
+#[derive(Deserialize)]
+struct LoggedStep {
+    loss: f64,
+    grad_norm: f64,
+    lr: f64,
+}
+
+#[derive(Deserialize)]
+struct Greedy {
+    prompt: String,
+    input_ids: Vec<u32>,
+    output_ids: Vec<u32>,
+}
+
+/// Rows of a step in the reference training.
+const TRAIN_ROWS: usize = 4;
+/// The flag that names the golden directory, for errors.
+const FLAG: &str = "--golden";
+
+/// Runs the program on the process's arguments.
+#[must_use]
+pub fn main() -> ExitCode {
+    finish(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<(), Failure> {
+    let checks = args.device.run(Parity { golden: &args.golden })?;
+    println!("{:<58} {:>12} {:>12}", "check", "error", "bound");
+    for check in &checks {
+        let mark = if check.passed { "" } else { "  OVER" };
+        println!("{:<58} {:>12.3e} {:>12.3e}{mark}", check.name, check.error, check.bound);
+    }
+    let failed = checks.iter().filter(|check| !check.passed).count();
+    println!("{} passed, {failed} failed", checks.len() - failed);
+    if let Some(out) = &args.out {
+        #[derive(Serialize)]
+        struct Report<'a> {
+            device: String,
+            golden: &'a Path,
+            checks: &'a [Check],
+        }
+        write_report(
+            out,
+            &Report { device: args.device.to_string(), golden: &args.golden, checks: &checks },
+        )?;
+    }
+    if failed > 0 { Err(Failure::check(format!("{failed} checks are over their bounds"))) } else { Ok(()) }
+}
+
+struct Parity<'a> {
+    golden: &'a Path,
+}
+
+impl DeviceJob for Parity<'_> {
+    type Output = Result<Vec<Check>, Failure>;
+
+    fn run<B: KernelBackend>(self, device: &B::Device) -> Self::Output {
+        let values = Checkpoint::open_for(&self.golden.join("golden.safetensors"), FLAG)?;
+        let mut golden = Golden::<B> { dir: self.golden, values, device, checks: Vec::new() };
+        golden.dense()?;
+        golden.packed_weights("bnb-nf4", false)?;
+        golden.packed_weights("bnb-nf4-dq", true)?;
+        golden.quantized("nf4", Quantization::Nf4)?;
+        golden.quantized("nf4_dq", Quantization::Nf4Double)?;
+        golden.training()?;
+        golden.greedy()?;
+        Ok(golden.checks)
+    }
+}
+
+struct Golden<'a, B: KernelBackend> {
+    dir: &'a Path,
+    values: Checkpoint,
+    device: &'a B::Device,
+    checks: Vec<Check>,
+}
+
+/// Rows of tokens with their places.
+struct Rows {
+    dims: [usize; 2],
+    ids: Vec<i32>,
+    documents: Vec<i32>,
+    positions: Vec<i32>,
+    labels: Vec<i32>,
+}
+
+impl<B: KernelBackend> Golden<'_, B> {
+    fn check(&mut self, name: impl Into<String>, error: f64, bound: f64) {
+        self.checks.push(Check { name: name.into(), error, bound, passed: error <= bound });
+    }
+
+    fn model(&self, quantization: Quantization) -> Result<Llama<B>, Failure> {
+        Ok(load_llama(&self.dir.join("model"), quantization, DType::F32, self.device)?)
+    }
+
+    fn with_adapter(&self, quantization: Quantization, name: &str) -> Result<Llama<B>, Failure> {
+        let mut model = self.model(quantization)?;
+        let dir = self.dir.join(name);
+        attach_adapter(&mut model, &Adapter::read(&dir)?, &dir)?;
+        Ok(model)
+    }
+
+    fn rows(&self, prefix: &str) -> Result<Rows, Failure> {
+        let read = |name: &str| {
+            let (shape, values) = self.values.read_i64(&format!("{prefix}{name}"))?;
+            Ok::<_, Failure>((shape, values.into_iter().map(|value| value as i32).collect::<Vec<i32>>()))
+        };
+        let (shape, ids) = read("input_ids")?;
+        let [rows, len] = shape[..] else {
+            return Err(Failure::input(format!("{prefix}input_ids has shape {shape:?}, not [rows, tokens]")));
+        };
+        Ok(Rows {
+            dims: [rows, len],
+            ids,
+            documents: read("document_ids")?.1,
+            positions: read("position_ids")?.1,
+            labels: read("labels")?.1,
+        })
+    }
+
+    fn int(&self, values: Vec<i32>, dims: [usize; 2]) -> Tensor<B, 2, Int> {
+        Tensor::from_data(TensorData::new(values, dims), self.device)
+    }
+
+    /// Logits of the evaluation rows as one row of values; plain causal attention unless `packed`.
+    fn logits(&self, model: &Llama<B>, packed: bool) -> Result<Vec<f32>, Failure> {
+        let rows = self.rows("")?;
+        let [b, t] = rows.dims;
+        let (documents, positions) = if packed {
+            (rows.documents, rows.positions)
+        } else {
+            (vec![0; b * t], (0..b).flat_map(|_| 0..t as i32).collect())
+        };
+        let context =
+            BlockContext::rows(model.config(), self.int(documents, [b, t]), self.int(positions, [b, t]));
+        let hidden = model.hidden(self.int(rows.ids, [b, t]), &context, None);
+        Ok(model.logits(hidden).into_data().iter::<f32>().collect())
+    }
+
+    fn compare_logits(
+        &mut self,
+        name: &str,
+        values: &Checkpoint,
+        found: &[f32],
+        bound: f64,
+    ) -> Result<(), Failure> {
+        let (_, expected) = values.read_f32_any_shape(name)?;
+        self.check(name, largest_error(found, &expected), bound);
+        Ok(())
+    }
+
+    fn dense(&mut self) -> Result<(), Failure> {
+        let model = self.model(Quantization::None)?;
+        let values = Checkpoint::open_for(&self.dir.join("golden.safetensors"), FLAG)?;
+        let found = self.logits(&model, false)?;
+        self.compare_logits("logits_dense", &values, &found, 2e-3)?;
+
+        let documents = self.rows("")?.documents;
+        let (_, expected) = values.read_f32_any_shape("logits_packed")?;
+        let found = self.logits(&model, true)?;
+        let width = model.config().vocab_size;
+        let real = documents.iter().enumerate().filter(|&(_, &document)| document >= 0);
+        let error = real
+            .map(|(place, _)| place * width..(place + 1) * width)
+            .map(|range| largest_error(&found[range.clone()], &expected[range]))
+            .fold(0.0, f64::max);
+        self.check("logits_packed", error, 2e-3);
+
+        let mut merged = self.with_adapter(Quantization::None, "adapter-final")?;
+        merged.merge_lora();
+        let values = Checkpoint::open_for(&self.dir.join("golden_merged.safetensors"), FLAG)?;
+        let found = self.logits(&merged, false)?;
+        self.compare_logits("logits_merged", &values, &found, 2e-3)
+    }
+
+    /// Our quantization of every linear against the stored one: the number of parts that differ in any bit.
+    fn packed_weights(&mut self, folder: &str, double: bool) -> Result<(), Failure> {
+        let quantization = if double { Quantization::Nf4Double } else { Quantization::Nf4 };
+        let model = self.model(quantization)?;
+        let stored = Checkpoint::open_for(&self.dir.join(folder), FLAG)?;
+        let (mut codes, mut scales) = (0_usize, 0_usize);
+        for (layer, block) in model.blocks.iter().enumerate() {
+            for target in Target::ALL {
+                let name = block_tensor(layer, &format!("{}.weight", target.hf_path()));
+                let Weight::Nf4(ours) = &block.linear(target).weight else { continue };
+                let theirs = Nf4Stored::read(&stored, &name, ours.dims())?;
+                codes += differing(&ours.host_codes(), &theirs.codes);
+                scales += differing_scales(ours, &theirs.absmax);
+            }
+        }
+        self.check(format!("{folder}: codes, bytes that differ"), codes as f64, 0.0);
+        self.check(format!("{folder}: absmax, values that differ"), scales as f64, 0.0);
+        Ok(())
+    }
+
+    fn quantized(&mut self, name: &str, quantization: Quantization) -> Result<(), Failure> {
+        let model = self.model(quantization)?;
+        let values = Checkpoint::open_for(&self.dir.join("golden.safetensors"), FLAG)?;
+        let dense = model.blocks[0].linear(Target::Q).weight.dense(DType::F32);
+        let dense: Vec<f32> = dense.into_data().iter::<f32>().collect();
+        self.compare_logits(&format!("dequant_q0_{name}"), &values, &dense, 1e-6)?;
+        let found = self.logits(&model, false)?;
+        self.compare_logits(&format!("logits_{name}"), &values, &found, 5e-3)?;
+        if quantization == Quantization::Nf4Double {
+            let adapted = self.with_adapter(quantization, "adapter-final")?;
+            let found = self.logits(&adapted, false)?;
+            self.compare_logits("logits_nf4_dq_adapter_final", &values, &found, 5e-3)?;
+        }
+        Ok(())
+    }
+
+    /// The reference training, step by step on the same rows.
+    fn training(&mut self) -> Result<(), Failure> {
+        let TrainLog { log } = read_json(&self.dir.join("train_log.json"))?;
+        let rows = self.rows("train_")?;
+        let mut model = self.with_adapter(Quantization::Nf4Double, "adapter-init")?;
+        let mut optimizer = LoraOptimizer::new(OptimizerSettings::default());
+        let peak = log.iter().map(|step| step.lr).fold(0.0, f64::max);
+        let total = log.len() as u64;
+        let schedule = Schedule::new(ScheduleKind::Cosine, peak, total / 10, total);
+        let (mut loss_error, mut norm_error, mut rate_error) = (0.0_f64, 0.0_f64, 0.0_f64);
+        for (step, logged) in log.iter().enumerate() {
+            let batch = DeviceBatch::<B>::new(&rows.batch(step * TRAIN_ROWS, TRAIN_ROWS)?, self.device);
+            let scale = 1.0 / batch.loss_tokens as f64;
+            let pass = backward_by_blocks(&model, &batch, scale, None);
+            if step == 0 {
+                self.gradients(&pass.gradients)?;
+            }
+            let rate = schedule.rate(step as u64);
+            let loss = pass.loss_sum() * scale;
+            let norm = optimizer.step(&mut model, pass.gradients, rate);
+            loss_error = larger(loss_error, (loss - logged.loss).abs());
+            norm_error = larger(norm_error, (norm / logged.grad_norm - 1.0).abs());
+            rate_error = larger(rate_error, (rate - logged.lr).abs());
+        }
+        self.check(format!("{total} training losses"), loss_error, 5e-3);
+        self.check(format!("{total} gradient norms (relative)"), norm_error, 1e-2);
+        self.check(format!("{total} learning rates"), rate_error, 1e-9);
+        let found = self.logits(&model, false)?;
+        let (_, expected) = self.values.read_f32_any_shape("logits_nf4_dq_adapter_final")?;
+        self.check("logits_nf4_dq_adapter_final, our own training", largest_error(&found, &expected), 3e-2);
+        Ok(())
+    }
+
+    fn gradients(&mut self, found: &buzzer::train::LoraGradients<B>) -> Result<(), Failure> {
+        let expected = Checkpoint::open_for(&self.dir.join("grads_step0.safetensors"), FLAG)?;
+        let mut worst = 0.0_f64;
+        for ((layer, target), factors) in &found.factors {
+            for (side, factor) in ["A", "B"].into_iter().zip(factors) {
+                let rest = format!("{}.lora_{side}.weight", target.hf_path());
+                let name = format!("base_model.model.{}", block_tensor(*layer, &rest));
+                let expected = expected.read_f32(&name, &factor.dims())?;
+                let found: Vec<f32> = factor.clone().into_data().iter::<f32>().collect();
+                worst = larger(worst, relative_error(&found, &expected));
+            }
+        }
+        let missing = expected.names().len() - 2 * found.factors.len();
+        self.check("gradients of step 0: factors without one", missing as f64, 0.0);
+        self.check("gradients of step 0 (relative L2, worst factor)", worst, 1e-3);
+        Ok(())
+    }
+
+    fn greedy(&mut self) -> Result<(), Failure> {
+        let references: Vec<Greedy> = read_json(&self.dir.join("greedy_base.json"))?;
+        let tokenizer = Tokenizer::from_file(&self.dir.join("model"))?;
+        let model = self.model(Quantization::None)?;
+        tokenizer.check_vocab(model.config().vocab_size)?;
+        let (mut prompts, mut answers) = (0, 0);
+        for reference in &references {
+            let mut prompt = vec![tokenizer.bos_id()];
+            prompt.extend(tokenizer.encode(&reference.prompt)?);
+            prompts += usize::from(prompt != reference.input_ids);
+            let options = GenerateOptions {
+                max_new_tokens: reference.output_ids.len(),
+                sampling: Sampling::default(),
+                stop: vec![tokenizer.eos_id()],
+            };
+            let found = generate(&model, std::slice::from_ref(&reference.input_ids), &options, |_, _| {})?;
+            let end = reference.output_ids.iter().position(|&id| id == tokenizer.eos_id());
+            let expected = &reference.output_ids[..end.unwrap_or(reference.output_ids.len())];
+            answers += usize::from(found[0] != expected);
+        }
+        self.check(
+            format!("tokens of {} prompts, prompts that differ", references.len()),
+            prompts as f64,
+            0.0,
+        );
+        self.check(format!("{} greedy continuations that differ", references.len()), answers as f64, 0.0);
+        Ok(())
+    }
+}
+
+impl Rows {
+    fn batch(&self, first: usize, count: usize) -> Result<Batch, Failure> {
+        let [rows, len] = self.dims;
+        if first + count > rows {
+            return Err(Failure::input(format!(
+                "train_input_ids has {rows} rows, the log needs {}",
+                first + count
+            )));
+        }
+        let part = |column: &[i32]| column[first * len..(first + count) * len].to_vec();
+        let (documents, labels) = (part(&self.documents), part(&self.labels));
+        Ok(Batch {
+            rows: count,
+            len,
+            ids: part(&self.ids),
+            positions: part(&self.positions),
+            tokens: documents.iter().filter(|&&document| document >= 0).count(),
+            loss_tokens: labels.iter().filter(|&&label| label >= 0).count(),
+            documents,
+            labels,
+        })
+    }
+}
+
+fn largest_error(found: &[f32], expected: &[f32]) -> f64 {
+    if found.len() != expected.len() {
+        return f64::INFINITY;
+    }
+    let error = |(a, b): (&f32, &f32)| f64::from((a - b).abs());
+    found.iter().zip(expected).map(error).fold(0.0, larger)
+}
+
+/// The larger of two errors. A NaN is the largest there is; `max` would pass over it.
+fn larger(most: f64, error: f64) -> f64 {
+    if error.is_nan() { f64::INFINITY } else { most.max(error) }
+}
+
+fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+    let difference = norm(&mut found.iter().zip(expected).map(|(a, b)| f64::from(a - b)));
+    let size = norm(&mut expected.iter().map(|&value| f64::from(value)));
+    if difference == 0.0 { 0.0 } else { difference / size }
+}
+
+fn differing<T: PartialEq>(ours: &[T], theirs: &[T]) -> usize {
+    ours.len().abs_diff(theirs.len()) + ours.iter().zip(theirs).filter(|(a, b)| a != b).count()
+}
+
+fn differing_scales<B: KernelBackend>(ours: &Nf4Tensor<B>, theirs: &Absmax) -> usize {
+    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
+    match (ours.host_double(), theirs) {
+        (None, Absmax::Plain(theirs)) => differing(&bits(&ours.host_absmax()), &bits(theirs)),
+        (Some(ours), Absmax::Double { codes, nested, offset, .. }) => {
+            differing(&ours.codes, codes)
+                + differing(&bits(&ours.nested_absmax), &bits(nested))
+                + usize::from(ours.offset.to_bits() != offset.to_bits())
+        }
+        _ => usize::MAX,
+    }
+}
