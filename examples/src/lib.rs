@@ -21,7 +21,10 @@ pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, build as bui
 pub use failure::{Failure, finish};
 pub use model::{AnswererArgs, Base, ModelArgs, QuantizationArg, load_base};
 pub use output::{
-    available_memory_bytes, bytes, duration, next_run_dir, peak_memory_bytes, read_json, write_report,
+    available_memory_bytes, bytes, duration, next_run_dir, peak_device_bytes, peak_memory_bytes, read_json,
+    write_report,
 };
-pub use planning::{Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype};
+pub use planning::{
+    Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype, run_on,
+};
 pub use recipe::{OptimizerArg, Preset, Recipe, RecipeArgs};

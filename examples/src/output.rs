@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use buzzer::kernels::KernelBackend;
 use buzzer::weights::write_json;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -65,6 +66,13 @@ pub fn peak_memory_bytes() -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kilobytes = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     kilobytes.unwrap_or(0) * 1024
+}
+
+/// The most memory that the device's allocator has taken since it was last cleaned up; on a processor, what
+/// [`peak_memory_bytes`] tells.
+#[must_use]
+pub fn peak_device_bytes<B: KernelBackend>(device: &B::Device) -> u64 {
+    B::allocated(device).map_or_else(peak_memory_bytes, |allocated| allocated.reserved)
 }
 
 /// Memory that the system can give to programs now, where it tells.

@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use buzzer::Device;
 use buzzer::burn::tensor::DType;
 use buzzer::data::{LossOn, Packing};
 use buzzer::kernels::{Card, CardModel, KernelBackend};
 use buzzer::model::LlamaConfig;
 use buzzer::train::{Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork};
+use buzzer::{Device, DeviceJob};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
@@ -395,6 +395,26 @@ impl Proposal {
         }
         flags.join(" ")
     }
+}
+
+/// Runs a program's job on a device.
+///
+/// # Errors
+/// Those of the job, and if there is no such card.
+pub fn run_on<T, J>(device: Device, job: J) -> Result<T, Failure>
+where
+    J: DeviceJob<Output = Result<T, Failure>>,
+{
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(index) = device {
+        let cards = buzzer::kernels::cuda_cards();
+        if index >= cards {
+            return Err(Failure::input(format!(
+                "--device {device}: the driver offers {cards} CUDA cards, numbered from 0; use --device cpu"
+            )));
+        }
+    }
+    device.run(job)
 }
 
 /// The dtype that a program computes in on a device.

@@ -35,12 +35,19 @@ fn succeeds(name: &str, args: &[&str]) -> String {
 /// Ends with status 2 and says all of `words`.
 #[track_caller]
 fn refuses(name: &str, args: &[&str], words: &[&str]) {
+    ends_with(2, name, args, words);
+}
+
+/// Ends with a status and says all of `words` on the error stream, which is given back.
+#[track_caller]
+fn ends_with(status: i32, name: &str, args: &[&str], words: &[&str]) -> String {
     let output = program(name, args);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(2), "{name} {args:?}: {message}");
+    assert_eq!(output.status.code(), Some(status), "{name} {args:?}: {message}");
     for word in words {
         assert!(message.contains(word), "`{word}` is missing in: {message}");
     }
+    message
 }
 
 fn text(path: &Path) -> &str {
@@ -237,6 +244,66 @@ fn flags_that_make_no_sense_are_named() {
     refuses("generate", &["--top-p", "0", "clue"], &["--top-p"]);
     refuses("generate", &["--adapter", "no/such/adapter", "clue"], &["no/such/adapter", "--adapter"]);
     refuses("generate", &["--file", "no/such/file", "x"], &["--file"]);
+}
+
+#[test]
+fn the_notebooks_run_fits_a_t4() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = succeeds("plan", &["--shape", "llama2-7b", "--card", "t4", "--out", text(dir.path())]);
+    assert!(said.contains("4 x 1024") && said.contains("predicted") && said.contains("F16"), "{said}");
+    let report = json(&dir.path().join("report.json"));
+    assert_eq!((&report["fits"], &report["time"]), (&Value::from(true), &Value::from("predicted")));
+    let parts = report["plan"].as_object().unwrap().values().map(|part| part.as_u64().unwrap());
+    assert_eq!(report["planned_memory_bytes"], parts.sum::<u64>());
+    assert!(report["steps"].as_u64().unwrap() > 1900 && report["seconds"].as_f64().unwrap() > 60.0);
+}
+
+#[test]
+fn a_plan_that_does_not_fit_proposes_one_that_does() {
+    let cases: [&[&str]; 4] = [
+        &["--card", "t4", "--batch", "16"],
+        &["--card", "t4", "--memory-limit", "7.9"],
+        &["--card", "t4", "--memory-limit", "7.25", "--batch", "1", "--row-len", "2048"],
+        &["--card", "t4", "--memory-limit", "6.4", "--batch", "2"],
+    ];
+    let mut proposed = String::new();
+    for case in cases {
+        let mut args = vec!["--shape", "llama2-7b"];
+        args.extend(case);
+        let message = ends_with(3, "plan", &args, &["this fits", "GiB"]);
+        let flags = message.split("step: ").nth(1).unwrap().split(" (").next().unwrap().to_owned();
+        proposed += &flags;
+        // A flag that stands twice is refused, so those that the proposal changes go.
+        let mut kept =
+            args.chunks(2).filter(|pair| !flags.contains(pair[0])).flatten().copied().collect::<Vec<_>>();
+        kept.extend(flags.split(' '));
+        succeeds("plan", &kept);
+    }
+    for flag in ["--batch", "--accumulate", "--row-len", "--optimizer adamw8"] {
+        assert!(proposed.contains(flag), "{flag} was never proposed: {proposed}");
+    }
+    ends_with(3, "plan", &["--shape", "llama2-70b", "--card", "t4"], &["t4", "no smaller batch"]);
+}
+
+#[test]
+fn finetune_refuses_what_does_not_fit() {
+    ends_with(
+        3,
+        "finetune",
+        &["--device", "cpu", "--memory-limit", "0.005"],
+        &["cpu", "this fits", "--batch"],
+    );
+    let said = succeeds("plan", &["--device", "cpu"]);
+    assert!(said.contains("measured") && said.contains("525 of 4 rows"), "{said}");
+}
+
+#[test]
+fn dtypes_and_cards_that_do_not_exist_are_named() {
+    refuses("finetune", &["--device", "cpu", "--dtype", "bf16"], &["--dtype bf16", "cpu", "f32"]);
+    refuses("generate", &["--device", "cpu", "--dtype", "f16", "clue"], &["--dtype f16", "cpu"]);
+    refuses("plan", &["--card", "t4", "--dtype", "bf16"], &["--dtype bf16", "7.5", "--dtype f16"]);
+    refuses("plan", &["--card", "b52"], &["b52", "t4", "h200"]);
+    refuses("plan", &["--memory-limit", "0"], &["--memory-limit"]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::{
-    AnswererArgs, DataArgs, Failure, answer_clues, bytes, finish, judge_answers, peak_memory_bytes,
+    AnswererArgs, DataArgs, Failure, answer_clues, bytes, finish, judge_answers, peak_device_bytes, run_on,
     write_report,
 };
 use buzzer::DeviceJob;
@@ -51,7 +51,7 @@ struct Answer {
 #[must_use]
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    finish(args.with.device.run(Evaluate { args: &args }))
+    finish(run_on(args.with.device, Evaluate { args: &args }))
 }
 
 struct Evaluate<'a> {
@@ -80,7 +80,7 @@ impl DeviceJob for Evaluate<'_> {
             100.0 * scores.exact_match,
             100.0 * scores.f1,
             scores.n,
-            bytes(peak_memory_bytes())
+            bytes(peak_device_bytes::<B>(device))
         );
         let Some(out) = &args.with.out else { return Ok(()) };
         let answer = |answered: crate::Answered| Answer {
@@ -96,7 +96,7 @@ impl DeviceJob for Evaluate<'_> {
             adapter: args.with.adapter.clone(),
             eval: scores,
             answers: answered.into_iter().map(answer).collect(),
-            peak_memory_bytes: peak_memory_bytes(),
+            peak_memory_bytes: peak_device_bytes::<B>(device),
             seconds,
         };
         println!("written   {}", write_report(out, &report)?.display());

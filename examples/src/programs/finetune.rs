@@ -12,7 +12,7 @@ use std::time::Instant;
 use crate::{
     AnswerArgs, Answered, Budget, Corpus, CorpusReport, CorpusSize, DataArgs, Failure, LimitArgs, ModelArgs,
     Recipe, RecipeArgs, RunPlan, answer_clues, build_corpus, bytes, duration, finish, judge_answers,
-    load_base, next_run_dir, peak_memory_bytes, write_report,
+    load_base, next_run_dir, peak_device_bytes, run_on, write_report,
 };
 use buzzer::eval::{Scores, exact_match};
 use buzzer::kernels::KernelBackend;
@@ -115,7 +115,7 @@ struct Eval {
 #[must_use]
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    finish(listen(&args.stop).and_then(|()| args.device.run(Finetune { args: &args })))
+    finish(listen(&args.stop).and_then(|()| run_on(args.device, Finetune { args: &args })))
 }
 
 /// From here on Ctrl-C, a hang-up or a polite kill ends the run after the step in hand.
@@ -154,6 +154,7 @@ impl DeviceJob for Finetune<'_> {
         B::memory_cleanup(device);
         let run = Run { args, recipe: &recipe, corpus: &corpus, out: &out };
         let trained = run.train(model)?;
+        B::memory_cleanup(device);
         let after = answer(&trained.model, &renderer, &corpus, &args.answer, "after")?;
         show(&before, &after);
 
@@ -174,7 +175,7 @@ impl DeviceJob for Finetune<'_> {
             eval_loss: trained.eval_loss,
             tokens_per_second: trained.tokens_per_second,
             loss_tokens_per_second: trained.loss_tokens_per_second,
-            peak_memory_bytes: peak_memory_bytes(),
+            peak_memory_bytes: trained.peak_memory_bytes,
             planned_memory_bytes: plan.total(),
             plan,
             eval: Eval { before: judge_answers(&before), after: judge_answers(&after) },
@@ -256,6 +257,8 @@ struct Trained<B: KernelBackend> {
     best: Option<f64>,
     tokens_per_second: f64,
     loss_tokens_per_second: f64,
+    /// Of the training, beside which the plan stands.
+    peak_memory_bytes: u64,
 }
 
 impl Run<'_> {
@@ -296,6 +299,7 @@ impl Run<'_> {
             best,
             tokens_per_second: rate(reports.iter().map(|report| report.tokens).sum()),
             loss_tokens_per_second: rate(reports.iter().map(|report| report.loss_tokens).sum()),
+            peak_memory_bytes: peak_device_bytes::<B>(&trainer.model().device()),
             model: trainer.into_model(),
         })
     }
@@ -352,11 +356,12 @@ fn show(before: &[Answered], after: &[Answered]) {
 
 fn summary(report: &Report, path: &Path) {
     println!(
-        "done      {} steps in {:.0} s, {:.0} tokens/s, peak memory {}",
+        "done      {} steps in {:.0} s, {:.0} tokens/s, peak memory {} ({} planned)",
         report.steps,
         report.seconds,
         report.tokens_per_second,
-        bytes(report.peak_memory_bytes)
+        bytes(report.peak_memory_bytes),
+        bytes(report.planned_memory_bytes as u64)
     );
     println!(
         "result    exact match {:.1} % before, {:.1} % after",

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use crate::{AnswererArgs, Failure, finish, write_report};
+use crate::{AnswererArgs, Failure, finish, run_on, write_report};
 use buzzer::DeviceJob;
 use buzzer::infer::generate;
 use buzzer::kernels::KernelBackend;
@@ -53,7 +53,7 @@ struct Answer {
 #[must_use]
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    finish(args.with.device.run(Generate { args: &args }))
+    finish(run_on(args.with.device, Generate { args: &args }))
 }
 
 struct Generate<'a> {

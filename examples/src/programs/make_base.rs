@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use crate::{Failure, finish, write_report};
+use crate::{Failure, finish, run_on, write_report};
 use buzzer::data::{Batch, LossOn, PackOptions, Packed, Packing, RowStream, pack};
 use buzzer::kernels::KernelBackend;
 use buzzer::model::{Llama, LlamaConfig};
@@ -67,7 +67,7 @@ const PROMPT_REPEATS: usize = 200;
 #[must_use]
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    finish(args.device.run(Job { args: &args }))
+    finish(run_on(args.device, Job { args: &args }))
 }
 
 struct Job<'a> {

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use crate::{Failure, finish, read_json, write_report};
+use crate::{Failure, finish, read_json, run_on, write_report};
 use buzzer::burn::tensor::{DType, Int, Tensor, TensorData};
 use buzzer::data::Batch;
 use buzzer::infer::{GenerateOptions, Sampling, generate};
@@ -78,7 +78,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<(), Failure> {
-    let checks = args.device.run(Parity { golden: &args.golden })?;
+    let checks = run_on(args.device, Parity { golden: &args.golden })?;
     println!("{:<58} {:>12} {:>12}", "check", "error", "bound");
     for check in &checks {
         let mark = if check.passed { "" } else { "  OVER" };

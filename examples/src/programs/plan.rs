@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use crate::{
     Budget, CorpusSize, DataArgs, Failure, LimitArgs, ModelArgs, Proposal, Recipe, RecipeArgs, RunPlan,
-    build_corpus, bytes, duration, finish, write_report,
+    build_corpus, bytes, duration, finish, run_on, write_report,
 };
 
 /// Plan a fine-tuning run: memory by part, tokens, steps, time.
@@ -119,7 +119,7 @@ fn run(args: &Args) -> Result<(), Failure> {
             let ready = Ready::new(args, budget)?;
             ready.tell(args, None)
         }
-        None => args.device.run(Here { args }),
+        None => run_on(args.device, Here { args }),
     }
 }
 
