@@ -187,9 +187,16 @@ fn tracked_loss(model: &Llama<Ad>, batch: &DeviceBatch<Flex>, dropout: Option<Dr
     let lift = |ids: &Tensor<Flex, 2, Int>| Tensor::<Ad, 2, Int>::from_inner(ids.clone());
     let context = BlockContext::rows(model.config(), lift(&batch.documents), lift(&batch.positions));
     let hidden = model.hidden(lift(&batch.ids), &context, dropout);
-    let logits = model.logits(hidden.select(0, Tensor::from_inner(batch.loss_rows.clone())));
-    let targets = Tensor::<Ad, 1, Int>::from_inner(batch.targets.clone());
-    log_softmax(logits, 1).gather(1, targets.reshape([batch.loss_tokens, 1])).mean().neg()
+    let logits = model.logits(batch.at_head(hidden, Tensor::from_inner));
+    let targets = batch.targets.clone().into_data().iter::<i32>().collect::<Vec<_>>();
+    let bearing = targets.iter().enumerate().filter(|(_, target)| **target >= 0);
+    let (rows, targets): (Vec<i32>, Vec<i32>) = bearing.map(|(row, target)| (row as i32, *target)).unzip();
+    let line = |values: Vec<i32>| {
+        let length = values.len();
+        Tensor::<Ad, 1, Int>::from_data(TensorData::new(values, [length]), &Default::default())
+    };
+    let chosen = line(targets).reshape([batch.loss_tokens, 1]);
+    log_softmax(logits.select(0, line(rows)), 1).gather(1, chosen).mean().neg()
 }
 
 /// Mean loss and its gradients by autodiff over the whole model at once.
