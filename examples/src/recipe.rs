@@ -115,6 +115,7 @@ impl Preset {
             optimizer: OptimizerSettings { weight_decay: 1e-3, ..OptimizerSettings::default() },
             dropout: 0.1,
             seed: 0,
+            checkpoint_every: 1,
         };
         let notebook = Recipe {
             preset: self,

@@ -39,7 +39,6 @@ pub use nf4::{Nf4Error, Nf4Tensor};
 pub use qlora_linear::{FrozenWeight, LinearPart, LoraTerm, Projection};
 pub use rotary::RotaryAngles;
 
-pub use autodiff::seeded;
 pub use backend::KernelBackend;
 #[cfg(feature = "cuda")]
 pub use card::cuda_cards;
