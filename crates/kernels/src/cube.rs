@@ -56,7 +56,8 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
             let y = Self::rms_norm(x, weight, epsilon);
             return [y.clone(), y];
         };
-        let (y, dropped) = rms_norm::kernel::forward_dropout(primitive(x), primitive(weight), epsilon, dropout);
+        let (y, dropped) =
+            rms_norm::kernel::forward_dropout(primitive(x), primitive(weight), epsilon, dropout);
         [tensor(y), tensor(dropped)]
     }
 
@@ -68,7 +69,13 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         residual: Tensor<Self, 2>,
     ) -> Tensor<Self, 2> {
         let residual = Some(primitive(residual));
-        tensor(rms_norm::kernel::backward(primitive(x), primitive(weight), epsilon, primitive(grad), residual))
+        tensor(rms_norm::kernel::backward(
+            primitive(x),
+            primitive(weight),
+            epsilon,
+            primitive(grad),
+            residual,
+        ))
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {

@@ -112,7 +112,12 @@ impl<B: KernelBackend> Pass<'_, B> {
     }
 
     /// Keeps the factors' gradients and returns the input's.
-    fn project_backward(&mut self, group: usize, dropped: Tensor<B, 2>, upstream: Upstream<B>) -> Option<Tensor<B, 2>> {
+    fn project_backward(
+        &mut self,
+        group: usize,
+        dropped: Tensor<B, 2>,
+        upstream: Upstream<B>,
+    ) -> Option<Tensor<B, 2>> {
         let Gradients { x, factors } =
             B::qlora_linear_backward(dropped, &self.parts(group), self.mask(group), upstream);
         let corrected = GROUPS[group].iter().filter(|&&target| self.block.linear(target).lora.is_some());
@@ -152,7 +157,8 @@ impl<B: KernelBackend> Pass<'_, B> {
         let down = Upstream { grad: grad.clone(), u: None, with_x: true };
         let Some(d_activated) = self.project_backward(3, dropped_activated, down) else { return grad };
         let d_gate_up = B::swiglu_backward(gate_up, d_activated);
-        let Some(dh) = self.project_backward(2, dropped, Upstream { grad: d_gate_up, u, with_x: true }) else {
+        let Some(dh) = self.project_backward(2, dropped, Upstream { grad: d_gate_up, u, with_x: true })
+        else {
             return grad;
         };
         let (norm, epsilon) = (self.block.mlp_norm.val(), self.block.epsilon);

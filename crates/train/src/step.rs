@@ -85,7 +85,8 @@ pub fn backward_by_blocks<B: KernelBackend>(
             let input = inputs[layer - first].clone();
             inputs.push(model.blocks[layer].run(input, &context, settings.of_block(layer)));
         }
-        while let (Some(input), Some(grad)) = (inputs.pop(), upstream.take()) {
+        while let Some(input) = inputs.pop() {
+            let Some(grad) = upstream.take() else { break };
             let layer = first + inputs.len();
             let dropout = settings.of_block(layer);
             let found = model.blocks[layer].backward(input, &context, dropout, grad, layer > 0);

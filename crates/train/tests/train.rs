@@ -18,8 +18,8 @@ use buzzer_kernels::{Dropout, Nf4Tensor};
 use buzzer_model::{Block, BlockContext, Llama, LlamaConfig, LoraSettings, Target, Weight};
 use buzzer_text::Example;
 use buzzer_train::{
-    DeviceBatch, LoraGradients, LoraOptimizer, OptimizerSettings, PassSettings, PretrainSettings, Pretrainer, Schedule, ScheduleKind,
-    StepReport, TrainError, TrainSettings, Trainer, backward_by_blocks, mean_loss,
+    DeviceBatch, LoraGradients, LoraOptimizer, OptimizerSettings, PassSettings, PretrainSettings, Pretrainer,
+    Schedule, ScheduleKind, StepReport, TrainError, TrainSettings, Trainer, backward_by_blocks, mean_loss,
 };
 
 type Ad = Autodiff<Flex>;
@@ -230,15 +230,18 @@ fn block_by_block_equals_autodiff_over_the_whole_model() {
     assert!(rows.len() > 1 && host_batch.documents.contains(&-1) && host_batch.documents.contains(&1));
     let batch = DeviceBatch::new(&host_batch, &Default::default());
     let scale = 1.0 / batch.loss_tokens as f64;
-    for dropout in [None, Some(Dropout { probability: 0.2, key: 3 })] {
+    for (dropout, checkpoint_every) in [None, Some(Dropout { probability: 0.2, key: 3 })]
+        .into_iter()
+        .flat_map(|d| [1, 2, 3, 5].map(|n| (d, n)))
+    {
         let (loss, expected) = plain_autodiff(&model, &batch, dropout);
-        let found = backward_by_blocks(&model, &batch, &PassSettings { dropout, ..PassSettings::new(scale) });
+        let found = backward_by_blocks(&model, &batch, &PassSettings { scale, dropout, checkpoint_every });
         close(found.loss_sum() * scale, loss, 1e-5);
         assert_eq!(found.gradients.factors.len(), 3 * 7);
         for (place, expected) in &expected.factors {
             for (found, expected) in found.gradients.factors[place].iter().zip(expected) {
                 let error = distance(&host(found.clone()), &host(expected.clone()));
-                assert!(error < 1e-5, "{place:?} with {dropout:?}: {error}");
+                assert!(error < 1e-5, "{place:?} with {dropout:?}, every {checkpoint_every}: {error}");
             }
         }
     }
@@ -253,7 +256,9 @@ fn the_loss_rises_along_the_gradient_by_its_norm() {
     let batch = on_device(&packed(9));
     let scale = 1.0 / batch.loss_tokens as f64;
     for dropout in [None, Some(Dropout { probability: 0.2, key: 3 })] {
-        let gradients = backward_by_blocks(&model, &batch, &PassSettings { dropout, ..PassSettings::new(scale) }).gradients;
+        let gradients =
+            backward_by_blocks(&model, &batch, &PassSettings { dropout, ..PassSettings::new(scale) })
+                .gradients;
         let norm = gradients.norm();
         let at = |distance: f64| {
             let mut moved = model.clone();
@@ -261,7 +266,9 @@ fn the_loss_rises_along_the_gradient_by_its_norm() {
                 let [da, db] = gradients.factors[&place].clone();
                 [a + da.mul_scalar(distance / norm), b + db.mul_scalar(distance / norm)]
             });
-            backward_by_blocks(&moved, &batch, &PassSettings { dropout, ..PassSettings::new(scale) }).loss_sum() * scale
+            backward_by_blocks(&moved, &batch, &PassSettings { dropout, ..PassSettings::new(scale) })
+                .loss_sum()
+                * scale
         };
         close((at(5e-3) - at(-5e-3)) / 1e-2, norm, 5e-3);
     }
@@ -408,7 +415,10 @@ fn a_loss_that_is_no_number_names_the_step_and_changes_nothing() {
         "{error:?}"
     );
     let text = error.to_string();
-    assert!(text.contains("step 4: the loss is NaN, first in the embedding") && text.contains("--lr"), "{text}");
+    assert!(
+        text.contains("step 4: the loss is NaN, first in the embedding") && text.contains("--lr"),
+        "{text}"
+    );
     assert_eq!(factors(trainer.model()), before);
     assert_eq!(trainer.steps_done(), 3);
 }

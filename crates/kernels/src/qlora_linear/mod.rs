@@ -16,7 +16,6 @@
 //! drop(x), u and the packed weights, unpacks the weights again, draws the mask again for dx, and never forms dW. The
 //! factors stay in f32 whatever the dtype of x; they are converted where they are used, and their gradients back.
 
-
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
 
@@ -314,7 +313,8 @@ mod tests {
         let input = dropout.map_or(x.clone(), |dropout| dropout.apply(x.clone()));
         for (place, &out) in outs.iter().enumerate() {
             let seed = 10 * place as u64;
-            let packed = Nf4Tensor::<Flex>::quantize(&noise(out * inner, seed + 1), [out, inner], true, &device);
+            let packed =
+                Nf4Tensor::<Flex>::quantize(&noise(out * inner, seed + 1), [out, inner], true, &device);
             let dense = Tensor::<Ad, 2>::from_inner(Flex::nf4_dequantize(&packed, DType::F32));
             let weight = if place == 1 {
                 FrozenWeight::Dense(dense.clone())
@@ -355,8 +355,7 @@ mod tests {
         let packed = Nf4Tensor::<Flex>::quantize(&noise(24 * 40, 1), [24, 40], false, &Default::default());
         let x = noisy::<Ad, 2>([6, 40], 2).require_grad();
         let weight = FrozenWeight::Nf4(Nf4Tensor::<Ad>::from_inner(packed.clone()));
-        let grads =
-            Ad::qlora_linear(x.clone(), &[LinearPart { weight, lora: None }], None).sum().backward();
+        let grads = Ad::qlora_linear(x.clone(), &[LinearPart { weight, lora: None }], None).sum().backward();
         let ones = Tensor::<Flex, 2>::ones([6, 24], &Default::default());
         close(x.grad(&grads).unwrap(), ones.matmul(Flex::nf4_dequantize(&packed, DType::F32)), 1e-5);
     }
