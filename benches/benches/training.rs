@@ -13,9 +13,7 @@ use buzzer::data::{Clue, PackOptions, Packed, PackedRow, ReadOptions, clean, pac
 use buzzer::kernels::{FrozenWeight, KernelBackend, LinearPart};
 use buzzer::model::{Llama, LlamaConfig, LoraSettings, Target};
 use buzzer::text::{Fields, Renderer, Template, Tokenizer};
-use buzzer::train::{
-    MemoryPlan, OptimizerSettings, ScheduleKind, Shape, TrainSettings, Trainer,
-};
+use buzzer::train::{MemoryPlan, OptimizerSettings, ScheduleKind, Shape, TrainSettings, Trainer};
 use buzzer::{Device, DeviceJob};
 use buzzer_benches::{BenchError, Row, commit, enter_workspace_root, write_rows};
 use clap::{Parser, ValueEnum};
@@ -103,7 +101,10 @@ enum Rows {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match enter_workspace_root().map_err(BenchError::Root).and_then(|()| arguments.device.run(Job(&arguments))) {
+    match enter_workspace_root()
+        .map_err(BenchError::Root)
+        .and_then(|()| arguments.device.run(Job(&arguments)))
+    {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("training: {error}");
@@ -174,7 +175,8 @@ impl Setup {
                 ..LlamaConfig::llama2_7b()
             },
         };
-        let targets = if arguments.targets == "qv" { vec![Target::Q, Target::V] } else { Target::ALL.to_vec() };
+        let targets =
+            if arguments.targets == "qv" { vec![Target::Q, Target::V] } else { Target::ALL.to_vec() };
         let dtype = match arguments.dtype {
             Some(Compute::F32) => DType::F32,
             Some(Compute::F16) => DType::F16,
@@ -322,17 +324,29 @@ impl Setup {
     /// What recomputation adds: every product of a block but the last.
     fn recomputed_flop(&self) -> f64 {
         let run_again = Target::ALL.into_iter().filter(|&target| target != Target::Down);
-        let weights: usize = run_again.map(|target| self.config.linear_shape(target).iter().product::<usize>()).sum();
+        let weights: usize =
+            run_again.map(|target| self.config.linear_shape(target).iter().product::<usize>()).sum();
         2.0 * (self.config.num_hidden_layers * weights) as f64
     }
 
-    fn table<B: KernelBackend>(&self, arguments: &Arguments, measured: &Measured, device: &B::Device) -> Vec<Row> {
+    fn table<B: KernelBackend>(
+        &self,
+        arguments: &Arguments,
+        measured: &Measured,
+        device: &B::Device,
+    ) -> Vec<Row> {
         let rate = measured.tokens as f64 / measured.seconds;
-        let ceiling = matmul_rate::<B>(self.dtype, self.config.hidden_size, self.config.intermediate_size, device);
+        let ceiling =
+            matmul_rate::<B>(self.dtype, self.config.hidden_size, self.config.intermediate_size, device);
         let commit = commit();
         let shape = format!(
             "{}x{} r{} {} dropout {} {:?}",
-            self.train.batch_rows, self.seq, self.lora.rank, arguments.targets, self.train.dropout, arguments.packing
+            self.train.batch_rows,
+            self.seq,
+            self.lora.rank,
+            arguments.targets,
+            self.train.dropout,
+            arguments.packing
         );
         let row = |name: &str, value, unit| Row {
             name: format!("training.{name}"),

@@ -10,8 +10,8 @@ use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
 use crate::{
-    AttentionIndex, Dropout, Heads, KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, attention,
-    qlora_linear, rms_norm, rotary, swiglu,
+    AttentionIndex, Dropout, Heads, KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles,
+    attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 type Float<B> = <B as BackendTypes>::FloatTensorPrimitive;

@@ -67,7 +67,9 @@ pub(crate) fn cuda(index: usize) -> Card {
         mem_get_info().ok()
     });
     Card {
-        name: context.and_then(|context| context.name().ok()).unwrap_or_else(|| format!("CUDA device {index}")),
+        name: context
+            .and_then(|context| context.name().ok())
+            .unwrap_or_else(|| format!("CUDA device {index}")),
         compute_capability: major.zip(minor).map(|(major, minor)| 10 * major + minor),
         memory_bytes: memory.map(|(_, total)| total as u64),
         free_bytes: memory.map(|(free, _)| free as u64),

@@ -257,8 +257,8 @@ fn flash_forward<F: Float>(
         if code != SKIP {
             scores::<F>(&mut p, &near, row, &far, 0usize, KEYS, blocks, build);
             if code != FULL {
-                let there = k_head.last + 1 - step * KEYS;
-                hide(&mut p, &mine, &theirs, 0usize, there, f32::new(HIDDEN), KEYS, blocks, true);
+                let (first, total) = (step * KEYS, k_head.last + 1);
+                hide(&mut p, &mine, &theirs, 0usize, first, total, f32::new(HIDDEN), KEYS, blocks, true);
             }
             soften(&mut p, &mut sums, &mut peaks, &mut totals, scale, blocks, build.chunks);
         }

@@ -230,8 +230,8 @@ fn flash_query_gradient<F: Float>(
         if code != SKIP {
             scores::<F>(&mut p, &near, row, &far, turn * KEYS, KEYS, blocks, build);
             if code != FULL {
-                let there = k_head.last + 1 - step * KEYS;
-                hide(&mut p, &mine, &theirs, turn * (2 * KEYS), there, f32::new(HIDDEN), KEYS, blocks, true);
+                let (first, total, at) = (step * KEYS, k_head.last + 1, turn * (2 * KEYS));
+                hide(&mut p, &mine, &theirs, at, first, total, f32::new(HIDDEN), KEYS, blocks, true);
             }
             scores::<F>(&mut slopes, &upstream, row, &values, turn * KEYS, KEYS, blocks, build);
             slopes_of_rows(&p, &mut slopes, &norms, &means, scale, blocks);
@@ -354,9 +354,9 @@ fn flash_key_gradient<F: Float>(
             }
             scores::<F>(&mut p, &near, row, &theirs.far, turn * count, count, 1usize, build);
             if code != FULL {
-                let there = q.shape(2) - step * count;
-                let place = turn * (2 * count);
-                hide(&mut p, &mine, &theirs.tokens, place, there, f32::new(HIDDEN), count, 1usize, false);
+                let (first, total, at) = (step * count, q.shape(2), turn * (2 * count));
+                let (tokens, hidden) = (&theirs.tokens, f32::new(HIDDEN));
+                hide(&mut p, &mine, tokens, at, first, total, hidden, count, 1usize, false);
             }
             scores::<F>(&mut slopes, &values, row, &theirs.upstream, turn * count, count, 1usize, build);
             slopes_of_columns(&mut p, &mut slopes, &theirs.statistics, turn * (2 * count), scale, count);

@@ -358,7 +358,7 @@ pub(super) fn own_tokens(tokens: &Tokens, batch: usize, row: usize, #[comptime] 
 }
 
 /// Hides scores of rows that do not see columns. `mine` is what [`own_tokens`] gave, `theirs` holds the columns' tokens
-/// from `place` on, of which `there` are really there. `by_rows`: rows are queries; else columns are.
+/// from `place` on; the first is number `first` of `total`. `by_rows`: rows are queries; else columns are.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn hide(
@@ -366,7 +366,8 @@ pub(super) fn hide(
     mine: &Array<i32>,
     theirs: &SharedMemory<i32>,
     place: usize,
-    there: usize,
+    first: usize,
+    total: usize,
     hidden: f32,
     #[comptime] columns: usize,
     #[comptime] blocks: usize,
@@ -379,7 +380,7 @@ pub(super) fn hide(
         for j in 0..2usize {
             let at = n * 8 + column + j;
             // No row is in this document.
-            let document = select(at < there, theirs[place + at], SEPARATE.runtime());
+            let document = select(first + at < total, theirs[place + at], SEPARATE.runtime());
             let position = theirs[place + columns + at];
             #[unroll]
             for half in 0..blocks * 2 {
@@ -422,10 +423,7 @@ pub(super) fn next(
     #[comptime] parts: usize,
 ) -> usize {
     let mut found = step;
-    while found < end
-        && a.code(codes, found / parts) == SKIP
-        && b.code(codes, found / parts) == SKIP
-    {
+    while found < end && a.code(codes, found / parts) == SKIP && b.code(codes, found / parts) == SKIP {
         found += parts;
     }
     found

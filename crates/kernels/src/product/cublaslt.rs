@@ -97,7 +97,11 @@ impl Library {
         let context = CudaContext::new(device.index).map_err(|error| format!("no CUDA context: {error}"))?;
         let version = driver_version()?;
         if version < CONTEXT_EVENTS {
-            return Err(format!("the driver speaks CUDA {}.{}, and 12.5 is needed", version / 1000, version % 1000 / 10));
+            return Err(format!(
+                "the driver speaks CUDA {}.{}, and 12.5 is needed",
+                version / 1000,
+                version % 1000 / 10
+            ));
         }
         Self::with_context(context, device).map_err(|error| format!("cuBLASLt: {error}"))
     }

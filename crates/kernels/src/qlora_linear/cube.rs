@@ -51,7 +51,8 @@ impl<'a, R: ProductRuntime> Layout<'a, R> {
         let dtype = like.dtype;
         let packed = |place: &Place<'a, R>| matches!(place.part.weight, FrozenWeight::Nf4(_));
         if !self.parts.iter().all(packed) {
-            let dense = |place: &Place<'a, R>| (Matrix::new(primitive(place.part.weight.dense(dtype))), place.out);
+            let dense =
+                |place: &Place<'a, R>| (Matrix::new(primitive(place.part.weight.dense(dtype))), place.out);
             return self.parts.iter().map(dense).collect();
         }
         let joined = Matrix::new(scratch(like, [self.out, self.inner], dtype));
@@ -135,7 +136,8 @@ pub(crate) fn backward<R: ProductRuntime>(
         db.push(tensor::<R, 2>(product::new(&g.t(), &u.columns(start, count), scale, DType::F32)));
     }
     let da = tensor::<R, 2>(product::new(&h.t(), &input, 1.0, DType::F32));
-    let pair = |((place, _), db): ((&Place<'_, R>, _), _)| [da.clone().narrow(0, place.rank[0], place.rank[1]), db];
+    let pair =
+        |((place, _), db): ((&Place<'_, R>, _), _)| [da.clone().narrow(0, place.rank[0], place.rank[1]), db];
     let factors = layout.corrected().zip(db).map(pair).collect();
     Gradients { x: dx.map(|dx| input_gradient(dx, h, a, dropout)), factors }
 }

@@ -16,7 +16,6 @@
 //! x, u and the packed weights, unpacks the weights again, draws the mask again, and never forms dW. The factors stay in f32
 //! whatever the dtype of x; they are converted where they are used, and their gradients back.
 
-
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
 
@@ -302,7 +301,8 @@ mod tests {
         let input = dropout.map_or(x.clone(), |dropout| dropout.apply(x.clone()));
         for (place, &out) in outs.iter().enumerate() {
             let seed = 10 * place as u64;
-            let packed = Nf4Tensor::<Flex>::quantize(&noise(out * inner, seed + 1), [out, inner], true, &device);
+            let packed =
+                Nf4Tensor::<Flex>::quantize(&noise(out * inner, seed + 1), [out, inner], true, &device);
             let dense = Tensor::<Ad, 2>::from_inner(Flex::nf4_dequantize(&packed, DType::F32));
             let weight = if place == 1 {
                 FrozenWeight::Dense(dense.clone())
