@@ -29,9 +29,13 @@ pub mod device;
 #[cfg(feature = "cubecl")]
 mod flash;
 #[cfg(feature = "cubecl")]
+mod gradients;
+#[cfg(feature = "cubecl")]
 mod plain;
 #[cfg(feature = "cubecl")]
 mod ranges;
+#[cfg(feature = "cubecl")]
+mod tiles;
 
 /// The document of a key that no query may see.
 pub const SEPARATE: i32 = -2;
