@@ -46,6 +46,12 @@ struct Arguments {
     /// Dropout in front of the factors.
     #[arg(long, value_name = "P", default_value_t = 0.1)]
     dropout: f64,
+    /// Keep Adam's moments in 8 bits.
+    #[arg(long)]
+    eight_bit: bool,
+    /// Keep the input of every so many blocks only.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    checkpoint_every: u32,
     /// Dtype to compute in [default: what the device has].
     #[arg(long, value_enum)]
     dtype: Option<Compute>,
@@ -196,9 +202,14 @@ impl Setup {
                 learning_rate: 2e-4,
                 schedule: ScheduleKind::Constant,
                 warmup_ratio: 0.0,
-                optimizer: OptimizerSettings { weight_decay: 1e-3, ..OptimizerSettings::default() },
+                optimizer: OptimizerSettings {
+                    weight_decay: 1e-3,
+                    eight_bit: arguments.eight_bit,
+                    ..OptimizerSettings::default()
+                },
                 dropout: arguments.dropout,
                 seed: 0,
+                checkpoint_every: arguments.checkpoint_every as usize,
             },
             seq: arguments.seq.map_or(if shape == Shapes::Tiny { 128 } else { 2048 }, |seq| seq as usize),
             dtype,
@@ -327,6 +338,7 @@ impl Setup {
             element: self.dtype.size(),
             eight_bit: self.train.optimizer.eight_bit,
             dropout: self.train.dropout > 0.0,
+            checkpoint_every: self.train.checkpoint_every,
             loss_share: targets as f64 / (rows.len() * self.seq).max(1) as f64,
             engine: if on_card { Engine::Card } else { Engine::Host },
         })

@@ -24,6 +24,8 @@ const ANSWER_SHARE: f64 = 0.12;
 const EFFICIENCY: f64 = 0.997;
 /// Rows are not proposed to be shorter than this.
 const SHORTEST_ROW: usize = 128;
+/// What is proposed for `--checkpoint-every`: inputs of fewer blocks are kept, and those between computed again.
+const SPARSER: [usize; 3] = [2, 4, 6];
 
 /// Limits of a run.
 #[derive(Args, Clone, Copy, Debug)]
@@ -262,6 +264,8 @@ pub struct Proposal {
     pub accumulate: usize,
     /// `--row-len`.
     pub row_len: usize,
+    /// `--checkpoint-every`.
+    pub checkpoint_every: usize,
     /// Whether moments are held in 8 bits: `--optimizer adamw8`.
     pub eight_bit: bool,
     /// What they take.
@@ -294,6 +298,7 @@ impl RunPlan {
             element: budget.dtype.size(),
             eight_bit: recipe.train.optimizer.eight_bit,
             dropout: recipe.train.dropout > 0.0,
+            checkpoint_every: recipe.train.checkpoint_every,
             loss_share: corpus.loss_share,
             engine: budget.engine,
         };
@@ -341,7 +346,7 @@ impl RunPlan {
                 proposal.flags(&self.settings),
                 bytes(proposal.planned_memory_bytes as u64)
             ),
-            None => "no smaller batch, shorter row or 8-bit optimizer state fits; use a smaller model, a lower --rank \
+            None => "no smaller batch, shorter row, recomputation or 8-bit optimizer state fits; use a smaller model, a lower --rank \
                      or a card with more memory"
                 .into(),
         };
@@ -353,27 +358,34 @@ impl RunPlan {
         )))
     }
 
-    /// The first that fits: a smaller batch, then shorter rows, then the same with moments in 8 bits. A step keeps its
-    /// tokens. Rows stay long enough for the longest document.
+    /// The first that fits: a smaller batch, then one row with more recomputation, then shorter rows, then the same with
+    /// moments in 8 bits. A step keeps its tokens. Rows stay long enough for the longest document.
     #[must_use]
     pub fn propose(&self) -> Option<Proposal> {
         let usable = self.budget.usable_bytes?;
-        let PlanSettings { shape, accumulation, eight_bit, .. } = self.settings;
+        let PlanSettings { shape, accumulation, eight_bit, checkpoint_every: every, .. } = self.settings;
         let rows = shape.batch_rows * accumulation;
         let batches = (1..=shape.batch_rows).rev().filter(|batch| rows.is_multiple_of(*batch));
-        let batches = batches.map(|batch| (batch, rows / batch, shape.row_len));
+        let batches = batches.map(|batch| (batch, rows / batch, shape.row_len, every));
+        let sparser = SPARSER.into_iter().filter(|&sparser| sparser > every);
+        let sparser = sparser.map(|sparser| (1, rows, shape.row_len, sparser));
         let shortest = self.longest.unwrap_or(0).max(SHORTEST_ROW);
-        let shorter = (1..).map(|halvings| (1, rows << halvings, shape.row_len >> halvings));
-        let shorter = shorter.take_while(|&(_, _, row_len)| row_len >= shortest);
-        let shapes: Vec<_> = batches.chain(shorter).collect();
+        let shorter = (1..).map(|halvings| (1, rows << halvings, shape.row_len >> halvings, every));
+        let shorter = shorter.take_while(|&(_, _, row_len, _)| row_len >= shortest);
+        let shapes: Vec<_> = batches.chain(sparser).chain(shorter).collect();
         let states = if eight_bit { vec![true] } else { vec![false, true] };
         let mut candidates = states.iter().flat_map(|&state| shapes.iter().map(move |&shape| (state, shape)));
-        candidates.find_map(|(eight_bit, (batch, accumulate, row_len))| {
-            let shape = Shape { batch_rows: batch, row_len };
-            let settings =
-                PlanSettings { shape, accumulation: accumulate, eight_bit, ..self.settings.clone() };
+        candidates.find_map(|(eight_bit, (batch, accumulate, row_len, checkpoint_every))| {
+            let settings = PlanSettings {
+                shape: Shape { batch_rows: batch, row_len },
+                accumulation: accumulate,
+                eight_bit,
+                checkpoint_every,
+                ..self.settings.clone()
+            };
             let planned_memory_bytes = MemoryPlan::new(&settings).total();
-            let proposal = Proposal { batch, accumulate, row_len, eight_bit, planned_memory_bytes };
+            let proposal =
+                Proposal { batch, accumulate, row_len, checkpoint_every, eight_bit, planned_memory_bytes };
             (planned_memory_bytes as u64 <= usable).then_some(proposal)
         })
     }
@@ -389,6 +401,9 @@ impl Proposal {
         }
         if self.row_len != from.shape.row_len {
             flags.push(format!("--row-len {}", self.row_len));
+        }
+        if self.checkpoint_every != from.checkpoint_every {
+            flags.push(format!("--checkpoint-every {}", self.checkpoint_every));
         }
         if self.eight_bit && !from.eight_bit {
             flags.push("--optimizer adamw8".into());

@@ -70,6 +70,9 @@ pub struct RecipeArgs {
     /// Batches that one optimizer step adds up
     #[arg(long, value_name = "N")]
     pub accumulate: Option<usize>,
+    /// Keep the input of every so many blocks only: less memory, more time
+    #[arg(long, value_name = "N")]
+    pub checkpoint_every: Option<usize>,
     /// Tokens of a packed row
     #[arg(long, value_name = "N")]
     pub row_len: Option<usize>,
@@ -127,6 +130,7 @@ impl Preset {
             optimizer: OptimizerSettings { weight_decay: 1e-3, ..OptimizerSettings::default() },
             dropout: 0.1,
             seed: 0,
+            checkpoint_every: 1,
         };
         let notebook = Recipe {
             preset: self,
@@ -180,6 +184,7 @@ impl RecipeArgs {
         set(&mut recipe.train.optimizer.eight_bit, eight_bit);
         set(&mut recipe.train.batch_rows, self.batch);
         set(&mut recipe.train.accumulation, self.accumulate);
+        set(&mut recipe.train.checkpoint_every, self.checkpoint_every);
         set(&mut recipe.train.epochs, self.epochs);
         set(&mut recipe.row_len, self.row_len);
         set(&mut recipe.packing, self.packing);

@@ -260,11 +260,12 @@ fn the_notebooks_run_fits_a_t4() {
 
 #[test]
 fn a_plan_that_does_not_fit_proposes_one_that_does() {
-    let cases: [&[&str]; 4] = [
-        &["--card", "t4", "--batch", "16"],
-        &["--card", "t4", "--memory-limit", "7.9"],
-        &["--card", "t4", "--memory-limit", "7.25", "--batch", "1", "--row-len", "2048"],
-        &["--card", "t4", "--memory-limit", "6.4", "--batch", "2"],
+    let cases: [&[&str]; 5] = [
+        &["--card", "t4", "--batch", "32"],
+        &["--card", "t4", "--memory-limit", "7.6"],
+        &["--card", "t4", "--memory-limit", "7.3"],
+        &["--card", "t4", "--memory-limit", "7.23"],
+        &["--card", "t4", "--memory-limit", "6.6"],
     ];
     let mut proposed = String::new();
     for case in cases {
@@ -279,7 +280,7 @@ fn a_plan_that_does_not_fit_proposes_one_that_does() {
         kept.extend(flags.split(' '));
         succeeds("plan", &kept);
     }
-    for flag in ["--batch", "--accumulate", "--row-len", "--optimizer adamw8"] {
+    for flag in ["--batch", "--accumulate", "--checkpoint-every", "--row-len", "--optimizer adamw8"] {
         assert!(proposed.contains(flag), "{flag} was never proposed: {proposed}");
     }
     ends_with(3, "plan", &["--shape", "llama2-70b", "--card", "t4"], &["t4", "no smaller batch"]);
@@ -304,6 +305,7 @@ fn dtypes_and_cards_that_do_not_exist_are_named() {
     refuses("plan", &["--card", "t4", "--dtype", "bf16"], &["--dtype bf16", "7.5", "--dtype f16"]);
     refuses("plan", &["--card", "b52"], &["b52", "t4", "h200"]);
     refuses("plan", &["--memory-limit", "0"], &["--memory-limit"]);
+    refuses("plan", &["--checkpoint-every", "0"], &["--checkpoint-every"]);
 }
 
 #[test]

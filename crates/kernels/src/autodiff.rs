@@ -4,13 +4,10 @@ use burn::module::AutodiffModule;
 use burn::tensor::backend::BackendTypes;
 use burn::tensor::{DType, Tensor, TensorPrimitive};
 use burn_autodiff::Autodiff;
-use burn_autodiff::checkpoint::base::Checkpointer;
-use burn_autodiff::checkpoint::strategy::{CheckpointStrategy, NoCheckpointing};
-use burn_autodiff::grads::Gradients;
-use burn_autodiff::ops::{Backward, Ops, OpsKind};
+use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::{
-    AttentionIndex, Dropout, Heads, KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, attention,
+    AttentionIndex, Dropout, Heads, KernelBackend, LinearPart, Nf4Tensor, RotaryAngles, attention,
     qlora_linear, rms_norm, rotary, swiglu,
 };
 
@@ -37,8 +34,8 @@ impl<B: KernelBackend, C: CheckpointStrategy> KernelBackend for Autodiff<B, C> {
         x: Tensor<Self, 2>,
         parts: &[LinearPart<Self>],
         dropout: Option<Dropout>,
-    ) -> Projection<Self> {
-        Projection { y: qlora_linear::tracked_forward(x, parts, dropout), u: None }
+    ) -> Tensor<Self, 2> {
+        qlora_linear::tracked_forward(x, parts, dropout)
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
@@ -59,39 +56,5 @@ impl<B: KernelBackend, C: CheckpointStrategy> KernelBackend for Autodiff<B, C> {
 
     fn swiglu(gate_up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         swiglu::tracked_forward(gate_up)
-    }
-}
-
-/// A scalar whose gradient for each of two results is the upstream gradient that is given for it: what seeds a
-/// backward pass that begins in the middle of a model. The scalar itself is 0.
-#[must_use]
-pub fn seeded<B: KernelBackend, const D: usize>(
-    results: [Tensor<Autodiff<B>, D>; 2],
-    upstream: [Tensor<B, D>; 2],
-) -> Tensor<Autodiff<B>, 1> {
-    let device = upstream[0].device();
-    let nodes = results.map(|result| result.into_primitive().tensor().node);
-    let zero = Tensor::<B, 1>::zeros([1], (&device, DType::F32)).into_primitive().tensor();
-    tracked(match Seed.prepare::<NoCheckpointing>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(prep) => {
-            prep.finish(upstream.map(|gradient| gradient.into_primitive().tensor()), zero)
-        }
-        OpsKind::UnTracked(prep) => prep.finish(zero),
-    })
-}
-
-#[derive(Debug)]
-struct Seed;
-
-impl<B: KernelBackend> Backward<B, 2> for Seed {
-    type State = [Float<B>; 2];
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let _ = grads.consume::<B>(&ops.node);
-        for (parent, gradient) in ops.parents.into_iter().zip(ops.state) {
-            if let Some(parent) = parent {
-                grads.register::<B>(parent.id, gradient);
-            }
-        }
     }
 }

@@ -9,8 +9,9 @@ use burn_flex::Flex;
 
 use crate::nf4::Nf4Tensor;
 use crate::{
-    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout, Heads, LinearPart, Projection,
-    RotaryAngles, adamw, attention, cross_entropy, nf4, qlora_linear, rms_norm, rotary, swiglu,
+    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
+    Heads, LinearPart, Projection, RotaryAngles, adamw, attention, cross_entropy, nf4, qlora_linear,
+    rms_norm, rotary, swiglu,
 };
 
 /// Burn's `Backend` and the operations of QLoRA training.
@@ -47,28 +48,57 @@ pub trait KernelBackend: Backend {
         dropout.apply(x)
     }
 
-    /// `y = x Wᵀ + s · drop(x) Aᵀ Bᵀ` of all layers that share x `[n, in]`; see [`qlora_linear`].
+    /// `y = x Wᵀ + s · drop(x) Aᵀ Bᵀ` of all layers that share x `[n, in]`, to `[n, Σ out]`; see [`qlora_linear`]. The
+    /// differentiable form.
     fn qlora_linear(
         x: Tensor<Self, 2>,
         parts: &[LinearPart<Self>],
         dropout: Option<Dropout>,
-    ) -> Projection<Self> {
-        qlora_linear::reference(x, parts, dropout)
+    ) -> Tensor<Self, 2> {
+        let dropped = qlora_linear::dropped(x.clone(), dropout);
+        Self::qlora_project(qlora_linear::Input { x, dropped, residual: None }, parts).y
     }
 
-    /// Gradients of [`Self::qlora_linear`] for x and for the factors.
+    /// The same for a caller that has drop(x), wants u for the backward pass, or adds the result to something.
+    fn qlora_project(input: qlora_linear::Input<Self>, parts: &[LinearPart<Self>]) -> Projection<Self> {
+        qlora_linear::reference(input, parts)
+    }
+
+    /// Gradients of [`Self::qlora_linear`] for x and for the factors, given drop(x).
     fn qlora_linear_backward(
-        x: Tensor<Self, 2>,
+        dropped: Tensor<Self, 2>,
         parts: &[LinearPart<Self>],
         dropout: Option<Dropout>,
         upstream: qlora_linear::Upstream<Self>,
     ) -> qlora_linear::Gradients<Self> {
-        qlora_linear::backward(x, parts, dropout, upstream)
+        qlora_linear::backward(dropped, parts, dropout, upstream)
     }
 
     /// Root-mean-square normalisation of rows `[n, d]`; see [`rms_norm`].
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
         rms_norm::reference(x, weight, epsilon)
+    }
+
+    /// [`Self::rms_norm`], and what dropout leaves of it.
+    fn rms_norm_dropout(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        epsilon: f64,
+        dropout: Option<Dropout>,
+    ) -> [Tensor<Self, 2>; 2] {
+        let y = Self::rms_norm(x, weight, epsilon);
+        [y.clone(), qlora_linear::dropped(y, dropout)]
+    }
+
+    /// Gradient of [`Self::rms_norm`] for `x`, plus the one that flows past the norm.
+    fn rms_norm_backward_residual(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        epsilon: f64,
+        grad: Tensor<Self, 2>,
+        residual: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        residual + rms_norm::backward(x, weight, epsilon, grad, false).0
     }
 
     /// Gradients of [`Self::rms_norm`] for `x` and, if `with_weight`, for the weight.
@@ -127,6 +157,12 @@ pub trait KernelBackend: Backend {
     /// `silu(gate) · up` of joined rows `[n, 2 f]`, to `[n, f]`; see [`swiglu`].
     fn swiglu(gate_up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         swiglu::reference(gate_up)
+    }
+
+    /// [`Self::swiglu`], and what dropout leaves of it.
+    fn swiglu_dropout(gate_up: Tensor<Self, 2>, dropout: Option<Dropout>) -> [Tensor<Self, 2>; 2] {
+        let y = Self::swiglu(gate_up);
+        [y.clone(), qlora_linear::dropped(y, dropout)]
     }
 
     /// Gradient of [`Self::swiglu`] `[n, 2 f]`.

@@ -33,21 +33,49 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         tensor(dropout::kernel::apply(primitive(x), dropout))
     }
 
-    fn qlora_linear(
-        x: Tensor<Self, 2>,
-        parts: &[LinearPart<Self>],
-        dropout: Option<Dropout>,
-    ) -> Projection<Self> {
-        qlora_linear::cube::forward(x, parts, dropout)
+    fn qlora_project(input: qlora_linear::Input<Self>, parts: &[LinearPart<Self>]) -> Projection<Self> {
+        qlora_linear::cube::forward(input, parts)
     }
 
     fn qlora_linear_backward(
-        x: Tensor<Self, 2>,
+        dropped: Tensor<Self, 2>,
         parts: &[LinearPart<Self>],
         dropout: Option<Dropout>,
         upstream: qlora_linear::Upstream<Self>,
     ) -> qlora_linear::Gradients<Self> {
-        qlora_linear::cube::backward(x, parts, dropout, upstream)
+        qlora_linear::cube::backward(dropped, parts, dropout, upstream)
+    }
+
+    fn rms_norm_dropout(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        epsilon: f64,
+        dropout: Option<Dropout>,
+    ) -> [Tensor<Self, 2>; 2] {
+        let Some(dropout) = dropout else {
+            let y = Self::rms_norm(x, weight, epsilon);
+            return [y.clone(), y];
+        };
+        let (y, dropped) =
+            rms_norm::kernel::forward_dropout(primitive(x), primitive(weight), epsilon, dropout);
+        [tensor(y), tensor(dropped)]
+    }
+
+    fn rms_norm_backward_residual(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        epsilon: f64,
+        grad: Tensor<Self, 2>,
+        residual: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        let residual = Some(primitive(residual));
+        tensor(rms_norm::kernel::backward(
+            primitive(x),
+            primitive(weight),
+            epsilon,
+            primitive(grad),
+            residual,
+        ))
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
@@ -100,6 +128,15 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
 
     fn swiglu(gate_up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         tensor(swiglu::kernel::forward(primitive(gate_up)))
+    }
+
+    fn swiglu_dropout(gate_up: Tensor<Self, 2>, dropout: Option<Dropout>) -> [Tensor<Self, 2>; 2] {
+        let Some(dropout) = dropout else {
+            let y = Self::swiglu(gate_up);
+            return [y.clone(), y];
+        };
+        let (y, dropped) = swiglu::kernel::forward_dropout(primitive(gate_up), dropout);
+        [tensor(y), tensor(dropped)]
     }
 
     fn swiglu_backward(gate_up: Tensor<Self, 2>, grad: Tensor<Self, 2>) -> Tensor<Self, 2> {

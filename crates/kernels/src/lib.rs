@@ -39,7 +39,6 @@ pub use nf4::{Nf4Error, Nf4Tensor};
 pub use qlora_linear::{FrozenWeight, LinearPart, LoraTerm, Projection};
 pub use rotary::RotaryAngles;
 
-pub use autodiff::seeded;
 pub use backend::KernelBackend;
 pub use card::{Allocated, BANDWIDTH_EFFICIENCY, Card, CardModel, MATMUL_EFFICIENCY, MODELS, UnknownCard};
 #[cfg(feature = "cuda")]

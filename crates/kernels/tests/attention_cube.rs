@@ -307,6 +307,10 @@ mod cuda {
         let mut failed = vec![];
         for dtype in [DType::BF16, DType::F16, DType::F32] {
             for case in WIDE.into_iter().chain(SMALL) {
+                // For the emulator, on which long rows take minutes.
+                if case.t > 1000 && std::env::var_os("SHORT_ROWS_ONLY").is_some() {
+                    continue;
+                }
                 let errors = run::<Cuda>(case, dtype, &device);
                 println!("{dtype:?} {case:?}: {errors:?}");
                 if errors.worst() > bound(dtype) {

@@ -182,7 +182,13 @@ impl<R: CubeRuntime> Runner<'_, R> {
             let what = format!("quantize {dims:?} {:?} double {double} in {before}+{after}", self.dtype);
             self.same_bits(format!("scales, {what}"), &found.host_absmax(), &host.host_absmax());
             let words = |codes: Vec<u8>| codes.iter().map(|x| f32::from(*x)).collect::<Vec<_>>();
-            self.same_bits(what, &words(found.host_codes()), &words(host.host_codes()));
+            self.same_bits(what.clone(), &words(found.host_codes()), &words(host.host_codes()));
+            let same = Nf4Tensor::<Cube<R>>::quantize(&values, dims, double, self.device);
+            let [found, same] = [found, same].map(|weight| {
+                let words = Tensor::<Cube<R>, 1, Int>::from_primitive(weight.device_parts().0);
+                words.into_data().iter::<i32>().flat_map(i32::to_le_bytes).collect::<Vec<_>>()
+            });
+            self.same_bits(format!("whole words, {what}"), &words(found), &words(same));
         }
     }
     fn ints(&self, values: &[i32]) -> CubeTensor<R> {

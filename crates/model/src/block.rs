@@ -3,7 +3,6 @@
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use buzzer_kernels::qlora_linear::Gradients;
 use buzzer_kernels::{AttentionIndex, Dropout, Heads, KernelBackend, RotaryAngles};
 
 use crate::linear::project;
@@ -12,8 +11,8 @@ use crate::{LayerCache, LlamaConfig, LoraLinear, Target, Weight};
 /// A block of the model.
 #[derive(Module, Debug)]
 pub struct Block<B: Backend> {
-    attention_norm: Param<Tensor<B, 1>>,
-    mlp_norm: Param<Tensor<B, 1>>,
+    pub(crate) attention_norm: Param<Tensor<B, 1>>,
+    pub(crate) mlp_norm: Param<Tensor<B, 1>>,
     q: LoraLinear<B>,
     k: LoraLinear<B>,
     v: LoraLinear<B>,
@@ -22,7 +21,7 @@ pub struct Block<B: Backend> {
     up: LoraLinear<B>,
     down: LoraLinear<B>,
     head_dim: usize,
-    epsilon: f64,
+    pub(crate) epsilon: f64,
 }
 
 /// What every block of one pass shares.
@@ -32,15 +31,6 @@ pub struct BlockContext<B: Backend> {
     pub angles: RotaryAngles<B>,
     /// Who may look at whom.
     pub index: AttentionIndex<B>,
-}
-
-/// What a block has computed before its last product.
-#[derive(Clone, Debug)]
-pub struct Trunk<B: Backend> {
-    /// The residual stream after attention `[n, d]`.
-    pub residual: Tensor<B, 2>,
-    /// The input of the last product `[n, f]`.
-    pub activated: Tensor<B, 2>,
 }
 
 impl<B: Backend> BlockContext<B> {
@@ -127,7 +117,7 @@ impl<B: Backend> Block<B> {
 
 impl<B: KernelBackend> Block<B> {
     /// Rows `x [n, d]` of b rows of t tokens, n = b t, to `[n, d]`. `dropout` is this block's; layers that share an input
-    /// share a mask derived from it.
+    /// share a mask derived from it. The differentiable form, and the one for answering.
     ///
     /// With a cache, keys and values are appended to it and the context's keys are those of the cache.
     #[must_use]
@@ -138,23 +128,10 @@ impl<B: KernelBackend> Block<B> {
         dropout: Option<Dropout>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Tensor<B, 2> {
-        let Trunk { residual, activated } = self.trunk(x, context, dropout, cache);
-        residual + self.project(&[Target::Down], activated, dropout)
-    }
-
-    /// All of the block but its last product, whose result training does not need a second time.
-    #[must_use]
-    pub fn trunk(
-        &self,
-        x: Tensor<B, 2>,
-        context: &BlockContext<B>,
-        dropout: Option<Dropout>,
-        cache: Option<&mut LayerCache<B>>,
-    ) -> Trunk<B> {
         let residual = x.clone() + self.attention(x, context, dropout, cache);
         let h = B::rms_norm(residual.clone(), self.mlp_norm.val(), self.epsilon);
         let activated = B::swiglu(self.project(&[Target::Gate, Target::Up], h, dropout));
-        Trunk { residual, activated }
+        residual + self.project(&[Target::Down], activated, dropout)
     }
 
     fn attention(
@@ -181,7 +158,7 @@ impl<B: KernelBackend> Block<B> {
         self.project(&[Target::O], o, dropout)
     }
 
-    fn heads(&self) -> Heads {
+    pub(crate) fn heads(&self) -> Heads {
         let heads = |layer: &LoraLinear<B>| layer.weight.dims()[0] / self.head_dim;
         Heads { queries: heads(&self.q), keys: heads(&self.k), width: self.head_dim }
     }
@@ -190,20 +167,9 @@ impl<B: KernelBackend> Block<B> {
         let layers = targets.iter().map(|&target| self.linear(target)).collect::<Vec<_>>();
         project(&layers, x, mask_of(targets[0], dropout))
     }
-
-    /// Gradients of the last product for `activated` and for its factors, given the one at the block's output `[n, d]`.
-    #[must_use]
-    pub fn down_backward(
-        &self,
-        activated: Tensor<B, 2>,
-        dropout: Option<Dropout>,
-        grad: Tensor<B, 2>,
-    ) -> Gradients<B> {
-        self.down.backward(activated, mask_of(Target::Down, dropout), grad)
-    }
 }
 
 /// The mask of the input that a linear shares with those that follow it.
-fn mask_of(first: Target, dropout: Option<Dropout>) -> Option<Dropout> {
+pub(crate) fn mask_of(first: Target, dropout: Option<Dropout>) -> Option<Dropout> {
     dropout.map(|dropout| dropout.derive(first as u64))
 }

@@ -11,11 +11,13 @@ mod error;
 mod linear;
 mod llama;
 mod names;
+mod recompute;
 
-pub use block::{Block, BlockContext, Trunk};
+pub use block::{Block, BlockContext};
 pub use cache::{KvCache, LayerCache};
 pub use config::LlamaConfig;
 pub use error::ModelError;
 pub use linear::{Lora, LoraLinear, LoraSettings, Weight};
 pub use llama::Llama;
 pub use names::{Target, block_tensor};
+pub use recompute::BlockGradients;

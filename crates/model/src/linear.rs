@@ -3,7 +3,6 @@
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
-use buzzer_kernels::qlora_linear::{Gradients, Upstream};
 use buzzer_kernels::{Dropout, FrozenWeight, KernelBackend, LinearPart, LoraTerm, Nf4Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -165,7 +164,7 @@ impl<B: Backend> LoraLinear<B> {
         matches!(&self.weight, Weight::Dense(weight) if weight.val().is_require_grad())
     }
 
-    fn part(&self) -> LinearPart<B> {
+    pub(crate) fn part(&self) -> LinearPart<B> {
         let weight = match &self.weight {
             Weight::Dense(weight) => FrozenWeight::Dense(weight.val()),
             Weight::Nf4(weight) => FrozenWeight::Nf4(weight.clone()),
@@ -181,7 +180,7 @@ pub(crate) fn project<B: KernelBackend>(
     dropout: Option<Dropout>,
 ) -> Tensor<B, 2> {
     if !layers.iter().any(|layer| layer.is_trained()) {
-        return B::qlora_linear(x, &layers.iter().map(|layer| layer.part()).collect::<Vec<_>>(), dropout).y;
+        return B::qlora_linear(x, &layers.iter().map(|layer| layer.part()).collect::<Vec<_>>(), dropout);
     }
     let dropped = dropout.map_or(x.clone(), |dropout| B::dropout(x.clone(), dropout));
     let result = |layer: &&LoraLinear<B>| {
@@ -195,13 +194,6 @@ pub(crate) fn project<B: KernelBackend>(
 }
 
 impl<B: KernelBackend> LoraLinear<B> {
-    /// The gradients of this layer alone, given its input `x [n, in]` and the upstream gradient `[n, out]`; the weight
-    /// gets none.
-    #[must_use]
-    pub fn backward(&self, x: Tensor<B, 2>, dropout: Option<Dropout>, grad: Tensor<B, 2>) -> Gradients<B> {
-        B::qlora_linear_backward(x, &[self.part()], dropout, Upstream { grad, u: None, with_x: true })
-    }
-
     /// The layer with its correction added into a dense weight: `W + s · B A`.
     #[must_use]
     pub fn merged(&self, dtype: DType) -> Tensor<B, 2> {

@@ -212,8 +212,12 @@ impl<B: KernelBackend> Llama<B> {
     /// Logits `[n, v]` in f32 of hidden states `[n, d]`.
     #[must_use]
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
-        let head = LinearPart { weight: FrozenWeight::Dense(self.head_weight()), lora: None };
-        B::qlora_linear(hidden, &[head], None).y.cast(DType::F32)
+        let head = self.head_weight();
+        if head.is_require_grad() {
+            return hidden.clone().matmul(head.cast(hidden.dtype()).transpose()).cast(DType::F32);
+        }
+        let head = LinearPart { weight: FrozenWeight::Dense(head), lora: None };
+        B::qlora_linear(hidden, &[head], None).cast(DType::F32)
     }
 
     /// Adds every correction into its weight, which becomes dense in the model's dtype.

@@ -52,7 +52,11 @@ impl<B: Backend> DeviceBatch<B> {
 
     /// The rows of `x [b t, d]` that reach the head.
     #[must_use]
-    pub fn at_head<C: Backend>(&self, x: Tensor<C, 2>, map: impl Fn(Tensor<B, 1, Int>) -> Tensor<C, 1, Int>) -> Tensor<C, 2> {
+    pub fn at_head<C: Backend>(
+        &self,
+        x: Tensor<C, 2>,
+        map: impl Fn(Tensor<B, 1, Int>) -> Tensor<C, 1, Int>,
+    ) -> Tensor<C, 2> {
         match &self.loss_rows {
             Some(rows) => x.select(0, map(rows.clone())),
             None => x,

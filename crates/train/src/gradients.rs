@@ -40,7 +40,7 @@ impl<B: KernelBackend> LoraGradients<B> {
     /// The factor whose gradient is the first, in the order of the backward pass, that is no finite number.
     #[must_use]
     pub fn first_non_finite(&self) -> Option<(usize, Target)> {
-        let finite = |gradient: &Tensor<B, 2>| scalar(gradient.clone().abs().max()).is_finite();
+        let finite = |gradient: &Tensor<B, 2>| scalar(gradient.clone().abs().sum()).is_finite();
         let mut backwards = self.factors.iter().rev();
         backwards.find(|(_, pair)| !pair.iter().all(finite)).map(|(&place, _)| place)
     }

@@ -21,5 +21,5 @@ pub use gradients::LoraGradients;
 pub use plan::{Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork};
 pub use pretrain::{PretrainSettings, Pretrainer};
 pub use schedule::{Schedule, ScheduleKind};
-pub use step::{BlockPass, backward_by_blocks, mean_loss};
+pub use step::{BlockPass, PassSettings, backward_by_blocks, mean_loss};
 pub use trainer::{LoraOptimizer, OptimizerSettings, StepReport, TrainSettings, Trainer};

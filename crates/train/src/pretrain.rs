@@ -64,7 +64,12 @@ impl<B: KernelBackend> Pretrainer<B> {
         }
         let (loss, mut grads, head) = self.backward(&batch);
         if !loss.is_finite() {
-            return Err(TrainError::NonFinite { step, what: "loss", value: loss, place: "the whole model".into() });
+            return Err(TrainError::NonFinite {
+                step,
+                what: "loss",
+                value: loss,
+                place: "the whole model".into(),
+            });
         }
         let mut gather = Gather::<B> { grads: &mut grads, found: HashMap::new() };
         self.model = self.model.clone().map(&mut gather);
@@ -101,7 +106,12 @@ impl<B: KernelBackend> Pretrainer<B> {
         let squares = gradients.values().map(|gradient| gradient.clone().square().sum());
         let norm = squares.reduce(|sum, next| sum + next).map_or(0.0, |sum| f64::from(scalar(sum)).sqrt());
         if !norm.is_finite() {
-            return Err(TrainError::NonFinite { step, what: "gradient norm", value: norm, place: "the whole model".into() });
+            return Err(TrainError::NonFinite {
+                step,
+                what: "gradient norm",
+                value: norm,
+                place: "the whole model".into(),
+            });
         }
         let factor = self.settings.optimizer.clip_factor(norm);
         for gradient in gradients.values_mut() {

@@ -1,20 +1,17 @@
-//! Forward without autodiff, backward block by block.
+//! Forward and backward block by block, without autodiff.
 //!
 //! ```text
 //! forward   x₀ = embed(ids)    xᵢ₊₁ = blockᵢ(xᵢ)     keep every xᵢ, nothing else
 //! head      loss and dL/dx of the last one
-//! backward  for i from the last to 0: blockᵢ(xᵢ) under autodiff up to its last product, whose gradients need no
-//!           second run; they seed the rest, and g ← dL/dxᵢ
+//! backward  for i from the last to 0: blockᵢ runs again from xᵢ and walks back, g ← dL/dxᵢ
 //! ```
 //!
 //! Memory at the peak is one tensor `[b t, d]` a block, one block's activations, and one chunk of logits. A block's
 //! dropout masks come from a key, so the second run draws the same ones.
 
-use burn::backend::Autodiff;
-use burn::module::AutodiffModule;
 use burn::tensor::{DType, IndexingUpdateOp, Tensor};
-use buzzer_kernels::{Dropout, KernelBackend, seeded};
-use buzzer_model::{Block, BlockContext, Llama, Target, Trunk};
+use buzzer_kernels::{Dropout, KernelBackend};
+use buzzer_model::{BlockContext, Llama};
 
 use crate::gradients::scalar;
 use crate::{DeviceBatch, LoraGradients};
@@ -35,6 +32,29 @@ impl<B: KernelBackend> BlockPass<B> {
     }
 }
 
+/// How a batch is passed through the model and back.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PassSettings {
+    /// What the sum of the losses is multiplied by before the backward pass.
+    pub scale: f64,
+    /// Dropout of the batch, if any.
+    pub dropout: Option<Dropout>,
+    /// Keep the input of every so many blocks only, and compute those between again: less memory, more work.
+    pub checkpoint_every: usize,
+}
+
+impl PassSettings {
+    /// No dropout, and every block's input kept.
+    #[must_use]
+    pub fn new(scale: f64) -> Self {
+        Self { scale, dropout: None, checkpoint_every: 1 }
+    }
+
+    fn of_block(&self, layer: usize) -> Option<Dropout> {
+        self.dropout.map(|dropout| dropout.derive(layer as u64))
+    }
+}
+
 /// Gradients of `scale` times the sum of a batch's losses, for every LoRA factor.
 ///
 /// With `scale = 1 / targets of the whole step` the gradients of several batches add up to those of one large batch.
@@ -42,26 +62,37 @@ impl<B: KernelBackend> BlockPass<B> {
 pub fn backward_by_blocks<B: KernelBackend>(
     model: &Llama<B>,
     batch: &DeviceBatch<B>,
-    scale: f64,
-    dropout: Option<Dropout>,
+    settings: &PassSettings,
 ) -> BlockPass<B> {
     let context = context(model, batch);
-    let of_block = |layer: usize| dropout.map(|dropout| dropout.derive(layer as u64));
-    let mut inputs = Vec::with_capacity(model.blocks.len());
+    let every = settings.checkpoint_every.max(1);
+    let mut checkpoints = Vec::with_capacity(model.blocks.len().div_ceil(every));
     let mut x = model.embed(batch.ids.clone());
     for (layer, block) in model.blocks.iter().enumerate() {
-        inputs.push(x.clone());
-        x = block.forward(x, &context, of_block(layer), None);
+        if layer.is_multiple_of(every) {
+            checkpoints.push(x.clone());
+        }
+        x = block.run(x, &context, settings.of_block(layer));
     }
-    let (loss, upstream) = backward_of_head(model, batch, x, scale);
+    let (loss, upstream) = backward_of_head(model, batch, x, settings.scale);
     let mut upstream = Some(upstream);
-    let context = context.map(Tensor::from_inner, Tensor::from_inner);
     let mut gradients = LoraGradients::default();
-    while let (Some(input), Some(grad)) = (inputs.pop(), upstream.take()) {
-        let layer = inputs.len();
-        let pass =
-            Recomputation { layer, block: &model.blocks[layer], context: &context, dropout: of_block(layer) };
-        upstream = pass.backward(input, grad, &mut gradients);
+    while let Some(checkpoint) = checkpoints.pop() {
+        let first = checkpoints.len() * every;
+        let last = model.blocks.len().min(first + every) - 1;
+        let mut inputs = vec![checkpoint];
+        for layer in first..last {
+            let input = inputs[layer - first].clone();
+            inputs.push(model.blocks[layer].run(input, &context, settings.of_block(layer)));
+        }
+        while let Some(input) = inputs.pop() {
+            let Some(grad) = upstream.take() else { break };
+            let layer = first + inputs.len();
+            let dropout = settings.of_block(layer);
+            let found = model.blocks[layer].backward(input, &context, dropout, grad, layer > 0);
+            gradients.factors.extend(found.factors.into_iter().map(|(target, pair)| ((layer, target), pair)));
+            upstream = found.x;
+        }
     }
     BlockPass { loss, gradients }
 }
@@ -108,68 +139,20 @@ pub(crate) fn locate_non_finite<B: KernelBackend>(
     dropout: Option<Dropout>,
 ) -> String {
     let context = context(model, batch);
-    let finite = |x: &Tensor<B, 2>| scalar(x.clone().cast(DType::F32).abs().max()).is_finite();
+    let finite = |x: &Tensor<B, 2>| scalar(x.clone().cast(DType::F32).abs().sum()).is_finite();
     let mut x = model.embed(batch.ids.clone());
     if !finite(&x) {
         return "the embedding".into();
     }
     for (layer, block) in model.blocks.iter().enumerate() {
         let dropout = dropout.map(|dropout| dropout.derive(layer as u64));
-        let Trunk { residual, activated } = block.trunk(x.clone(), &context, dropout, None);
-        x = block.forward(x, &context, dropout, None);
-        for (part, value) in [("attention", residual), ("the MLP's gate", activated), ("the MLP", x.clone())] {
-            if !finite(&value) {
+        let between = block.run_attention(x.clone(), &context, dropout);
+        x = block.run(x, &context, dropout);
+        for (part, value) in [("attention", &between), ("the MLP", &x)] {
+            if !finite(value) {
                 return format!("{part} of block {layer}");
             }
         }
     }
     "the head".into()
-}
-
-/// One block, run again.
-struct Recomputation<'a, B: KernelBackend> {
-    layer: usize,
-    block: &'a Block<B>,
-    context: &'a BlockContext<Autodiff<B>>,
-    dropout: Option<Dropout>,
-}
-
-impl<B: KernelBackend> Recomputation<'_, B> {
-    /// Adds the block's gradients; returns the one at its input. The first block's input asks for none, and gets none.
-    fn backward(
-        &self,
-        input: Tensor<B, 2>,
-        upstream: Tensor<B, 2>,
-        gradients: &mut LoraGradients<B>,
-    ) -> Option<Tensor<B, 2>> {
-        let block = self.tracked_block();
-        let input = Tensor::<Autodiff<B>, 2>::from_inner(input).set_require_grad(self.layer > 0);
-        let Trunk { residual, activated } = block.trunk(input.clone(), self.context, self.dropout, None);
-        let down = self.block.down_backward(activated.clone().inner(), self.dropout, upstream.clone());
-        let d_activated = down.x.unwrap_or_else(|| activated.clone().inner().zeros_like());
-        let mut grads = seeded([residual, activated], [upstream, d_activated]).backward();
-        for pair in down.factors {
-            gradients.factors.insert((self.layer, Target::Down), pair);
-        }
-        for target in Target::ALL {
-            let Some(lora) = &block.linear(target).lora else { continue };
-            let [a, b] = [&lora.a, &lora.b].map(|factor| factor.val().grad_remove(&mut grads));
-            if let (Some(a), Some(b)) = (a, b) {
-                gradients.factors.insert((self.layer, target), [a.cast(DType::F32), b.cast(DType::F32)]);
-            }
-        }
-        input.grad_remove(&mut grads)
-    }
-
-    /// Without autodiff a parameter does not remember that it wants a gradient; only those of the factors do here.
-    fn tracked_block(&self) -> Block<Autodiff<B>> {
-        let mut block = Block::<Autodiff<B>>::from_inner(self.block.clone());
-        for target in Target::ALL {
-            if let Some(lora) = &mut block.linear_mut(target).lora {
-                lora.a = lora.a.clone().set_require_grad(true);
-                lora.b = lora.b.clone().set_require_grad(true);
-            }
-        }
-        block
-    }
 }

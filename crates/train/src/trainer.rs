@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gradients::scalar;
 use crate::scaling::LossScale;
-use crate::step::locate_non_finite;
+use crate::step::{PassSettings, locate_non_finite};
 use crate::{DeviceBatch, LoraGradients, Schedule, ScheduleKind, TrainError, backward_by_blocks, mean_loss};
 
 /// AdamW's numbers and the clipping in front of it.
@@ -87,6 +87,13 @@ pub struct TrainSettings {
     pub dropout: f64,
     /// Decides the order of the rows and the dropout masks.
     pub seed: u64,
+    /// Keep the input of every so many blocks only, and compute those between again: less memory, more work.
+    #[serde(default = "one")]
+    pub checkpoint_every: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// What one step did.
@@ -243,6 +250,9 @@ impl TrainSettings {
         if self.batch_rows == 0 {
             return wrong("--batch", "0".into(), "one row or more");
         }
+        if self.checkpoint_every == 0 {
+            return wrong("--checkpoint-every", "0".into(), "one block or more");
+        }
         if self.accumulation == 0 {
             return wrong("--accumulate", "0".into(), "one batch or more");
         }
@@ -397,8 +407,12 @@ impl<B: KernelBackend> Trainer<B> {
         let mut sum = LoraGradients { factors: BTreeMap::new() };
         let mut losses = Vec::with_capacity(uploaded.len());
         for (number, batch) in uploaded.iter().enumerate().filter(|(_, batch)| batch.loss_tokens > 0) {
-            let dropout = self.dropout(step, number);
-            let pass = backward_by_blocks(&self.model, batch, scale * loss_scale, dropout);
+            let settings = PassSettings {
+                scale: scale * loss_scale,
+                dropout: self.dropout(step, number),
+                checkpoint_every: self.settings.checkpoint_every,
+            };
+            let pass = backward_by_blocks(&self.model, batch, &settings);
             losses.push((number, pass.loss));
             sum.add(pass.gradients);
         }

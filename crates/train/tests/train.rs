@@ -18,8 +18,8 @@ use buzzer_kernels::{Dropout, Nf4Tensor};
 use buzzer_model::{Block, BlockContext, Llama, LlamaConfig, LoraSettings, Target, Weight};
 use buzzer_text::Example;
 use buzzer_train::{
-    DeviceBatch, LoraGradients, LoraOptimizer, OptimizerSettings, PretrainSettings, Pretrainer, Schedule, ScheduleKind,
-    StepReport, TrainError, TrainSettings, Trainer, backward_by_blocks, mean_loss,
+    DeviceBatch, LoraGradients, LoraOptimizer, OptimizerSettings, PassSettings, PretrainSettings, Pretrainer,
+    Schedule, ScheduleKind, StepReport, TrainError, TrainSettings, Trainer, backward_by_blocks, mean_loss,
 };
 
 type Ad = Autodiff<Flex>;
@@ -175,6 +175,7 @@ fn settings() -> TrainSettings {
         optimizer: OptimizerSettings { weight_decay: 0.01, ..OptimizerSettings::default() },
         dropout: 0.0,
         seed: 1,
+        checkpoint_every: 1,
     }
 }
 
@@ -187,9 +188,16 @@ fn tracked_loss(model: &Llama<Ad>, batch: &DeviceBatch<Flex>, dropout: Option<Dr
     let lift = |ids: &Tensor<Flex, 2, Int>| Tensor::<Ad, 2, Int>::from_inner(ids.clone());
     let context = BlockContext::rows(model.config(), lift(&batch.documents), lift(&batch.positions));
     let hidden = model.hidden(lift(&batch.ids), &context, dropout);
-    let logits = model.logits(hidden.select(0, Tensor::from_inner(batch.loss_rows.clone())));
-    let targets = Tensor::<Ad, 1, Int>::from_inner(batch.targets.clone());
-    log_softmax(logits, 1).gather(1, targets.reshape([batch.loss_tokens, 1])).mean().neg()
+    let logits = model.logits(batch.at_head(hidden, Tensor::from_inner));
+    let targets = batch.targets.clone().into_data().iter::<i32>().collect::<Vec<_>>();
+    let bearing = targets.iter().enumerate().filter(|(_, target)| **target >= 0);
+    let (rows, targets): (Vec<i32>, Vec<i32>) = bearing.map(|(row, target)| (row as i32, *target)).unzip();
+    let line = |values: Vec<i32>| {
+        let length = values.len();
+        Tensor::<Ad, 1, Int>::from_data(TensorData::new(values, [length]), &Default::default())
+    };
+    let chosen = line(targets).reshape([batch.loss_tokens, 1]);
+    log_softmax(logits.select(0, line(rows)), 1).gather(1, chosen).mean().neg()
 }
 
 /// Mean loss and its gradients by autodiff over the whole model at once.
@@ -222,21 +230,24 @@ fn block_by_block_equals_autodiff_over_the_whole_model() {
     assert!(rows.len() > 1 && host_batch.documents.contains(&-1) && host_batch.documents.contains(&1));
     let batch = DeviceBatch::new(&host_batch, &Default::default());
     let scale = 1.0 / batch.loss_tokens as f64;
-    for dropout in [None, Some(Dropout { probability: 0.2, key: 3 })] {
+    for (dropout, checkpoint_every) in [None, Some(Dropout { probability: 0.2, key: 3 })]
+        .into_iter()
+        .flat_map(|d| [1, 2, 3, 5].map(|n| (d, n)))
+    {
         let (loss, expected) = plain_autodiff(&model, &batch, dropout);
-        let found = backward_by_blocks(&model, &batch, scale, dropout);
+        let found = backward_by_blocks(&model, &batch, &PassSettings { scale, dropout, checkpoint_every });
         close(found.loss_sum() * scale, loss, 1e-5);
         assert_eq!(found.gradients.factors.len(), 3 * 7);
         for (place, expected) in &expected.factors {
             for (found, expected) in found.gradients.factors[place].iter().zip(expected) {
                 let error = distance(&host(found.clone()), &host(expected.clone()));
-                assert!(error < 1e-5, "{place:?} with {dropout:?}: {error}");
+                assert!(error < 1e-5, "{place:?} with {dropout:?}, every {checkpoint_every}: {error}");
             }
         }
     }
     let (mean, targets) = mean_loss(&model, &batch);
     assert_eq!(targets, batch.loss_tokens);
-    close(mean, backward_by_blocks(&model, &batch, scale, None).loss_sum() * scale, 1e-6);
+    close(mean, backward_by_blocks(&model, &batch, &PassSettings::new(scale)).loss_sum() * scale, 1e-6);
 }
 
 #[test]
@@ -245,7 +256,9 @@ fn the_loss_rises_along_the_gradient_by_its_norm() {
     let batch = on_device(&packed(9));
     let scale = 1.0 / batch.loss_tokens as f64;
     for dropout in [None, Some(Dropout { probability: 0.2, key: 3 })] {
-        let gradients = backward_by_blocks(&model, &batch, scale, dropout).gradients;
+        let gradients =
+            backward_by_blocks(&model, &batch, &PassSettings { dropout, ..PassSettings::new(scale) })
+                .gradients;
         let norm = gradients.norm();
         let at = |distance: f64| {
             let mut moved = model.clone();
@@ -253,7 +266,9 @@ fn the_loss_rises_along_the_gradient_by_its_norm() {
                 let [da, db] = gradients.factors[&place].clone();
                 [a + da.mul_scalar(distance / norm), b + db.mul_scalar(distance / norm)]
             });
-            backward_by_blocks(&moved, &batch, scale, dropout).loss_sum() * scale
+            backward_by_blocks(&moved, &batch, &PassSettings { dropout, ..PassSettings::new(scale) })
+                .loss_sum()
+                * scale
         };
         close((at(5e-3) - at(-5e-3)) / 1e-2, norm, 5e-3);
     }
@@ -329,9 +344,9 @@ fn documents_in_a_row_do_not_feel_each_other() {
     assert_eq!((one_count, two_count, count), (6, 8, 14));
     close(mean, (6.0 * one_mean + 8.0 * two_mean) / 14.0, 1e-5);
 
-    let mut sum = backward_by_blocks(&model, &one, 1.0, None).gradients;
-    sum.add(backward_by_blocks(&model, &two, 1.0, None).gradients);
-    let found = backward_by_blocks(&model, &together, 1.0, None).gradients;
+    let mut sum = backward_by_blocks(&model, &one, &PassSettings::new(1.0)).gradients;
+    sum.add(backward_by_blocks(&model, &two, &PassSettings::new(1.0)).gradients);
+    let found = backward_by_blocks(&model, &together, &PassSettings::new(1.0)).gradients;
     let error = distance(&flat(&found), &flat(&sum));
     assert!(error < 1e-5, "{error}");
 
@@ -343,7 +358,7 @@ fn documents_in_a_row_do_not_feel_each_other() {
             documents.insert(place, Example { loss_mask: vec![false; 9], ..other });
             let batch = on_device(&[row(&documents, LossOn::Answers)]);
             assert_eq!(batch.loss_tokens, 6);
-            backward_by_blocks(&model, &batch, 1.0, None)
+            backward_by_blocks(&model, &batch, &PassSettings::new(1.0))
         };
         let (before, after) = (pass(second.clone()), pass(document(9, 55)));
         close(after.loss_sum(), before.loss_sum(), 1e-6);
@@ -364,7 +379,7 @@ fn only_answers_bear_loss_where_only_they_are_asked_for() {
     let loss = |place: usize| f64::from(-log_p[(place - 1) * VOCABULARY + row.ids[place] as usize]);
     let answers: f64 = (4..9).chain(9 + 3..9 + 6).map(loss).sum();
     close(mean_loss(&model, &batch).0, answers / 8.0, 1e-5);
-    close(backward_by_blocks(&model, &batch, 0.125, None).loss_sum(), answers, 1e-5);
+    close(backward_by_blocks(&model, &batch, &PassSettings::new(0.125)).loss_sum(), answers, 1e-5);
 }
 
 #[test]
@@ -400,7 +415,10 @@ fn a_loss_that_is_no_number_names_the_step_and_changes_nothing() {
         "{error:?}"
     );
     let text = error.to_string();
-    assert!(text.contains("step 4: the loss is NaN, first in the embedding") && text.contains("--lr"), "{text}");
+    assert!(
+        text.contains("step 4: the loss is NaN, first in the embedding") && text.contains("--lr"),
+        "{text}"
+    );
     assert_eq!(factors(trainer.model()), before);
     assert_eq!(trainer.steps_done(), 3);
 }
@@ -500,7 +518,7 @@ fn a_run_takes_exactly_its_steps() {
 
 #[test]
 fn gradients_are_clipped_together() {
-    let pass = backward_by_blocks(&trained(), &on_device(&packed(9)), 1.0, None);
+    let pass = backward_by_blocks(&trained(), &on_device(&packed(9)), &PassSettings::new(1.0));
     let whole = flat(&pass.gradients);
     let norm = whole.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt();
     for (most, factor) in [(None, 1.0), (Some(norm * 2.0), 1.0), (Some(norm / 4.0), 0.25)] {

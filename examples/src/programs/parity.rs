@@ -15,7 +15,7 @@ use buzzer::kernels::{KernelBackend, Nf4Tensor};
 use buzzer::model::{BlockContext, Llama, Target, Weight, block_tensor};
 use buzzer::text::Tokenizer;
 use buzzer::train::{
-    DeviceBatch, LoraOptimizer, OptimizerSettings, Schedule, ScheduleKind, backward_by_blocks,
+    DeviceBatch, LoraOptimizer, OptimizerSettings, PassSettings, Schedule, ScheduleKind, backward_by_blocks,
 };
 use buzzer::weights::{Absmax, Adapter, Checkpoint, Nf4Stored, Quantization, attach_adapter, load_llama};
 use buzzer::{Device, DeviceJob};
@@ -276,7 +276,7 @@ impl<B: KernelBackend> Golden<'_, B> {
         for (step, logged) in log.iter().enumerate() {
             let batch = DeviceBatch::<B>::new(&rows.batch(step * TRAIN_ROWS, TRAIN_ROWS)?, self.device);
             let scale = 1.0 / batch.loss_tokens as f64;
-            let pass = backward_by_blocks(&model, &batch, scale, None);
+            let pass = backward_by_blocks(&model, &batch, &PassSettings::new(scale));
             if step == 0 {
                 self.gradients(&pass.gradients)?;
             }

@@ -6,7 +6,7 @@
 //!
 //! at step n, counted from 1, with learning rate η and weight decay λ; PyTorch's order of operations. Loshchilov and
 //! Hutter, "Decoupled Weight Decay Regularization", <https://arxiv.org/abs/1711.05101>. Everything is f32: 16 bytes read
-//! and 12 written for each element.
+//! and 12 written for each element. [`reference8`] keeps the moments in 8 bits instead.
 
 mod eight_bit;
 #[cfg(feature = "cubecl")]

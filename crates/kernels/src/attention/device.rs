@@ -19,7 +19,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::ranges::Ranges;
-use super::{flash, plain};
+use super::{flash, gradients, plain};
 
 /// The `lse` of a query that sees nothing, and the score of a hidden pair: finite, and below every score.
 pub(super) const HIDDEN: f32 = -1e30;
@@ -98,9 +98,9 @@ pub fn forward<R: CubeRuntime>(
     let mut o = empty(&q, &[b, t, h, w], q.dtype);
     o.meta.swap(1, 2);
     let lse = empty(&q, &[b, h, t], DType::F32);
-    if let Some(depth) = flash::depth(&[&q, &k, &v]) {
+    if let Some(build) = flash::build(&[&q, &k, &v]) {
         let index = Index::new(index, flash::EDGE);
-        flash::forward([&q, &k, &v], &index, &o, &lse, depth);
+        flash::forward([&q, &k, &v], &index, &o, &lse, build);
     } else {
         let index = Index::new(index, plain::EDGE);
         plain::forward([&q, &k, &v], &index, &o, &lse);
@@ -126,9 +126,9 @@ pub fn backward<R: CubeRuntime>(
     let g = dims(&k)[1];
     let joined = empty(&q, &[b, t, h + 2 * g, w], q.dtype);
     let along = row_products(&o, &grad);
-    if let Some(depth) = flash::depth(&[&q, &k, &v, &grad]) {
+    if let Some(build) = flash::build(&[&q, &k, &v, &grad]) {
         let index = Index::new(index, flash::EDGE);
-        flash::backward([&q, &k, &v], &grad, [&lse, &along], &index, &joined, depth);
+        gradients::backward([&q, &k, &v], &grad, [&lse, &along], &index, &joined, build);
     } else {
         let index = Index::new(index, plain::EDGE);
         plain::backward([&q, &k, &v], &grad, [&lse, &along], &index, &joined);

@@ -29,9 +29,13 @@ pub mod device;
 #[cfg(feature = "cubecl")]
 mod flash;
 #[cfg(feature = "cubecl")]
+mod gradients;
+#[cfg(feature = "cubecl")]
 mod plain;
 #[cfg(feature = "cubecl")]
 mod ranges;
+#[cfg(feature = "cubecl")]
+mod tiles;
 
 /// The document of a key that no query may see.
 pub const SEPARATE: i32 = -2;
@@ -115,11 +119,7 @@ impl Heads {
     pub fn split<B: Backend>(self, rows: Tensor<B, 2>, [b, t]: [usize; 2]) -> [Tensor<B, 4>; 3] {
         let heads = rows.reshape([b, t, self.queries + 2 * self.keys, self.width]).swap_dims(1, 2);
         let part = |start, count| heads.clone().narrow(1, start, count);
-        [
-            part(0, self.queries),
-            part(self.queries, self.keys),
-            part(self.queries + self.keys, self.keys),
-        ]
+        [part(0, self.queries), part(self.queries, self.keys), part(self.queries + self.keys, self.keys)]
     }
 }
 

@@ -4,7 +4,7 @@ use burn::tensor::{DType, Int, Tensor};
 
 use super::{CrossEntropyGradient, kernel};
 use crate::device::{Cube, Matrix, int_primitive, primitive, tensor, uninitialized};
-use crate::product::{self, Product, ProductRuntime};
+use crate::product::{self, Plus, Product, ProductRuntime};
 
 /// Rows whose logits are held at a time: 128 MiB for 32,000 words, and enough rows for a fast product.
 pub(crate) const CHUNK_ROWS: usize = 1024;
@@ -44,7 +44,7 @@ pub(crate) fn with_gradient<R: ProductRuntime>(
         let (losses, d_logits) = kernel::rows(logits, targets, scale as f32, dtype);
         loss_sum = loss_sum + tensor::<R, 1>(losses).sum();
         let (a, c) = (Matrix::new(d_logits), gradient.rows(start, count));
-        product::run(Product { a, b: head.clone(), c, alpha: 1.0, beta: 0.0 });
+        product::run(Product { a, b: head.clone(), c, alpha: 1.0, plus: Plus::Nothing });
     }
     CrossEntropyGradient { loss_sum, hidden: tensor(gradient.tensor), head: None }
 }

@@ -196,7 +196,8 @@ fn add_kernel<F: Float, N: Size>(
     }
 }
 
-/// `drop(x)` of rows `[n, d]`, contiguous; x itself if nothing is dropped.
+/// `drop(x)` of rows `[n, d]`, contiguous: x itself if nothing is dropped, and in its
+/// memory if nobody else holds it.
 #[must_use]
 pub fn apply<R: CubeRuntime>(x: CubeTensor<R>, dropout: Dropout) -> CubeTensor<R> {
     if dropout.probability == 0.0 {
@@ -204,7 +205,8 @@ pub fn apply<R: CubeRuntime>(x: CubeTensor<R>, dropout: Dropout) -> CubeTensor<R
     }
     let x = side_by_side(x);
     let [n, d] = dims(&x);
-    let y = empty(&x, [n, d]);
+    let in_place = x.can_mut() && x.is_contiguous();
+    let y = if in_place { x.clone() } else { empty(&x, [n, d]) };
     let width = vector_width(d, &[&x]);
     let (cubes, units) = launch_shape(n, d / width);
     // SAFETY: units past the last row or the last vector of a row neither read nor write.
@@ -215,7 +217,7 @@ pub fn apply<R: CubeRuntime>(x: CubeTensor<R>, dropout: Dropout) -> CubeTensor<R
             units,
             width,
             x.clone().into_tensor_arg(),
-            y.clone().into_tensor_arg(),
+            if in_place { y.as_tensor_alias(0) } else { y.clone().into_tensor_arg() },
             mask(dropout, [n, d]),
             n,
             d / width,

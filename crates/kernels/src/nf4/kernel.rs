@@ -1,7 +1,8 @@
 //! NF4 on a device: dense weights from packed ones, and packed ones from dense.
 //!
 //! A unit of [`dequantize`] expands words of eight codes, so that a plane reads its words side by side and writes 16 bytes
-//! a unit side by side. Levels come from 16 words of shared memory, one bank each, which all units read without conflict.
+//! a unit side by side. It reads all its words before it waits for one. Levels come from 16 words of shared memory, one
+//! bank each, which all units read without conflict; scales are restored once, by one unit each, and shared too.
 //! Bytes moved: half a byte of codes and a 64th of a scale read, one value written. What it trades: rows whose width or
 //! place is no multiple of a vector are written in narrower vectors. What it refuses: weights of 2³² values or more.
 //!
@@ -19,8 +20,8 @@ use super::{BLOCK, NESTED_BLOCK, NF4_CODE, Nf4Tensor, Scales, double_quantize, d
 
 /// Units of a cube.
 const UNITS: usize = 256;
-/// Words of eight codes that a unit expands: all its reads are under way before it waits for one.
-const WORDS: usize = 8;
+/// Words of eight codes that a unit expands, so that a cube has as many blocks as units, and each unit one scale.
+const WORDS: usize = BLOCK / PER_WORD;
 /// Values in a word.
 const PER_WORD: usize = 8;
 /// Cubes in one dimension that every runtime allows.
@@ -177,6 +178,42 @@ fn write_word<F: Float, N: Size>(
     }
 }
 
+/// The words of this unit. They are read before the cube waits for its scales.
+#[cube]
+fn load_words(codes: &Tensor<i32>, words: usize) -> Array<u32> {
+    let mut packed = Array::<u32>::new(WORDS);
+    #[unroll]
+    for i in 0..WORDS {
+        let index = CUBE_POS as usize * (UNITS * WORDS) + i * UNITS + UNIT_POS as usize;
+        packed[i] = 0u32;
+        if index < words {
+            packed[i] = u32::cast_from(codes[index]);
+        }
+    }
+    packed
+}
+
+/// Expands the words of this unit with the 256 scales of its cube.
+#[cube]
+fn write_words<F: Float, N: Size>(
+    out: &mut Tensor<Vector<F, N>>,
+    levels: &SharedMemory<f32>,
+    scales: &SharedMemory<f32>,
+    packed: &Array<u32>,
+    words: usize,
+    #[comptime] dense: bool,
+) {
+    #[unroll]
+    for i in 0..WORDS {
+        let unit = UNIT_POS as usize;
+        let index = CUBE_POS as usize * (UNITS * WORDS) + i * UNITS + unit;
+        if index < words {
+            let scale = scales[i * (UNITS / PER_WORD) + unit / PER_WORD];
+            write_word::<F, N>(out, levels, packed[i], scale, index, dense);
+        }
+    }
+}
+
 #[cube(launch_unchecked)]
 fn plain_kernel<F: Float, N: Size>(
     codes: &Tensor<i32>,
@@ -186,27 +223,16 @@ fn plain_kernel<F: Float, N: Size>(
     #[comptime] dense: bool,
     #[define(F)] _dtype: StorageType,
 ) {
+    let packed = load_words(codes, words);
     let mut levels = SharedMemory::<f32>::new(16usize);
+    let mut scales = SharedMemory::<f32>::new(UNITS);
+    let block = CUBE_POS as usize * UNITS + UNIT_POS as usize;
+    if block * PER_WORD < words {
+        scales[UNIT_POS as usize] = absmax[block];
+    }
     load_table(&mut levels, comptime!(NF4_CODE.to_vec()));
     sync_cube();
-    let start = CUBE_POS as usize * (UNITS * WORDS) + UNIT_POS as usize;
-    let mut packed = Array::<u32>::new(WORDS);
-    let mut scales = Array::<f32>::new(WORDS);
-    #[unroll]
-    for i in 0..WORDS {
-        let index = start + i * UNITS;
-        if index < words {
-            packed[i] = u32::cast_from(codes[index]);
-            scales[i] = absmax[index / PER_WORD];
-        }
-    }
-    #[unroll]
-    for i in 0..WORDS {
-        let index = start + i * UNITS;
-        if index < words {
-            write_word::<F, N>(out, &levels, packed[i], scales[i], index, dense);
-        }
-    }
+    write_words::<F, N>(out, &levels, &scales, &packed, words, dense);
 }
 
 #[cube(launch_unchecked)]
@@ -220,35 +246,26 @@ fn double_kernel<F: Float, N: Size>(
     #[comptime] dense: bool,
     #[define(F)] _dtype: StorageType,
 ) {
+    let packed = load_words(codes, words);
     let mut levels = SharedMemory::<f32>::new(16usize);
-    load_table(&mut levels, comptime!(NF4_CODE.to_vec()));
     let mut dynamic = SharedMemory::<f32>::new(UNITS);
+    let mut scales = SharedMemory::<f32>::new(UNITS);
+    let unit = UNIT_POS as usize;
+    let block = CUBE_POS as usize * UNITS + unit;
+    let here = block * PER_WORD < words;
+    let mut code = 0u32;
+    if here {
+        code = (u32::cast_from(scale_codes[block / 4]) >> (8 * (block % 4) as u32)) & 255;
+    }
+    load_table(&mut levels, comptime!(NF4_CODE.to_vec()));
     load_table(&mut dynamic, comptime!(dynamic_code().to_vec()));
     sync_cube();
-    let offset = offset[0];
-    let start = CUBE_POS as usize * (UNITS * WORDS) + UNIT_POS as usize;
-    let mut packed = Array::<u32>::new(WORDS);
-    let mut scales = Array::<u32>::new(WORDS);
-    let mut blocks = Array::<f32>::new(WORDS);
-    #[unroll]
-    for i in 0..WORDS {
-        let index = start + i * UNITS;
-        if index < words {
-            packed[i] = u32::cast_from(codes[index]);
-            let block = index / PER_WORD;
-            scales[i] = (u32::cast_from(scale_codes[block / 4]) >> (8 * (block % 4) as u32)) & 255;
-            blocks[i] = nested[block / NESTED_BLOCK];
-        }
+    if here {
+        // The flush stands between product and sum, so that no compiler contracts them to one rounding.
+        scales[unit] = flush(dynamic[code as usize] * nested[block / NESTED_BLOCK]) + offset[0];
     }
-    #[unroll]
-    for i in 0..WORDS {
-        let index = start + i * UNITS;
-        if index < words {
-            // The flush stands between product and sum, so that no compiler contracts them to one rounding.
-            let scale = flush(dynamic[scales[i] as usize] * blocks[i]) + offset;
-            write_word::<F, N>(out, &levels, packed[i], scale, index, dense);
-        }
-    }
+    sync_cube();
+    write_words::<F, N>(out, &levels, &scales, &packed, words, dense);
 }
 
 /// Writes the dense weight into `out` `[rows, cols]`, a view whose rows can lie apart; f32, f16 or bf16.

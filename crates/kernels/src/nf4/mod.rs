@@ -16,9 +16,9 @@
 mod codebook;
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
+mod host;
 #[cfg(feature = "cubecl")]
 pub mod kernel;
-mod host;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::backend::Backend;

@@ -20,7 +20,7 @@ use cudarc::cublaslt::sys::{
 };
 use cudarc::driver::{CudaContext, result as driver, sys};
 
-use super::Product;
+use super::{Plus, Product};
 
 /// What an algorithm may use besides its operands.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -34,7 +34,8 @@ const CONTEXT_EVENTS: i32 = 12_050;
 struct Key {
     dims: [usize; 3],
     transposed: [bool; 2],
-    strides: [usize; 3],
+    /// Of a, b, c and c₀.
+    strides: [usize; 4],
     dtypes: [DType; 2],
     accumulates: bool,
     aligned: bool,
@@ -47,6 +48,7 @@ struct Planned {
     a: cublasLtMatrixLayout_t,
     b: cublasLtMatrixLayout_t,
     c: cublasLtMatrixLayout_t,
+    source: cublasLtMatrixLayout_t,
     algorithm: cublasLtMatmulAlgo_t,
 }
 
@@ -97,7 +99,11 @@ impl Library {
         let context = CudaContext::new(device.index).map_err(|error| format!("no CUDA context: {error}"))?;
         let version = driver_version()?;
         if version < CONTEXT_EVENTS {
-            return Err(format!("the driver speaks CUDA {}.{}, and 12.5 is needed", version / 1000, version % 1000 / 10));
+            return Err(format!(
+                "the driver speaks CUDA {}.{}, and 12.5 is needed",
+                version / 1000,
+                version % 1000 / 10
+            ));
         }
         Self::with_context(context, device).map_err(|error| format!("cuBLASLt: {error}"))
     }
@@ -126,10 +132,11 @@ impl Library {
     }
 
     fn run(&mut self, product: &Product<CudaRuntime>) -> bool {
-        let operands = [&product.a, &product.b, &product.c];
+        let source = if let Plus::Other(source) = &product.plus { source } else { &product.c };
+        let operands = [&product.a, &product.b, &product.c, source];
         let resources = operands.map(|x| x.tensor.client.get_resource(x.tensor.handle.clone()));
-        let [Ok(a), Ok(b), Ok(c)] = resources else { return false };
-        let mut pointers = [&a, &b, &c].map(|resource| resource.resource().ptr);
+        let [Ok(a), Ok(b), Ok(c), Ok(source)] = resources else { return false };
+        let mut pointers = [&a, &b, &c, &source].map(|resource| resource.resource().ptr);
         for (pointer, operand) in pointers.iter_mut().zip(operands) {
             *pointer += (operand.offset * operand.dtype().size()) as u64;
         }
@@ -141,7 +148,7 @@ impl Library {
             transposed: [product.a.transposed, product.b.transposed],
             strides: operands.map(crate::device::Matrix::row_stride),
             dtypes: [product.a.dtype(), product.c.dtype()],
-            accumulates: product.beta != 0.0,
+            accumulates: !matches!(product.plus, Plus::Nothing),
             aligned: pointers.iter().all(|pointer| pointer.is_multiple_of(256)),
         };
         let handle = self.handle;
@@ -156,12 +163,13 @@ impl Library {
     fn submit(
         &self,
         planned: &Planned,
-        [a, b, c]: [u64; 3],
+        [a, b, c, source]: [u64; 4],
         product: &Product<CudaRuntime>,
     ) -> Result<(), Box<dyn std::error::Error>> {
         self.context.bind_to_thread()?;
         let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        let (alpha, beta) = (product.alpha, product.beta);
+        let beta: f32 = if matches!(product.plus, Plus::Nothing) { 0.0 } else { 1.0 };
+        let alpha = product.alpha;
         // SAFETY: the context, events and stream are this library's own and alive. The pointers come from CubeCL's
         // allocator for tensors that the caller holds until this returns, and whose memory is given to others only
         // behind `after`. Layouts were made from the tensors' shapes and strides, so the library stays inside them. It
@@ -178,8 +186,8 @@ impl Library {
                 planned.b,
                 a as *const c_void,
                 planned.a,
-                c as *const c_void,
-                planned.c,
+                source as *const c_void,
+                planned.source,
                 c as *mut c_void,
                 planned.c,
                 &raw const planned.algorithm,
@@ -218,7 +226,7 @@ fn plan(handle: cublasLtHandle_t, key: &Key) -> Result<Planned, lt::CublasError>
     let (factor, result) = (factor.ok_or(unsupported)?, result.ok_or(unsupported)?);
     let [m, n, k] = key.dims.map(|dim| dim as u64);
     let [a_transposed, b_transposed] = key.transposed;
-    let [a_stride, b_stride, c_stride] = key.strides.map(|stride| stride as i64);
+    let [a_stride, b_stride, c_stride, source_stride] = key.strides.map(|stride| stride as i64);
     let operation =
         lt::create_matmul_desc(cublasComputeType_t::CUBLAS_COMPUTE_32F, cudaDataType::CUDA_R_32F)?;
     let turned = |transposed| OPERATIONS[usize::from(transposed)];
@@ -230,6 +238,7 @@ fn plan(handle: cublasLtHandle_t, key: &Key) -> Result<Planned, lt::CublasError>
     let a = layout(factor, a_transposed, m, k, a_stride)?;
     let b = layout(factor, b_transposed, k, n, b_stride)?;
     let c = layout(result, false, m, n, c_stride)?;
+    let source = layout(result, false, m, n, source_stride)?;
     let attributes = [
         (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA, turned(b_transposed)),
         (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSB, turned(a_transposed)),
@@ -259,9 +268,9 @@ fn plan(handle: cublasLtHandle_t, key: &Key) -> Result<Planned, lt::CublasError>
             let bytes = (&raw const alignment).cast();
             lt::set_matmul_pref_attribute(preference, attribute, bytes, size_of::<u32>())?;
         }
-        let found = lt::get_matmul_algo_heuristic(handle, operation, b, a, c, c, preference);
+        let found = lt::get_matmul_algo_heuristic(handle, operation, b, a, source, c, preference);
         lt::destroy_matmul_pref(preference)?;
         found?
     };
-    Ok(Planned { operation, a, b, c, algorithm: found.algo })
+    Ok(Planned { operation, a, b, c, source, algorithm: found.algo })
 }

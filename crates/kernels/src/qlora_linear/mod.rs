@@ -13,9 +13,8 @@
 //!
 //! Layers that read the same x are one operation: their results stand side by side in one tensor `[n, Σ out]`, which
 //! is what a device multiplies fastest, and they share one mask, since the mask belongs to x. The backward pass keeps
-//! x, u and the packed weights, unpacks the weights again, draws the mask again, and never forms dW. The factors stay in f32
-//! whatever the dtype of x; they are converted where they are used, and their gradients back.
-
+//! drop(x), u and the packed weights, unpacks the weights again, draws the mask again for dx, and never forms dW. The
+//! factors stay in f32 whatever the dtype of x; they are converted where they are used, and their gradients back.
 
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
@@ -60,6 +59,17 @@ pub struct LinearPart<B: Backend> {
     pub weight: FrozenWeight<B>,
     /// The correction, if there is one.
     pub lora: Option<LoraTerm<B>>,
+}
+
+/// What the layers read.
+#[derive(Clone, Debug)]
+pub struct Input<B: Backend> {
+    /// x `[n, in]`.
+    pub x: Tensor<B, 2>,
+    /// drop(x) `[n, in]`; x itself without dropout.
+    pub dropped: Tensor<B, 2>,
+    /// What the result is added to `[n, Σ out]`, if anything.
+    pub residual: Option<Tensor<B, 2>>,
 }
 
 /// What the layers give.
@@ -143,35 +153,34 @@ pub(crate) fn dropped<B: KernelBackend>(x: Tensor<B, 2>, dropout: Option<Dropout
 
 /// The composition of plain operations.
 #[must_use]
-pub fn reference<B: KernelBackend>(
-    x: Tensor<B, 2>,
-    parts: &[LinearPart<B>],
-    dropout: Option<Dropout>,
-) -> Projection<B> {
-    let corrected = parts.iter().any(|part| part.lora.is_some());
-    let input = corrected.then(|| dropped(x.clone(), dropout));
+pub fn reference<B: KernelBackend>(input: Input<B>, parts: &[LinearPart<B>]) -> Projection<B> {
+    let Input { x, dropped, residual } = input;
     let dtype = x.dtype();
     let result = |part: &LinearPart<B>| {
         let y = x.clone().matmul(part.weight.dense(dtype).transpose());
-        match (&part.lora, &input) {
-            (Some(lora), Some(input)) => y + lora.forward(input.clone()),
-            _ => y,
+        match &part.lora {
+            Some(lora) => y + lora.forward(dropped.clone()),
+            None => y,
         }
     };
-    Projection { y: beside(parts.iter().map(result).collect()), u: None }
+    let y = beside(parts.iter().map(result).collect());
+    let y = match residual {
+        Some(residual) => residual + y,
+        None => y,
+    };
+    Projection { y, u: None }
 }
 
 pub(crate) fn backward<B: KernelBackend>(
-    x: Tensor<B, 2>,
+    input: Tensor<B, 2>,
     parts: &[LinearPart<B>],
     dropout: Option<Dropout>,
     upstream: Upstream<B>,
 ) -> Gradients<B> {
-    let dtype = x.dtype();
+    let dtype = input.dtype();
     let mut start = 0;
     let (mut dx, mut d_dropped) = (None, None);
     let mut factors = Vec::new();
-    let input = dropped(x, dropout);
     for part in parts {
         let [out, _] = part.weight.dims();
         let grad = upstream.grad.clone().narrow(1, start, out);
@@ -205,7 +214,7 @@ fn beside<B: Backend>(mut columns: Vec<Tensor<B, 2>>) -> Tensor<B, 2> {
 /// What the backward pass keeps.
 #[derive(Clone, Debug)]
 struct State<B: Backend> {
-    x: Tensor<B, 2>,
+    dropped: Tensor<B, 2>,
     u: Option<Tensor<B, 2>>,
     parts: Vec<LinearPart<B>>,
     dropout: Option<Dropout>,
@@ -220,9 +229,9 @@ impl<B: KernelBackend, const PARENTS: usize> Backward<B, PARENTS> for Step<PAREN
 
     fn backward(self, ops: Ops<State<B>, PARENTS>, grads: &mut Register, _: &mut Checkpointer) {
         let grad = inner(grads.consume::<B>(&ops.node));
-        let State { x, u, parts, dropout } = ops.state;
+        let State { dropped, u, parts, dropout } = ops.state;
         let with_x = ops.parents.first().is_some_and(Option::is_some);
-        let gradients = B::qlora_linear_backward(x, &parts, dropout, Upstream { grad, u, with_x });
+        let gradients = B::qlora_linear_backward(dropped, &parts, dropout, Upstream { grad, u, with_x });
         let factors = gradients.factors.into_iter().flatten().map(Some);
         for (parent, gradient) in ops.parents.into_iter().zip([gradients.x].into_iter().chain(factors)) {
             if let (Some(parent), Some(gradient)) = (parent, gradient) {
@@ -277,10 +286,12 @@ fn tracked_with<B: KernelBackend, C: CheckpointStrategy, const PARENTS: usize>(
     };
     let parts = parts.iter().map(plain).collect::<Vec<_>>();
     let x = x.inner();
-    let Projection { y, u } = B::qlora_linear(x.clone(), &parts, dropout);
+    let dropped = dropped(x.clone(), dropout);
+    let input = Input { x, dropped: dropped.clone(), residual: None };
+    let Projection { y, u } = B::qlora_project(input, &parts);
     let y = y.into_primitive().tensor();
     tracked(match Step::<PARENTS>.prepare::<C>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(prep) => prep.finish(State { x, u, parts, dropout }, y),
+        OpsKind::Tracked(prep) => prep.finish(State { dropped, u, parts, dropout }, y),
         OpsKind::UnTracked(prep) => prep.finish(y),
     })
 }
@@ -302,7 +313,8 @@ mod tests {
         let input = dropout.map_or(x.clone(), |dropout| dropout.apply(x.clone()));
         for (place, &out) in outs.iter().enumerate() {
             let seed = 10 * place as u64;
-            let packed = Nf4Tensor::<Flex>::quantize(&noise(out * inner, seed + 1), [out, inner], true, &device);
+            let packed =
+                Nf4Tensor::<Flex>::quantize(&noise(out * inner, seed + 1), [out, inner], true, &device);
             let dense = Tensor::<Ad, 2>::from_inner(Flex::nf4_dequantize(&packed, DType::F32));
             let weight = if place == 1 {
                 FrozenWeight::Dense(dense.clone())
@@ -321,7 +333,7 @@ mod tests {
             columns.push(lora.as_ref().map_or(y.clone(), |lora| y + lora.forward(input.clone())));
             parts.push(LinearPart { weight, lora });
         }
-        let ours = Ad::qlora_linear(x, &parts, dropout).y;
+        let ours = Ad::qlora_linear(x, &parts, dropout);
         let plain = beside(columns);
         close(ours.clone(), plain.clone(), 1e-5);
         let g = noisy::<Ad, 2>(plain.dims(), 5);
@@ -343,8 +355,7 @@ mod tests {
         let packed = Nf4Tensor::<Flex>::quantize(&noise(24 * 40, 1), [24, 40], false, &Default::default());
         let x = noisy::<Ad, 2>([6, 40], 2).require_grad();
         let weight = FrozenWeight::Nf4(Nf4Tensor::<Ad>::from_inner(packed.clone()));
-        let grads =
-            Ad::qlora_linear(x.clone(), &[LinearPart { weight, lora: None }], None).y.sum().backward();
+        let grads = Ad::qlora_linear(x.clone(), &[LinearPart { weight, lora: None }], None).sum().backward();
         let ones = Tensor::<Flex, 2>::ones([6, 24], &Default::default());
         close(x.grad(&grads).unwrap(), ones.matmul(Flex::nf4_dequantize(&packed, DType::F32)), 1e-5);
     }

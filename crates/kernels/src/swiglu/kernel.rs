@@ -125,7 +125,8 @@ fn launch_forward<R: CubeRuntime>(
     (y, dropped)
 }
 
-/// The gradient `[n, 2 f]` of [`forward`] for its argument, from the gradient `[n, f]` of its result.
+/// The gradient `[n, 2 f]` of [`forward`] for its argument, from the gradient `[n, f]` of its result; written
+/// over the argument if nobody else holds it.
 ///
 /// # Panics
 ///
@@ -135,11 +136,13 @@ pub fn backward<R: CubeRuntime>(gate_up: CubeTensor<R>, grad: CubeTensor<R>) -> 
     let (gate_up, grad) = (side_by_side(gate_up), side_by_side(grad));
     let [n, f] = dims(&grad);
     assert_eq!((dims(&gate_up), gate_up.dtype), ([n, 2 * f], grad.dtype), "the gradient of a gate");
-    let out = empty(&grad, [n, 2 * f]);
+    let in_place = gate_up.can_mut() && gate_up.is_contiguous();
+    let out = if in_place { gate_up.clone() } else { empty(&grad, [n, 2 * f]) };
     let width = vector_width(f, &[&gate_up, &grad]);
     let (cubes, units) = launch_shape(n, f / width);
     let strides = [&gate_up, &grad].map(|x| row_stride(x, width));
-    // SAFETY: units past the last row or the last vector of a row neither read nor write.
+    // SAFETY: units past the last row or the last vector of a row neither read nor write. In place, a unit reads what it
+    // writes, and nobody else does.
     unsafe {
         backward_kernel::launch_unchecked::<R>(
             &grad.client,
@@ -148,7 +151,7 @@ pub fn backward<R: CubeRuntime>(gate_up: CubeTensor<R>, grad: CubeTensor<R>) -> 
             width,
             gate_up.into_tensor_arg(),
             grad.clone().into_tensor_arg(),
-            out.clone().into_tensor_arg(),
+            if in_place { out.as_tensor_alias(0) } else { out.clone().into_tensor_arg() },
             n,
             f / width,
             strides[0],

@@ -8,6 +8,8 @@ source, out = sys.argv[1:]
 here = os.path.dirname(os.path.abspath(__file__))
 text = open(source).read()
 text = re.sub(r"\ninline __device__ void\n__(ldmatrix|mma)_.*?\n    }\n", "\n", text, flags=re.S)
+# Asynchronous copies and barriers are emulated too.
+text = re.sub(r"(template <.*>\n)?inline __device__ void\n__cp_async_\w+(<16>)?\(.*?\n}", "", text, flags=re.S)
 text = re.sub(r"#include <.*>", "", text)
 name = re.search(r"__launch_bounds__\(\d+\)\s*(\w+)\s*\(", text).group(1)
 text += f"""

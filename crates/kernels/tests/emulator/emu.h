@@ -2,13 +2,15 @@
 // What generated CUDA source needs to run on the CPU: a block's units are fibers of one thread, switched at barriers and
 // warp operations; ldmatrix and mma are done element by element as the PTX manual defines their fragments. Shared memory
 // begins as NaN. It finds wrong arithmetic, layouts and indices, deadlocks, and ldmatrix rows whose banks conflict;
-// races it finds only if one of two orders of units shows them (EMU_REVERSE turns the order round).
+// races it finds only if one of two orders of units shows them (EMU_REVERSE turns the order round). Asynchronous copies
+// are made when the barrier's phase ends, as late as allowed, or at once with EMU_EAGER.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -142,6 +144,27 @@ template <class H> void mma16(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3
 template <class H> void mma8(uint32_t a0, uint32_t a1, uint32_t b0, float c0, float c1, float c2, float c3, float &d0, float &d1, float &d2, float &d3) {
   uint32_t a[] = {a0, a1}, b[] = {b0}; float c[] = {c0, c1, c2, c3}, d[4]; mma<H, 8>(a, b, c, d); d0 = d[0]; d1 = d[1]; d2 = d[2]; d3 = d[3];
 }
+struct Copy { void *to; const void *from; size_t size; };
+struct Phase { unsigned count, pending; uint64_t number; std::vector<Copy> copies; };
+static std::map<const void *, Phase> phases;
+static std::map<size_t, std::vector<Copy>> begun;
+inline void begin_copy(const void *from, void *to, size_t size) {
+  static const bool eager = getenv("EMU_EAGER") != nullptr;
+  if ((uintptr_t)from % size || (uintptr_t)to % size) { fprintf(stderr, "cp.async misaligned\n"); abort(); }
+  if (eager) memcpy(to, from, size); else begun[current].push_back({to, from, size});
+}
+inline void commit(const void *barrier) {
+  auto &mine = begun[current]; auto &all = phases.at(barrier).copies;
+  all.insert(all.end(), mine.begin(), mine.end()); mine.clear();
+}
+inline void arrive_and_wait(const void *barrier) {
+  auto &phase = phases.at(barrier); uint64_t now = phase.number;
+  if (--phase.pending == 0) {
+    for (auto &c : phase.copies) memcpy(c.to, c.from, c.size);
+    phase.copies.clear(); phase.pending = phase.count; phase.number++;
+  }
+  while (phase.number == now) yield(0);
+}
 template <class... A, size_t... I> void apply(void (*f)(A...), void **p, std::index_sequence<I...>) { f(*(std::remove_cv_t<std::remove_reference_t<A>> *)p[I]...); }
 template <class... A> void call(void (*f)(A...), void **p) { apply(f, p, std::index_sequence_for<A...>()); }
 inline void launch(void (*b)(void **), void **p, unsigned *g, unsigned *d) {
@@ -149,10 +172,26 @@ inline void launch(void (*b)(void **), void **p, unsigned *g, unsigned *d) {
   for (unsigned z = 0; z < g[2]; z++) for (unsigned y = 0; y < g[1]; y++) for (unsigned x = 0; x < g[0]; x++) {
     blockIdx = {x, y, z};
     uint32_t nan = 0x7fffffff; for (size_t i = 0; i < sizeof dynamic_shared_mem; i += 4) memcpy(dynamic_shared_mem + i, &nan, 4);
+    phases.clear(); begun.clear();
     run_block((size_t)d[0] * d[1] * d[2]);
   }
 }
 } // namespace emu
+namespace cuda {
+enum thread_scope { thread_scope_block };
+template <thread_scope> struct barrier {
+  struct arrival_token {};
+  uint64_t state;
+  void arrive_and_wait() { emu::arrive_and_wait(this); }
+};
+} // namespace cuda
+namespace cooperative_groups {
+struct thread_block {};
+inline thread_block this_thread_block() { return {}; }
+} // namespace cooperative_groups
+inline void init(cuda::barrier<cuda::thread_scope_block> *b, unsigned n) { emu::phases[b] = {n, n, 0, {}}; }
+inline void __cp_async_arrive(cuda::barrier<cuda::thread_scope_block> &b) { emu::commit(&b); }
+template <size_t N> void __cp_async_shared_global(const void *from, void *to) { emu::begin_copy(from, to, N); }
 inline void __syncthreads() { emu::yield(2); }
 inline void __syncwarp() { emu::yield(1); }
 inline void __threadfence() {}

@@ -40,13 +40,14 @@ fn layers(settings: &PlanSettings) -> f64 {
 }
 
 /// Two operations a weight: forward, again for the backward pass (all but the last product of a block), and for the
-/// input's gradient. Eight for a factor: two forward, two again, and its and its input's gradient. Four for the head.
+/// input's gradient; and once more for blocks whose input is not kept. Eight for a factor: two forward, two again, and its and its input's gradient. Four for the head.
 fn linear_flop(settings: &PlanSettings, tokens: f64) -> f64 {
     let frozen = settings.config.linear_parameters() as f64;
     let down = layers(settings) * settings.config.linear_shape(Target::Down).iter().product::<usize>() as f64;
     let head = (settings.config.vocab_size * settings.config.hidden_size) as f64;
     let trained = settings.lora_parameters() as f64;
-    tokens * (6.0 * frozen - 2.0 * down + 8.0 * trained) + 4.0 * settings.head_rows() as f64 * head
+    let again = 2.0 * frozen * (1.0 - 1.0 / settings.checkpoint_every as f64);
+    tokens * (6.0 * frozen - 2.0 * down + again + 8.0 * trained) + 4.0 * settings.head_rows() as f64 * head
 }
 
 /// A query meets half its document. Two products forward, the same again, and seven in the two backward kernels.
