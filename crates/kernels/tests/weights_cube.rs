@@ -259,7 +259,7 @@ impl<R: CubeRuntime> Runner<'_, R> {
         let found = Flex::cross_entropy(x.clone(), eye.clone(), targets.clone());
         let found = found.into_data().to_vec::<f32>().unwrap();
         self.near(format!("reference's losses [{n}, {v}]"), &found, losses, 1e-5, 1e-6);
-        let found = Flex::cross_entropy_with_gradient(x, eye, targets, false).hidden.mul_scalar(scale);
+        let found = Flex::cross_entropy_with_gradient(x, eye, targets, scale.into(), false).hidden;
         let found = found.into_data().to_vec::<f32>().unwrap();
         self.near(format!("reference's gradient [{n}, {v}]"), &found, d, 1e-6, 1e-5);
     }
@@ -400,7 +400,15 @@ fn rounding(dtype: DType) -> f32 {
 }
 
 fn settings(step: u64) -> AdamW {
-    AdamW { learning_rate: 0.01, beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay: 0.1, step }
+    AdamW {
+        learning_rate: 0.01,
+        beta_1: 0.9,
+        beta_2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        step,
+        gradient_scale: 1.0,
+    }
 }
 
 /// Losses and the gradient of their scaled sum, in f64.
