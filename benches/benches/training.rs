@@ -8,9 +8,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use buzzer::burn::tensor::{DType, Distribution, Tensor};
+use buzzer::burn::tensor::DType;
 use buzzer::data::{Clue, PackOptions, Packed, PackedRow, ReadOptions, clean, pack, read_clues};
-use buzzer::kernels::{FrozenWeight, KernelBackend, LinearPart};
+use buzzer::kernels::KernelBackend;
 use buzzer::model::{Llama, LlamaConfig, LoraSettings, Target};
 use buzzer::text::{Fields, Renderer, Template, Tokenizer};
 use buzzer::train::{
@@ -18,7 +18,10 @@ use buzzer::train::{
     Trainer,
 };
 use buzzer::{Device, DeviceJob};
-use buzzer_benches::{BenchError, Row, commit, enter_workspace_root, write_rows};
+use buzzer_benches::{
+    BATCH_SECONDS, BenchError, Compute, Row, commit, dtype_name, enter_workspace_root, is_large,
+    product_rate, product_rows, wait, write_rows,
+};
 use clap::{Parser, ValueEnum};
 
 /// Time whole training steps on a model of random weights.
@@ -94,13 +97,6 @@ enum Shapes {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Compute {
-    F32,
-    F16,
-    Bf16,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Rows {
     /// One document of random tokens a row
     Dense,
@@ -132,7 +128,7 @@ impl DeviceJob for Job<'_> {
         println!("{}", setup.describe(self.0));
         let rows = setup.rows(self.0)?;
         let measured = setup.measure::<B>(rows, self.0.warmup, device)?;
-        let table = setup.table::<B>(self.0, &measured, device);
+        let table = setup.table::<B>(self.0, &measured, device)?;
         for row in &table {
             println!("{:<44} {:>14.3} {}", row.name, row.value, row.unit);
         }
@@ -169,8 +165,8 @@ struct Measured {
 impl Setup {
     fn new<B: KernelBackend>(arguments: &Arguments, device: &B::Device) -> Self {
         let card = B::card(device);
-        let large = card.as_ref().is_some_and(|card| card.compute_capability.is_some());
-        let shape = arguments.model.unwrap_or(if large { Shapes::Llama2_7b } else { Shapes::Tiny });
+        let shape =
+            arguments.model.unwrap_or(if is_large(card.as_ref()) { Shapes::Llama2_7b } else { Shapes::Tiny });
         let config = match shape {
             Shapes::Llama2_7b => LlamaConfig::llama2_7b(),
             Shapes::Tiny => LlamaConfig {
@@ -186,12 +182,6 @@ impl Setup {
         };
         let targets =
             if arguments.targets == "qv" { vec![Target::Q, Target::V] } else { Target::ALL.to_vec() };
-        let dtype = match arguments.dtype {
-            Some(Compute::F32) => DType::F32,
-            Some(Compute::F16) => DType::F16,
-            Some(Compute::Bf16) => DType::BF16,
-            None => card.as_ref().map_or(DType::F32, buzzer::kernels::Card::compute_dtype),
-        };
         Self {
             config,
             lora: LoraSettings { rank: arguments.rank as usize, alpha: 16.0, rslora: false, targets },
@@ -212,7 +202,7 @@ impl Setup {
                 checkpoint_every: arguments.checkpoint_every as usize,
             },
             seq: arguments.seq.map_or(if shape == Shapes::Tiny { 128 } else { 2048 }, |seq| seq as usize),
-            dtype,
+            dtype: Compute::dtype(arguments.dtype, card.as_ref()),
             steps: arguments.steps as usize,
             clue_tokens: None,
             device: card.map_or_else(|| arguments.device.to_string(), |card| card.name),
@@ -291,7 +281,7 @@ impl Setup {
     ) -> Result<Measured, BenchError> {
         let begin = Instant::now();
         let mut model = Llama::<B>::random_frozen(&self.config, self.dtype, device);
-        B::sync(device).map_err(|error| BenchError::Device(format!("{error:?}")))?;
+        wait::<B>(device)?;
         println!("model drawn and packed in {:.1} s", begin.elapsed().as_secs_f64());
         model.add_lora(&self.lora, 0);
         B::memory_cleanup(device);
@@ -303,8 +293,7 @@ impl Setup {
         for _ in 0..warmup {
             trainer.step()?;
         }
-        let sync = || B::sync(device).map_err(|error| BenchError::Device(format!("{error:?}")));
-        sync()?;
+        wait::<B>(device)?;
         let peak_after_warmup = B::allocated(device).map(|allocated| allocated.reserved);
         let begin = Instant::now();
         let (mut tokens, mut loss_tokens, mut last_loss) = (0, 0, 0.0);
@@ -313,7 +302,7 @@ impl Setup {
             loss_tokens += report.loss_tokens;
             last_loss = report.loss;
         }
-        sync()?;
+        wait::<B>(device)?;
         Ok(Measured {
             seconds: begin.elapsed().as_secs_f64(),
             tokens,
@@ -369,10 +358,10 @@ impl Setup {
         arguments: &Arguments,
         measured: &Measured,
         device: &B::Device,
-    ) -> Vec<Row> {
+    ) -> Result<Vec<Row>, BenchError> {
         let rate = measured.tokens as f64 / measured.seconds;
-        let ceiling =
-            matmul_rate::<B>(self.dtype, self.config.hidden_size, self.config.intermediate_size, device);
+        let (d, f) = (self.config.hidden_size, self.config.intermediate_size);
+        let ceiling = product_rate::<B>([product_rows(d), d, f], self.dtype, BATCH_SECONDS, device)?;
         let commit = commit();
         let shape = format!(
             "{}x{} r{} {} dropout {} {:?}",
@@ -412,39 +401,10 @@ impl Setup {
             table.push(row("clue", clue_tokens, "tokens"));
             table.push(row("epoch", arguments.epoch_clues as f64 * clue_tokens / rate, "s"));
         }
-        table
+        Ok(table)
     }
 }
 
 fn fields(clue: &Clue) -> Fields<'_> {
     Fields { category: &clue.category, question: &clue.question, answer: &clue.answer }
-}
-
-fn dtype_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F16 => "f16",
-        DType::BF16 => "bf16",
-        _ => "f32",
-    }
-}
-
-/// Operations a second of a plain product `[8192, d] [d, f]` on this device, the ceiling of everything here.
-fn matmul_rate<B: KernelBackend>(dtype: DType, d: usize, f: usize, device: &B::Device) -> f64 {
-    let rows = if d < 1024 { 512 } else { 8192 };
-    let random = |dims: [usize; 2]| {
-        Tensor::<B, 2>::random(dims, Distribution::Normal(0.0, 1.0), (device, DType::F32)).cast(dtype)
-    };
-    let x = random([rows, d]);
-    let weight = || FrozenWeight::Dense(random([f, d]));
-    let part = [LinearPart { weight: weight(), lora: None }];
-    let run = |times: usize| {
-        let begin = Instant::now();
-        for _ in 0..times {
-            let _ = B::qlora_linear(x.clone(), &part, None);
-        }
-        let _ = B::sync(device);
-        begin.elapsed().as_secs_f64() / times as f64
-    };
-    run(3);
-    (2 * rows * d * f) as f64 / run(20)
 }

@@ -6,8 +6,21 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
+use buzzer::burn::tensor::{DType, Distribution, Tensor};
+use buzzer::kernels::{Card, FrozenWeight, KernelBackend, LinearPart, qlora_linear};
+use clap::ValueEnum;
 use serde::Serialize;
+
+/// Seconds that the calls between two waits for the device take together, so that waiting and launching are hidden.
+pub const BATCH_SECONDS: f64 = 0.05;
+
+/// Batches of calls that are timed; the median of them is told.
+const REPEATS: usize = 7;
+
+/// Most calls between two waits.
+const MOST_CALLS: f64 = 100.0;
 
 /// One measured number.
 #[derive(Clone, Debug, Serialize)]
@@ -59,8 +72,13 @@ pub enum BenchError {
     #[error("the workspace's root: {0}; run the program itself instead of through cargo")]
     Root(std::io::Error),
     /// The device.
-    #[error("the device stopped: {0}; run again with a smaller --batch or --seq if memory ran out")]
+    #[error("the device stopped: {0}; run again with a smaller --batch, --seq or --rows if memory ran out")]
     Device(String),
+    /// No operation to measure.
+    #[error(
+        "--filter {0}: no operation has this in its name; see the names in the table of a run without --filter"
+    )]
+    Filter(String),
 }
 
 /// Writes rows as one JSON array.
@@ -100,6 +118,116 @@ pub fn commit() -> String {
     let text = output.ok().filter(|output| output.status.success()).map(|output| output.stdout);
     let commit = text.and_then(|text| String::from_utf8(text).ok()).map(|text| text.trim().to_owned());
     commit.filter(|commit| !commit.is_empty()).unwrap_or_else(|| "unknown".to_owned())
+}
+
+/// A dtype to compute in, as named on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compute {
+    /// 32 bits.
+    F32,
+    /// 16 bits, 10 of them fraction.
+    F16,
+    /// 16 bits, 7 of them fraction.
+    Bf16,
+}
+
+impl Compute {
+    /// What was chosen, or what the card has; f32 on the processor.
+    #[must_use]
+    pub fn dtype(choice: Option<Self>, card: Option<&Card>) -> DType {
+        match choice {
+            Some(Self::F32) => DType::F32,
+            Some(Self::F16) => DType::F16,
+            Some(Self::Bf16) => DType::BF16,
+            None => card.map_or(DType::F32, Card::compute_dtype),
+        }
+    }
+}
+
+/// Name of a dtype in a row.
+#[must_use]
+pub fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        _ => "f32",
+    }
+}
+
+/// Whether a device is measured at Llama-2-7B's shapes by default: a CUDA card is, other devices get tiny shapes.
+#[must_use]
+pub fn is_large(card: Option<&Card>) -> bool {
+    card.is_some_and(|card| card.compute_capability.is_some())
+}
+
+/// Normal random numbers (σ 1).
+#[must_use]
+pub fn random<B: KernelBackend, const D: usize>(
+    dims: [usize; D],
+    dtype: DType,
+    device: &B::Device,
+) -> Tensor<B, D> {
+    Tensor::<B, D>::random(dims, Distribution::Normal(0.0, 1.0), (device, DType::F32)).cast(dtype)
+}
+
+/// Waits until the device has done all that it was given.
+///
+/// # Errors
+/// If the device failed at any of it.
+pub fn wait<B: KernelBackend>(device: &B::Device) -> Result<(), BenchError> {
+    B::sync(device).map_err(|error| BenchError::Device(format!("{error:?}")))
+}
+
+/// Median seconds of a call, over batches of calls that take about `batch_seconds` each. Calls that are not counted go
+/// before: kernels are compiled and tuned in the first, and clocks rise in the rest.
+///
+/// # Errors
+/// If the device fails.
+pub fn median_seconds<B: KernelBackend>(
+    device: &B::Device,
+    batch_seconds: f64,
+    mut call: impl FnMut(),
+) -> Result<f64, BenchError> {
+    let mut timed = |calls: usize| {
+        let begin = Instant::now();
+        for _ in 0..calls {
+            call();
+        }
+        wait::<B>(device).map(|()| begin.elapsed().as_secs_f64() / calls as f64)
+    };
+    timed(2)?;
+    let calls = (batch_seconds / timed(1)?.max(1e-9)).clamp(1.0, MOST_CALLS) as usize;
+    // A single call shows what launching costs; several show what the call takes.
+    let calls = (batch_seconds / timed(calls)?.max(1e-9)).clamp(1.0, MOST_CALLS) as usize;
+    let mut seconds = (0..REPEATS).map(|_| timed(calls)).collect::<Result<Vec<_>, _>>()?;
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds[REPEATS / 2])
+}
+
+/// Rows of a product that is as fast as products of this width get.
+#[must_use]
+pub fn product_rows(d: usize) -> usize {
+    if d < 1024 { 512 } else { 8192 }
+}
+
+/// Operations a second of a plain product `[n, d] [d, f]`, the ceiling of everything that multiplies.
+///
+/// # Errors
+/// If the device fails.
+pub fn product_rate<B: KernelBackend>(
+    [n, d, f]: [usize; 3],
+    dtype: DType,
+    batch_seconds: f64,
+    device: &B::Device,
+) -> Result<f64, BenchError> {
+    let x = random::<B, 2>([n, d], dtype, device);
+    let weight = FrozenWeight::Dense(random::<B, 2>([f, d], dtype, device));
+    let part = [LinearPart { weight, lora: None }];
+    let seconds = median_seconds::<B>(device, batch_seconds, || {
+        let input = qlora_linear::Input { x: x.clone(), dropped: x.clone(), residual: None };
+        drop(B::qlora_project(input, &part));
+    })?;
+    Ok((2 * n * d * f) as f64 / seconds)
 }
 
 #[cfg(test)]

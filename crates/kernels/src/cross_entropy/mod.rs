@@ -35,7 +35,9 @@ pub struct CrossEntropyGradient<B: Backend> {
     pub head: Option<Tensor<B, 2>>,
 }
 
-pub(crate) fn losses<B: Backend>(
+/// The losses `[n]` from plain operations.
+#[must_use]
+pub fn losses<B: Backend>(
     hidden: Tensor<B, 2>,
     head: Tensor<B, 2>,
     targets: Tensor<B, 1, Int>,
@@ -47,7 +49,9 @@ pub(crate) fn losses<B: Backend>(
     Tensor::cat(parts.collect(), 0)
 }
 
-pub(crate) fn with_gradient<B: Backend>(
+/// Sum of the losses, and gradients of `scale` times it, from plain operations.
+#[must_use]
+pub fn with_gradient<B: Backend>(
     hidden: Tensor<B, 2>,
     head: Tensor<B, 2>,
     targets: Tensor<B, 1, Int>,

@@ -171,7 +171,9 @@ pub fn reference<B: KernelBackend>(input: Input<B>, parts: &[LinearPart<B>]) -> 
     Projection { y, u: None }
 }
 
-pub(crate) fn backward<B: KernelBackend>(
+/// The gradients from plain operations; `input` is what dropout left of x.
+#[must_use]
+pub fn backward<B: KernelBackend>(
     input: Tensor<B, 2>,
     parts: &[LinearPart<B>],
     dropout: Option<Dropout>,

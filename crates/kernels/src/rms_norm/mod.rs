@@ -35,7 +35,9 @@ fn rho<B: Backend>(x: Tensor<B, 2>, epsilon: f64) -> Tensor<B, 2> {
     x.square().mean_dim(1).add_scalar(epsilon).sqrt().recip()
 }
 
-pub(crate) fn backward<B: Backend>(
+/// The gradients for `x` and, if `with_weight`, for the weight, from plain operations.
+#[must_use]
+pub fn backward<B: Backend>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 1>,
     epsilon: f64,

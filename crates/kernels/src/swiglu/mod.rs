@@ -35,7 +35,9 @@ fn halves<B: Backend>(gate_up: Tensor<B, 2>) -> [Tensor<B, 2>; 2] {
     [gate_up.clone().narrow(1, 0, f), gate_up.narrow(1, f, f)]
 }
 
-pub(crate) fn backward<B: Backend>(gate_up: Tensor<B, 2>, grad: Tensor<B, 2>) -> Tensor<B, 2> {
+/// The gradient `[n, 2 f]`, from plain operations.
+#[must_use]
+pub fn backward<B: Backend>(gate_up: Tensor<B, 2>, grad: Tensor<B, 2>) -> Tensor<B, 2> {
     let [gate, up] = halves(gate_up);
     let sigma = sigmoid(gate.clone());
     let activated = gate.clone() * sigma.clone();
