@@ -170,6 +170,8 @@ pub struct Trainer<B: KernelBackend> {
     rows_left: usize,
     step: u64,
     loss_scale: LossScale,
+    /// Tokens of the longest row.
+    width: usize,
 }
 
 impl<B: KernelBackend> LoraOptimizer<B> {
@@ -302,6 +304,7 @@ impl<B: KernelBackend> Trainer<B> {
             schedule: Schedule::new(settings.schedule, settings.learning_rate, warmup, steps),
             stream: RowStream::new(rows.len(), settings.seed),
             optimizer: LoraOptimizer::new(settings.optimizer),
+            width: rows.iter().map(|row| row.ids.len()).max().unwrap_or(0),
             loss_scale: LossScale::new(model.dtype() == DType::F16),
             model,
             rows,
@@ -357,9 +360,7 @@ impl<B: KernelBackend> Trainer<B> {
         let places = self.stream.next(count);
         let batches: Vec<Batch> = places
             .chunks(self.settings.batch_rows)
-            .map(|places| {
-                Batch::collate(&places.iter().map(|&place| &self.rows[place]).collect::<Vec<_>>(), None)
-            })
+            .map(|places| self.collate(&places.iter().map(|&place| &self.rows[place]).collect::<Vec<_>>()))
             .collect();
         let step = self.step + 1;
         let loss_scale = self.loss_scale.value();
@@ -388,6 +389,11 @@ impl<B: KernelBackend> Trainer<B> {
             loss_scale,
             skipped,
         }))
+    }
+
+    /// One width for all batches: an allocator that reuses memory by size would take more for each new one.
+    fn collate(&self, rows: &[&PackedRow]) -> Batch {
+        Batch::collate(rows, Some(self.width))
     }
 
     /// Mean loss and gradients, times `loss_scale`, of all batches of a step.
@@ -439,7 +445,7 @@ impl<B: KernelBackend> Trainer<B> {
         let device = self.model.device();
         let (mut sum, mut targets) = (0.0, 0);
         for rows in rows.chunks(self.settings.batch_rows) {
-            let batch = Batch::collate(&rows.iter().collect::<Vec<_>>(), None);
+            let batch = self.collate(&rows.iter().collect::<Vec<_>>());
             let batch = DeviceBatch::<B>::new(&batch, &device);
             if batch.loss_tokens > 0 {
                 let (mean, count) = mean_loss(&self.model, &batch);
