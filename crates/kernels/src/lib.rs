@@ -9,6 +9,17 @@
 //! One letter alphabet holds everywhere: b batch, t tokens, d width, h heads, k head width, v vocabulary, r rank;
 //! n rows where batch and tokens are one dimension.
 
+#![cfg_attr(
+    feature = "cubecl",
+    allow(
+        clippy::duplicate_underscore_argument,
+        clippy::manual_is_multiple_of,
+        clippy::needless_range_loop,
+        clippy::unnecessary_cast,
+        reason = "the code that `#[cube]` makes of a kernel, and what it can read of Rust"
+    )
+)]
+
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;

@@ -1,5 +1,6 @@
 //! Kernels over rows against plain operations, on wgpu and, where there is one, on a CUDA device with their speed.
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
+#![allow(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 #![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

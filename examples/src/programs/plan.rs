@@ -228,7 +228,7 @@ impl Ready {
             (number.wrapping_mul(0x9E37_79B9) ^ (place as u32).wrapping_mul(0x85EB_CA6B)) % vocabulary
         };
         let first_target = ((1.0 - self.corpus.loss_share) * document as f64) as usize;
-        let is_target = |place: usize| place % document > 0 && place % document >= first_target;
+        let is_target = |place: usize| !place.is_multiple_of(document) && place % document >= first_target;
         PackedRow {
             ids: (0..length).map(id).collect(),
             labels: (0..length).map(|place| if is_target(place) { id(place) as i32 } else { -100 }).collect(),

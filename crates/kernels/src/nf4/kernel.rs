@@ -29,6 +29,7 @@ const CUBES: usize = 65_535;
 
 /// The scales of a packed weight as the kernel reads them.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "short-lived")]
 pub enum DeviceScales<R: CubeRuntime> {
     /// One f32 for 64 values.
     Plain(CubeTensor<R>),

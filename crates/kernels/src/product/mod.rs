@@ -37,6 +37,7 @@ pub(crate) struct Product<R: CubeRuntime> {
 }
 
 /// What a product is added to.
+#[allow(clippy::large_enum_variant, reason = "short-lived")]
 pub(crate) enum Plus<R: CubeRuntime> {
     /// Nothing.
     Nothing,
