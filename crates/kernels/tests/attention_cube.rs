@@ -1,4 +1,7 @@
 //! Attention kernels against the composition of plain operations, on wgpu and, where there is one, on a CUDA device.
+
+#![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
+#![allow(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
 
 use burn::tensor::backend::Backend;

@@ -1,5 +1,8 @@
 //! Kernels of weights, losses and optimizers against plain operations, on wgpu and, where there is one, on a CUDA device
 //! with their speed.
+
+#![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
+#![allow(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
