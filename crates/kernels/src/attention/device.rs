@@ -10,7 +10,7 @@
 //! takes P again from `lse`, with `D[i] = Σ o[i] g[i]` in place of the row sum of P ∘ dP. It recomputes scores twice,
 //! once for queries and once for keys, so that nothing is added atomically and a run repeats bit by bit.
 //!
-//! A query that sees nothing gets 0 and `lse` [`HIDDEN`].
+//! A query that sees nothing gets 0 and `lse` -1e30.
 
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;

@@ -5,7 +5,7 @@
 //! multiple of four draw once an element. What it refuses: 2³² elements or more, whose index exceeds 32 bits.
 //!
 //! Here are also the shapes of launches that every kernel over rows shares: a unit has a vector of a row, and its place
-//! comes from [`row`] and [`column`].
+//! comes from `row` and `column`.
 
 use burn::tensor::Shape;
 use burn_cubecl::CubeRuntime;
