@@ -21,8 +21,8 @@ use buzzer::kernels::{
 };
 use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
-    BATCH_SECONDS, BenchError, Compute, Row, commit, dtype_name, enter_workspace_root, is_large,
-    median_seconds, peak_memory_bytes, product_rate, product_rows, random, write_rows,
+    BATCH_SECONDS, BenchError, Compute, Row, commit, dtype_name, is_large, median_seconds, peak_memory_bytes,
+    product_rate, product_rows, random, run_bench, write_rows,
 };
 use clap::Parser;
 
@@ -52,16 +52,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match enter_workspace_root()
-        .map_err(BenchError::Root)
-        .and_then(|()| arguments.device.run(Job(&arguments)))
-    {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("kernels: {error}");
-            ExitCode::from(2)
-        }
-    }
+    run_bench("kernels", arguments.device, Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);

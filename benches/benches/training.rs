@@ -19,8 +19,8 @@ use buzzer::train::{
 };
 use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
-    BATCH_SECONDS, BenchError, Compute, Row, commit, dtype_name, enter_workspace_root, is_large,
-    product_rate, product_rows, wait, write_rows,
+    BATCH_SECONDS, BenchError, Compute, Row, commit, dtype_name, is_large, product_rate, product_rows,
+    run_bench, wait, write_rows,
 };
 use clap::{Parser, ValueEnum};
 
@@ -43,7 +43,7 @@ struct Arguments {
     /// LoRA rank.
     #[arg(long, value_name = "R", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     rank: u32,
-    /// Linears to correct: all or qv.
+    /// Linears to correct: all, qv, or names like q_proj,v_proj.
     #[arg(long, default_value = "all")]
     targets: String,
     /// Dropout in front of the factors.
@@ -106,16 +106,7 @@ enum Rows {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match enter_workspace_root()
-        .map_err(BenchError::Root)
-        .and_then(|()| arguments.device.run(Job(&arguments)))
-    {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("training: {error}");
-            ExitCode::from(2)
-        }
-    }
+    run_bench("training", arguments.device, Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);
@@ -124,7 +115,7 @@ impl DeviceJob for Job<'_> {
     type Output = Result<(), BenchError>;
 
     fn run<B: KernelBackend>(self, device: &B::Device) -> Self::Output {
-        let mut setup = Setup::new::<B>(self.0, device);
+        let mut setup = Setup::new::<B>(self.0, device)?;
         println!("{}", setup.describe(self.0));
         let rows = setup.rows(self.0)?;
         let measured = setup.measure::<B>(rows, self.0.warmup, device)?;
@@ -163,7 +154,7 @@ struct Measured {
 }
 
 impl Setup {
-    fn new<B: KernelBackend>(arguments: &Arguments, device: &B::Device) -> Self {
+    fn new<B: KernelBackend>(arguments: &Arguments, device: &B::Device) -> Result<Self, BenchError> {
         let card = B::card(device);
         let shape =
             arguments.model.unwrap_or(if is_large(card.as_ref()) { Shapes::Llama2_7b } else { Shapes::Tiny });
@@ -180,9 +171,8 @@ impl Setup {
                 ..LlamaConfig::llama2_7b()
             },
         };
-        let targets =
-            if arguments.targets == "qv" { vec![Target::Q, Target::V] } else { Target::ALL.to_vec() };
-        Self {
+        let targets = Target::parse_list(&arguments.targets)?;
+        Ok(Self {
             config,
             lora: LoraSettings { rank: arguments.rank as usize, alpha: 16.0, rslora: false, targets },
             train: TrainSettings {
@@ -206,7 +196,7 @@ impl Setup {
             steps: arguments.steps as usize,
             clue_tokens: None,
             device: card.map_or_else(|| arguments.device.to_string(), |card| card.name),
-        }
+        })
     }
 
     fn describe(&self, arguments: &Arguments) -> String {
@@ -235,9 +225,10 @@ impl Setup {
                 packed.rows
             }
         };
-        let cycle = rows.len().max(1);
-        while rows.len() < count {
-            rows.push(rows[rows.len() % cycle].clone());
+        let cycle = rows.len();
+        // No rows at all are an error of the trainer's.
+        while cycle > 0 && rows.len() < count {
+            rows.push(rows[rows.len() - cycle].clone());
         }
         rows.truncate(count);
         Ok(rows)

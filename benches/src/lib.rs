@@ -5,11 +5,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use buzzer::burn::tensor::{DType, Distribution, Tensor};
 use buzzer::kernels::{Card, FrozenWeight, KernelBackend, LinearPart, qlora_linear};
+use buzzer::{Device, DeviceJob};
 use clap::ValueEnum;
 use serde::Serialize;
 
@@ -65,6 +66,9 @@ pub enum BenchError {
     /// A training step.
     #[error(transparent)]
     Train(#[from] buzzer::train::TrainError),
+    /// The list of linears.
+    #[error(transparent)]
+    Model(#[from] buzzer::model::ModelError),
     /// The results.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -99,6 +103,21 @@ pub fn enter_workspace_root() -> std::io::Result<()> {
     match std::env::var_os("CARGO_MANIFEST_DIR") {
         Some(package) => std::env::set_current_dir(Path::new(&package).join("..")),
         None => Ok(()),
+    }
+}
+
+/// Runs a bench on a device, from the workspace's root, and says what stopped it; status 2 if something did.
+pub fn run_bench<J: DeviceJob<Output = Result<(), BenchError>>>(
+    name: &str,
+    device: Device,
+    job: J,
+) -> ExitCode {
+    match enter_workspace_root().map_err(BenchError::Root).and_then(|()| device.run(job)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: {error}");
+            ExitCode::from(2)
+        }
     }
 }
 

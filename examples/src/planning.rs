@@ -122,6 +122,9 @@ impl Budget {
         let card = B::card(device);
         let capability = card.as_ref().and_then(|card| card.compute_capability);
         let dtype = compute_dtype(dtype, &name.to_string(), capability)?;
+        if let Some(reason) = card.as_ref().and_then(|card| card.without_library.as_ref()) {
+            eprintln!("products  Burn multiplies instead of cuBLASLt, which is slower: {reason}");
+        }
         Ok(match card {
             Some(card) => Self {
                 usable_bytes: card.free_bytes.map(|free| free.saturating_sub(KERNELS_BYTES)),

@@ -134,6 +134,9 @@ impl CardModel {
     }
 }
 
+/// What cuBLASLt's algorithms may use on a card besides their operands.
+pub const WORKSPACE_BYTES: usize = 32 << 20;
+
 /// What the backend's allocator holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Allocated {

@@ -37,6 +37,50 @@ pub(crate) fn uninitialized<R: CubeRuntime>(
     CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype)
 }
 
+/// The tensor itself if the elements of a row lie side by side, else a copy of which that is true.
+pub(crate) fn side_by_side<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
+    let single = x.meta.shape().last() == Some(&1);
+    if single || x.meta.strides().last() == Some(&1) { x } else { into_contiguous(x) }
+}
+
+/// Elements of 16 bytes.
+pub(crate) fn widest(dtype: DType) -> usize {
+    16 / dtype.size()
+}
+
+/// Elements that are read and written at once: as many as 16 bytes of the first tensor hold, or as few as it takes for
+/// [`vector_width_of`].
+pub(crate) fn vector_width<R: CubeRuntime>(columns: usize, tensors: &[&CubeTensor<R>]) -> usize {
+    vector_width_of(tensors.first().map_or(1, |x| widest(x.dtype)), columns, tensors)
+}
+
+/// The widest vector of at most `most` elements that divides `columns` and, for every tensor, all strides but the last
+/// and the place where its buffer starts.
+pub(crate) fn vector_width_of<R: CubeRuntime>(
+    most: usize,
+    columns: usize,
+    tensors: &[&CubeTensor<R>],
+) -> usize {
+    let fits = |x: &&CubeTensor<R>, width: usize| {
+        let offset = x.handle.offset_start.unwrap_or(0) as usize;
+        let (_, rows) = x.meta.strides().split_last().unwrap_or((&1, &[]));
+        rows.iter().all(|stride| stride.is_multiple_of(width))
+            && offset.is_multiple_of(width * x.dtype.size())
+    };
+    let fits_all = |width: &usize| columns.is_multiple_of(*width) && tensors.iter().all(|x| fits(x, *width));
+    [8, 4, 2].into_iter().filter(|width| *width <= most).find(fits_all).unwrap_or(1)
+}
+
+/// Cubes in one dimension that every runtime allows.
+pub(crate) const CUBES: usize = 65_535;
+
+/// So many cubes, numbered by `CUBE_POS`; there can be more than that.
+pub(crate) fn cubes(count: usize) -> CubeCount {
+    let count = count.max(1);
+    let x = count.min(CUBES);
+    CubeCount::Static(x as u32, count.div_ceil(x) as u32, 1)
+}
+
 /// A part of a row-major tensor `[rows, columns]`, perhaps taken as its transpose.
 #[derive(Debug)]
 pub(crate) struct Matrix<R: CubeRuntime> {

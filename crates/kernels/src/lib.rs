@@ -39,6 +39,10 @@ mod cube;
 mod device;
 #[cfg(feature = "cubecl")]
 mod product;
+#[cfg(feature = "cubecl")]
+mod reduce;
+#[cfg(feature = "cubecl")]
+mod rows;
 #[cfg(test)]
 mod testing;
 
@@ -51,7 +55,9 @@ pub use qlora_linear::{FrozenWeight, LinearPart, LoraTerm, Projection};
 pub use rotary::RotaryAngles;
 
 pub use backend::KernelBackend;
-pub use card::{Allocated, BANDWIDTH_EFFICIENCY, Card, CardModel, MATMUL_EFFICIENCY, MODELS, UnknownCard};
+pub use card::{
+    Allocated, BANDWIDTH_EFFICIENCY, Card, CardModel, MATMUL_EFFICIENCY, MODELS, UnknownCard, WORKSPACE_BYTES,
+};
 #[cfg(feature = "cuda")]
 pub use card::{cuda_cards, limit_memory};
 #[cfg(feature = "cuda")]

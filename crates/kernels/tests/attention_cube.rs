@@ -4,24 +4,16 @@
 #![allow(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
 
+mod common;
+
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
-use burn_cubecl::{CubeBackend, CubeRuntime};
 use burn_flex::Flex;
+use buzzer_kernels::Cube;
 use buzzer_kernels::attention::{self, AttentionIndex, device};
-
-/// Numbers between -1 and 1 that look random.
-fn noise(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(1);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
-}
+use common::{Device, noise};
 
 /// How a row is filled.
 #[derive(Clone, Copy, Debug)]
@@ -91,9 +83,6 @@ impl Errors {
         self.0.iter().fold(0.0, |a, b| if b.is_nan() { f32::INFINITY } else { a.max(*b) })
     }
 }
-
-type Device<R> = <R as cubecl::Runtime>::Device;
-type Cube<R> = CubeBackend<R, f32, i32, u8>;
 
 fn int_tensor<B: Backend>(values: &[i32], dims: [usize; 2], device: &B::Device) -> Tensor<B, 2, Int> {
     Tensor::from_data(TensorData::new(values.to_vec(), dims), device)

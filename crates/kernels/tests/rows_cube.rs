@@ -3,33 +3,21 @@
 #![allow(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 #![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
 
+mod common;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::backend::Autodiff;
 use burn::tensor::activation::silu;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Shape, Tensor, TensorData, TensorPrimitive};
+use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
-use burn_cubecl::{CubeBackend, CubeRuntime};
-use buzzer_kernels::{Dropout, dropout, rms_norm, rotary, swiglu};
-
-type Device<R> = <R as cubecl::Runtime>::Device;
-type Cube<R> = CubeBackend<R, f32, i32, u8>;
+use buzzer_kernels::{Cube, Dropout, dropout, rms_norm, rotary, swiglu};
+use common::{Device, noise};
 
 const EPSILON: f64 = 1e-5;
 const DROPOUT: Dropout = Dropout { probability: 0.1, key: 0xDEAD_BEEF_0123_4567 };
-
-/// Numbers between -1 and 1 that look random.
-fn noise(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(1);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
-}
 
 /// How rows lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -5,30 +5,18 @@
 #![allow(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
 
+mod common;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::tensor::{DType, Int, Shape, Tensor, TensorData, TensorPrimitive};
+use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
-use burn_cubecl::{CubeBackend, CubeRuntime};
 use burn_flex::Flex;
 use buzzer_kernels::adamw::{self, AdamW, AdamWState, AdamWState8};
 use buzzer_kernels::nf4::{self, Nf4Tensor};
-use buzzer_kernels::{IGNORED, KernelBackend, cross_entropy};
-
-type Device<R> = <R as cubecl::Runtime>::Device;
-type Cube<R> = CubeBackend<R, f32, i32, u8>;
-
-/// Numbers between -1 and 1 that look random.
-fn noise(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(1);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
-}
+use buzzer_kernels::{Cube, IGNORED, KernelBackend, cross_entropy};
+use common::{Device, noise};
 
 /// Rounded through the dtype and back.
 fn rounded(values: &[f32], dtype: DType) -> Vec<f32> {

@@ -42,16 +42,6 @@ impl<B: Backend> BlockContext<B> {
             index: AttentionIndex::rows(documents, positions),
         }
     }
-
-    /// The same context under another backend decorator.
-    #[must_use]
-    pub fn map<C: Backend>(
-        &self,
-        floats: impl FnMut(Tensor<B, 3>) -> Tensor<C, 3>,
-        ints: impl FnMut(Tensor<B, 2, Int>) -> Tensor<C, 2, Int>,
-    ) -> BlockContext<C> {
-        BlockContext { angles: self.angles.map(floats), index: self.index.map(ints) }
-    }
 }
 
 impl<B: Backend> Block<B> {

@@ -75,15 +75,13 @@ impl Places {
     fn new(batch: &Batch) -> Self {
         let (mut rows, mut targets): (Vec<i32>, Vec<i32>) = shifted(batch).unzip();
         let (loss_tokens, all) = (rows.len(), batch.ids.len());
-        if 2 * loss_tokens > all {
+        let Some(length) = rows_at_head(loss_tokens, all) else {
             let mut everywhere = vec![IGNORED; all];
             for (row, target) in rows.into_iter().zip(targets) {
                 everywhere[row as usize] = target;
             }
             return Self { rows: None, targets: everywhere, loss_tokens };
-        }
-        let step = (all / SIZES).max(1);
-        let length = loss_tokens.next_multiple_of(step);
+        };
         rows.resize(length, 0);
         targets.resize(length, IGNORED);
         Self { rows: Some(rows), targets, loss_tokens }
@@ -92,6 +90,11 @@ impl Places {
 
 /// Into how many sizes, at most, the numbers of places are rounded up.
 const SIZES: usize = 16;
+
+/// How many of so many tokens reach the head if so many bear loss; `None` for all of them.
+pub(crate) fn rows_at_head(loss_tokens: usize, all: usize) -> Option<usize> {
+    (2 * loss_tokens <= all).then(|| loss_tokens.next_multiple_of((all / SIZES).max(1)))
+}
 
 /// Pairs of a place and the target it predicts.
 fn shifted(batch: &Batch) -> impl Iterator<Item = (i32, i32)> {

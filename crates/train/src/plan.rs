@@ -11,7 +11,10 @@
 mod ledger;
 mod work;
 
-use buzzer_kernels::cross_entropy::CHUNK_VALUES;
+use buzzer_kernels::WORKSPACE_BYTES;
+use buzzer_kernels::adamw::BLOCK_8BIT;
+use buzzer_kernels::cross_entropy::{CHUNK_ROWS, CHUNK_VALUES};
+use buzzer_kernels::nf4::{BLOCK, NESTED_BLOCK};
 use buzzer_model::{LlamaConfig, LoraSettings, Target};
 use serde::{Deserialize, Serialize};
 
@@ -19,14 +22,7 @@ use ledger::{Buffer, Ledger, Part};
 
 pub use work::StepWork;
 
-/// Rows of logits that a card holds at a time.
-const CHUNK_ROWS: usize = 1024;
-/// Scratch space of the vendor's library.
-const WORKSPACE_BYTES: usize = 32 << 20;
-/// Weights that share a scale, scales that share one of the second level, and moments that share one.
-const BLOCK: usize = 64;
-const NESTED_BLOCK: usize = 256;
-const MOMENT_BLOCK: usize = 256;
+use crate::batch::rows_at_head;
 
 /// The sizes of one batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,8 +165,7 @@ impl PlanSettings {
     pub fn head_rows(&self) -> usize {
         let n = self.shape.tokens();
         let targets = (self.loss_share * n as f64).ceil() as usize;
-        // As `batch.rs` picks them: all if most bear loss, else rounded up to one of 16 sizes.
-        if 2 * targets > n { n } else { targets.max(1).next_multiple_of((n / 16).max(1)) }
+        rows_at_head(targets.max(1), n).unwrap_or(n)
     }
 
     fn qkv_width(&self) -> usize {
@@ -333,8 +328,8 @@ impl<'a> Walk<'a> {
         for count in self.factors() {
             for _ in 0..2 {
                 if self.settings.eight_bit {
-                    self.keep(Part::Optimizer, count.next_multiple_of(MOMENT_BLOCK));
-                    self.keep(Part::Optimizer, 4 * count.div_ceil(MOMENT_BLOCK));
+                    self.keep(Part::Optimizer, count.next_multiple_of(BLOCK_8BIT));
+                    self.keep(Part::Optimizer, 4 * count.div_ceil(BLOCK_8BIT));
                 } else {
                     self.keep(Part::Optimizer, 4 * count);
                 }

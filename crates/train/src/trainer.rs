@@ -183,7 +183,7 @@ impl<B: KernelBackend> LoraOptimizer<B> {
 
     /// Clips the gradients, changes the model's factors, and returns the norm before clipping.
     pub fn step(&mut self, model: &mut Llama<B>, gradients: LoraGradients<B>, learning_rate: f64) -> f64 {
-        self.step_scaled(model, gradients, learning_rate, 1.0)
+        self.step_scaled(model, &gradients, learning_rate, 1.0)
     }
 
     /// [`Self::step`] with gradients of a loss that was multiplied by `loss_scale`; the norm returned is that of the
@@ -191,7 +191,7 @@ impl<B: KernelBackend> LoraOptimizer<B> {
     pub fn step_scaled(
         &mut self,
         model: &mut Llama<B>,
-        gradients: LoraGradients<B>,
+        gradients: &LoraGradients<B>,
         learning_rate: f64,
         loss_scale: f64,
     ) -> f64 {
@@ -202,14 +202,14 @@ impl<B: KernelBackend> LoraOptimizer<B> {
         self.steps += 1;
         let gradient_scale = self.settings.clip_factor(norm) / loss_scale;
         let settings = AdamW { gradient_scale, ..self.settings.at(learning_rate, self.steps) };
-        for (place, gradients) in gradients.factors {
+        for (&place, gradients) in &gradients.factors {
             let (layer, target) = place;
             // Taken out of the model, so that the factors are held once and change where they lie.
             let linear = model.blocks[layer].linear_mut(target);
             let Some(Lora { a, b, scale }) = linear.lora.take() else { continue };
             let fresh = || [&a, &b].map(|factor| Moments::zeros(&factor.val(), self.settings.eight_bit));
             let [a_moments, b_moments] = self.states.remove(&place).unwrap_or_else(fresh);
-            let [a_gradient, b_gradient] = gradients;
+            let [a_gradient, b_gradient] = gradients.clone();
             let (a, a_moments) = step_of_factor(a, a_gradient, a_moments, &settings);
             let (b, b_moments) = step_of_factor(b, b_gradient, b_moments, &settings);
             linear.lora = Some(Lora { a, b, scale });
@@ -366,11 +366,10 @@ impl<B: KernelBackend> Trainer<B> {
         let loss_scale = self.loss_scale.value();
         let (loss, gradients) = self.gradients(&batches, step, loss_scale)?;
         let learning_rate = self.schedule.rate(self.step);
-        let culprits = gradients.clone();
-        let grad_norm = self.optimizer.step_scaled(&mut self.model, gradients, learning_rate, loss_scale);
+        let grad_norm = self.optimizer.step_scaled(&mut self.model, &gradients, learning_rate, loss_scale);
         let skipped = !grad_norm.is_finite();
         if !self.loss_scale.adapt(skipped) {
-            let place = culprits.first_non_finite().map_or_else(
+            let place = gradients.first_non_finite().map_or_else(
                 || "the sum over all factors".into(),
                 |(layer, target)| format!("{} of block {layer}", target.hf_name()),
             );

@@ -12,9 +12,10 @@ use burn_cubecl::{CubeBackend, CubeRuntime};
 use cubecl::prelude::*;
 
 use super::{AdamW, AdamWState8, BLOCK_8BIT};
-use crate::cross_entropy::kernel::{has_planes, over_cube};
-use crate::nf4::kernel::{cubes, empty, float_primitive, load_table, vector_width, widest};
+use crate::device::{cubes, primitive, uninitialized, vector_width, vector_width_of, widest};
+use crate::nf4::kernel::load_table;
 use crate::nf4::{dynamic_code, unsigned_dynamic_code};
+use crate::reduce::{has_planes, over_cube};
 
 /// Units of a cube; a block of 8-bit moments has as many values.
 const UNITS: usize = 256;
@@ -140,7 +141,7 @@ pub fn step<R: CubeRuntime>(
         return;
     }
     let most = widest(DType::F32);
-    let width = vector_width(most, count, &[&parameter, &gradient, &first, &second]);
+    let width = vector_width_of(most, count, &[&parameter, &gradient, &first, &second]);
     let (client, vectors) = (parameter.client.clone(), count / width);
     let (dtype, gradient_dtype) = (parameter.dtype.into(), gradient.dtype.into());
     // SAFETY: units past the last vector neither read nor write, and the tensors are of one length.
@@ -223,7 +224,7 @@ struct Group<R: CubeRuntime> {
 
 impl<R: CubeRuntime> Group<R> {
     fn new(x: CubeTensor<R>) -> Self {
-        let width = vector_width(widest(x.dtype), x.meta.num_elements(), &[&x]);
+        let width = vector_width(x.meta.num_elements(), &[&x]);
         let cubes = x.meta.num_elements().div_ceil(width * UNITS * SUMMED).max(1);
         Self { tensors: vec![x], width, cubes }
     }
@@ -267,8 +268,8 @@ pub fn sum_of_squares<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>) -> Option<Cub
     let most = (like.client.properties().hardware.max_bindings as usize).saturating_sub(3).clamp(1, TOGETHER);
     let groups = grouped(tensors, most);
     let slots = groups.iter().map(Group::slots).sum::<usize>();
-    let sums = empty(&like, &[slots.max(1)], DType::F32);
-    let total = empty(&like, &[1], DType::F32);
+    let sums = uninitialized(&like, [slots.max(1)], DType::F32);
+    let total = uninitialized(&like, [1], DType::F32);
     let dim = CubeDim::new_1d(UNITS as u32);
     let mut first_slot = 0;
     for group in groups {
@@ -461,9 +462,9 @@ pub fn step8<R: CubeRuntime>(
             parameter.into_tensor_arg(),
             gradient.into_tensor_arg(),
             codes(&state.first).into_tensor_arg(),
-            float_primitive(state.first_scales.clone()).into_tensor_arg(),
+            primitive(state.first_scales.clone()).into_tensor_arg(),
             codes(&state.second).into_tensor_arg(),
-            float_primitive(state.second_scales.clone()).into_tensor_arg(),
+            primitive(state.second_scales.clone()).into_tensor_arg(),
             numbers(settings, gradient_scale),
             planes,
             dtype,

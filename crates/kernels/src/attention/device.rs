@@ -12,14 +12,14 @@
 //!
 //! A query that sees nothing gets 0 and `lse` -1e30.
 
-use burn::tensor::{DType, Shape};
+use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
-use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::ranges::Ranges;
 use super::{flash, gradients, plain};
+use crate::device::{side_by_side, uninitialized, vector_width};
 
 /// The `lse` of a query that sees nothing, and the score of a hidden pair: finite, and below every score.
 pub(super) const HIDDEN: f32 = -1e30;
@@ -59,27 +59,9 @@ pub(super) fn tokens<R: CubeRuntime>(
     TokensLaunch::new(documents.clone().into_tensor_arg(), positions.clone().into_tensor_arg())
 }
 
-/// A contiguous tensor without contents, on the device of another.
-pub(super) fn empty<R: CubeRuntime>(like: &CubeTensor<R>, dims: &[usize], dtype: DType) -> CubeTensor<R> {
-    let bytes = dims.iter().product::<usize>() * dtype.size();
-    let handle = like.client.empty(bytes);
-    CubeTensor::new_contiguous(
-        like.client.clone(),
-        like.device.clone(),
-        Shape::from(dims.to_vec()),
-        handle,
-        dtype,
-    )
-}
-
 /// `b, h, t, w` of a tensor.
 pub(super) fn dims<R: CubeRuntime>(x: &CubeTensor<R>) -> [usize; 4] {
     [0, 1, 2, 3].map(|i| x.meta.shape()[i])
-}
-
-/// The tensor itself if elements of a row lie side by side, else a copy of which that is true.
-fn with_rows<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
-    if x.meta.strides()[3] == 1 || x.meta.shape()[3] == 1 { x } else { into_contiguous(x) }
 }
 
 /// Attention of queries `[b, h, t, w]` to keys and values `[b, g, s, w]`, g dividing h. The index is
@@ -93,11 +75,11 @@ pub fn forward<R: CubeRuntime>(
     v: CubeTensor<R>,
     index: [CubeTensor<R>; 4],
 ) -> (CubeTensor<R>, CubeTensor<R>) {
-    let [q, k, v] = [q, k, v].map(with_rows);
+    let [q, k, v] = [q, k, v].map(side_by_side);
     let [b, h, t, w] = dims(&q);
-    let mut o = empty(&q, &[b, t, h, w], q.dtype);
+    let mut o = uninitialized(&q, [b, t, h, w], q.dtype);
     o.meta.swap(1, 2);
-    let lse = empty(&q, &[b, h, t], DType::F32);
+    let lse = uninitialized(&q, [b, h, t], DType::F32);
     if let Some(build) = flash::build(&[&q, &k, &v]) {
         let index = Index::new(index, flash::EDGE);
         flash::forward([&q, &k, &v], &index, &o, &lse, build);
@@ -121,10 +103,10 @@ pub fn backward<R: CubeRuntime>(
     grad: CubeTensor<R>,
     index: [CubeTensor<R>; 4],
 ) -> CubeTensor<R> {
-    let [q, k, v, o, grad] = [q, k, v, o, grad].map(with_rows);
+    let [q, k, v, o, grad] = [q, k, v, o, grad].map(side_by_side);
     let [b, h, t, w] = dims(&q);
     let g = dims(&k)[1];
-    let joined = empty(&q, &[b, t, h + 2 * g, w], q.dtype);
+    let joined = uninitialized(&q, [b, t, h + 2 * g, w], q.dtype);
     let along = row_products(&o, &grad);
     if let Some(build) = flash::build(&[&q, &k, &v, &grad]) {
         let index = Index::new(index, flash::EDGE);
@@ -141,15 +123,15 @@ const ROWS: u32 = 16;
 
 /// `D = rowsum(a ∘ b)`, `[b, h, t]` in f32.
 fn row_products<R: CubeRuntime>(a: &CubeTensor<R>, b: &CubeTensor<R>) -> CubeTensor<R> {
-    let [batch, h, t, _] = dims(a);
-    let out = empty(a, &[batch, h, t], DType::F32);
+    let [batch, h, t, w] = dims(a);
+    let out = uninitialized(a, [batch, h, t], DType::F32);
     // SAFETY: rows past the last are not read or written.
     unsafe {
         row_products_kernel::launch_unchecked::<R>(
             &a.client,
             CubeCount::Static((t as u32).div_ceil(ROWS), h as u32, batch as u32),
             CubeDim::new_2d(LANES, ROWS),
-            vector_width(&[a, b]),
+            vector_width(w, &[a, b]),
             a.clone().into_tensor_arg(),
             b.clone().into_tensor_arg(),
             out.clone().into_tensor_arg(),
@@ -157,20 +139,6 @@ fn row_products<R: CubeRuntime>(a: &CubeTensor<R>, b: &CubeTensor<R>) -> CubeTen
         );
     }
     out
-}
-
-/// How many elements, at most 16 bytes of them, can be read at once from each row of each tensor: widths, strides and
-/// the offset of the buffer are multiples of it.
-pub(super) fn vector_width<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> usize {
-    let fits = |x: &&CubeTensor<R>, width: usize| {
-        let offset = x.handle.offset_start.unwrap_or(0) as usize;
-        let strides = &x.meta.strides()[..3];
-        x.meta.shape()[3].is_multiple_of(width)
-            && strides.iter().all(|stride| stride.is_multiple_of(width))
-            && offset.is_multiple_of(width * x.dtype.size())
-    };
-    let most = 16 / tensors[0].dtype.size();
-    [8, 4, 2].into_iter().find(|w| *w <= most && tensors.iter().all(|x| fits(x, *w))).unwrap_or(1)
 }
 
 #[cube(launch_unchecked)]

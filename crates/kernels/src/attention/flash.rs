@@ -12,12 +12,13 @@ use cubecl::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
-use super::device::{HIDDEN, Index, Tokens, dims, vector_width};
+use super::device::{HIDDEN, Index, Tokens, dims};
 use super::ranges::{FULL, SKIP};
 use super::tiles::{
     Build, Chunk, Gate, Line, Sums, UNITS, flush, gather, greatest_of_four, head_of, hide, load, load_tokens,
     next, own_tokens, scores, stage, sum_of_four, zeros,
 };
+use crate::device::vector_width;
 
 /// Queries or keys for which there is one tile code.
 pub(super) const EDGE: usize = 64;
@@ -33,7 +34,7 @@ pub(super) fn build<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> Option<Build>
         _ => return None,
     };
     let width = dims(first)[3];
-    if !matches!(width, 64 | 128) || vector_width(tensors) != 8 {
+    if !matches!(width, 64 | 128) || vector_width(width, tensors) != 8 {
         return None;
     }
     let features = &first.client.properties().features;

@@ -10,7 +10,8 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::SEPARATE;
-use super::device::{Tokens, empty, tokens};
+use super::device::{Tokens, tokens};
+use crate::device::uninitialized;
 
 /// No query of the tile sees a key of the other.
 pub(super) const SKIP: i32 = 0;
@@ -35,8 +36,8 @@ impl<R: CubeRuntime> Ranges<R> {
         let [b, t] = [0, 1].map(|i| index[0].meta.shape()[i]);
         let s = index[2].meta.shape()[1];
         let tiles = [t.div_ceil(edge), s.div_ceil(edge)];
-        let codes = empty(&index[0], &[b, tiles[0], tiles[1]], index[0].dtype);
-        let rows = empty(&index[0], &[b, tiles[0], 2], index[0].dtype);
+        let codes = uninitialized(&index[0], [b, tiles[0], tiles[1]], index[0].dtype);
+        let rows = uninitialized(&index[0], [b, tiles[0], 2], index[0].dtype);
         // SAFETY: the kernel reads tokens below the shapes' ends and writes one code for each pair and one range for
         // each row, which is what was allocated.
         unsafe {
@@ -57,7 +58,7 @@ impl<R: CubeRuntime> Ranges<R> {
     /// The half-open range of query tiles of each key tile `[b, key tiles, 2]`.
     pub(super) fn columns(&self) -> CubeTensor<R> {
         let b = self.codes.meta.shape()[0];
-        let columns = empty(&self.codes, &[b, self.tiles[1], 2], self.codes.dtype);
+        let columns = uninitialized(&self.codes, [b, self.tiles[1], 2], self.codes.dtype);
         // SAFETY: units past the last key tile end at once; the others write their own range.
         unsafe {
             column_ranges::launch_unchecked::<R>(

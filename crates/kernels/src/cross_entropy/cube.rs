@@ -2,12 +2,9 @@
 
 use burn::tensor::{DType, Int, Tensor};
 
-use super::{CrossEntropyGradient, kernel};
+use super::{CHUNK_ROWS, CrossEntropyGradient, kernel};
 use crate::device::{Cube, Matrix, int_primitive, primitive, tensor, uninitialized};
 use crate::product::{self, Plus, Product, ProductRuntime};
-
-/// Rows whose logits are held at a time: 128 MiB for 32,000 words, and enough rows for a fast product.
-pub(crate) const CHUNK_ROWS: usize = 1024;
 
 pub(crate) fn losses<R: ProductRuntime>(
     hidden: Tensor<Cube<R>, 2>,

@@ -8,70 +8,13 @@ use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::features::Plane;
 use cubecl::prelude::*;
 
-use crate::nf4::kernel::{cubes, empty, rows_side_by_side, vector_width, widest};
+use crate::device::{cubes, side_by_side, uninitialized, vector_width_of, widest};
+use crate::reduce::{has_planes, over_cube};
 
 /// Vectors of 16 bytes that a unit keeps in registers.
 const HELD: usize = 16;
-
-/// Combines one number of each unit of a cube, by maximum or by sum, in a fixed order; every unit gets the result.
-///
-/// `units` is a power of two.
-#[cube]
-pub(crate) fn over_cube(
-    value: f32,
-    #[comptime] units: usize,
-    #[comptime] planes: bool,
-    #[comptime] largest: bool,
-) -> f32 {
-    if comptime!(planes) { by_planes(value, units, largest) } else { by_halves(value, units, largest) }
-}
-
-#[cube]
-fn by_planes(value: f32, #[comptime] units: usize, #[comptime] largest: bool) -> f32 {
-    // A plane has four units or more.
-    let mut parts = SharedMemory::<f32>::new(comptime!(units.div_ceil(4)));
-    let part = if comptime!(largest) { plane_max(value) } else { plane_sum(value) };
-    if UNIT_POS_PLANE == 0 {
-        parts[(UNIT_POS / PLANE_DIM) as usize] = part;
-    }
-    sync_cube();
-    let mut result = parts[0];
-    for plane in 1..CUBE_DIM.div_ceil(PLANE_DIM) as usize {
-        result = join(result, parts[plane], largest);
-    }
-    result
-}
-
-#[cube]
-fn by_halves(value: f32, #[comptime] units: usize, #[comptime] largest: bool) -> f32 {
-    let unit = UNIT_POS as usize;
-    let mut parts = SharedMemory::<f32>::new(units);
-    parts[unit] = value;
-    sync_cube();
-    let mut half = comptime!(units / 2).runtime();
-    while half > 0 {
-        if unit < half {
-            let other = parts[unit + half];
-            parts[unit] = join(parts[unit], other, largest);
-        }
-        sync_cube();
-        half /= 2;
-    }
-    parts[0]
-}
-
-#[cube]
-fn join(a: f32, b: f32, #[comptime] largest: bool) -> f32 {
-    if comptime!(largest) { max(a, b) } else { a + b }
-}
-
-/// Whether sums and maxima over planes can be used.
-pub(crate) fn has_planes<R: CubeRuntime>(x: &CubeTensor<R>) -> bool {
-    x.client.properties().features.plane.contains(Plane::Ops)
-}
 
 /// e to the power of x by the card's approximation, wrong by 2 + 1.2 |x| units in the last place at most on CUDA.
 ///
@@ -254,23 +197,23 @@ fn launch<R: CubeRuntime>(
     targets: CubeTensor<R>,
     gradient: Option<(f32, DType)>,
 ) -> (CubeTensor<R>, Option<CubeTensor<R>>) {
-    let (logits, targets) = (rows_side_by_side(logits), into_contiguous(targets));
+    let (logits, targets) = (side_by_side(logits), into_contiguous(targets));
     let [n, v] = [logits.meta.shape()[0], logits.meta.shape()[1]];
     assert_eq!(
         (targets.meta.num_elements(), targets.dtype),
         (n, DType::I32),
         "targets of {n} rows of logits"
     );
-    let losses = empty(&logits, &[n], DType::F32);
+    let losses = uninitialized(&logits, [n], DType::F32);
     let in_place = |dtype| logits.dtype == dtype && logits.can_mut() && logits.is_contiguous();
     let alias = gradient.is_some_and(|(_, dtype)| in_place(dtype));
     let d_logits =
-        gradient.map(|(_, dtype)| if alias { logits.clone() } else { empty(&logits, &[n, v], dtype) });
+        gradient.map(|(_, dtype)| if alias { logits.clone() } else { uninitialized(&logits, [n, v], dtype) });
     if n == 0 || v == 0 {
         return (losses, d_logits);
     }
     let gradient_dtype = gradient.map_or(logits.dtype, |(_, dtype)| dtype);
-    let width = vector_width(widest(logits.dtype).min(widest(gradient_dtype)), v, &[&logits]);
+    let width = vector_width_of(widest(logits.dtype).min(widest(gradient_dtype)), v, &[&logits]);
     let vectors = v / width;
     let units = vectors.div_ceil(4).next_power_of_two().clamp(32, limit(&logits));
     let held = vectors.div_ceil(units);

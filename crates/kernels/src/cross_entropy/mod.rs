@@ -24,6 +24,9 @@ pub const IGNORED: i32 = -100;
 /// Logits held at a time: 32 MiB in f32.
 pub const CHUNK_VALUES: usize = 1 << 23;
 
+/// Rows whose logits a device holds at a time: 128 MiB for 32,000 words, and enough rows for a fast product.
+pub const CHUNK_ROWS: usize = 1024;
+
 /// Sum of losses, and gradients of its multiple.
 #[derive(Debug)]
 pub struct CrossEntropyGradient<B: Backend> {

@@ -3,86 +3,14 @@
 //! One draw of Philox gives the words of four consecutive elements, so a unit that has a vector of eight draws twice.
 //! Bytes moved: x read, the result written, and the base read if there is one. What it trades: rows whose width is no
 //! multiple of four draw once an element. What it refuses: 2³² elements or more, whose index exceeds 32 bits.
-//!
-//! Here are also the shapes of launches that every kernel over rows shares: a unit has a vector of a row, and its place
-//! comes from `row` and `column`.
 
-use burn::tensor::Shape;
 use burn_cubecl::CubeRuntime;
-use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::Dropout;
-
-/// Units of a cube.
-const UNITS: usize = 256;
-
-/// Cubes in one dimension that every runtime allows.
-const CUBES: usize = 65_535;
-
-/// n and d of rows.
-pub(crate) fn dims<R: CubeRuntime>(x: &CubeTensor<R>) -> [usize; 2] {
-    [x.meta.shape()[0], x.meta.shape()[1]]
-}
-
-/// Contiguous `[n, d]` without contents, of the device and dtype of another tensor.
-pub(crate) fn empty<R: CubeRuntime>(like: &CubeTensor<R>, dims: [usize; 2]) -> CubeTensor<R> {
-    let handle = like.client.empty(dims[0] * dims[1] * like.dtype.size());
-    let shape = Shape::from(dims.to_vec());
-    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, like.dtype)
-}
-
-/// The tensor itself if the elements of a row lie side by side, else a copy of which that is true.
-pub(crate) fn side_by_side<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
-    let last = x.meta.shape().len() - 1;
-    if x.meta.strides()[last] == 1 { x } else { into_contiguous(x) }
-}
-
-/// Elements that are read and written at once: as many as 16 bytes of the first tensor hold, or as few as it takes to
-/// divide `columns`, the row strides of all tensors, and the places where their buffers start.
-pub(crate) fn vector_width<R: CubeRuntime>(columns: usize, tensors: &[&CubeTensor<R>]) -> usize {
-    let fits = |x: &&CubeTensor<R>, width: usize| {
-        let offset = x.handle.offset_start.unwrap_or(0) as usize;
-        let (_, rows) = x.meta.strides().split_last().unwrap_or((&1, &[]));
-        rows.iter().all(|stride| stride.is_multiple_of(width))
-            && offset.is_multiple_of(width * x.dtype.size())
-    };
-    let most = tensors.first().map_or(1, |x| 16 / x.dtype.size());
-    let fits_all = |width: &usize| columns.is_multiple_of(*width) && tensors.iter().all(|x| fits(x, *width));
-    [8, 4, 2].into_iter().filter(|width| *width <= most).find(fits_all).unwrap_or(1)
-}
-
-/// Cubes and units that give each of n rows so many units, found by [`row`] and [`column`]. Narrow rows share a cube.
-pub(crate) fn launch_shape(n: usize, units: usize) -> (CubeCount, CubeDim) {
-    let width = units.next_power_of_two().clamp(1, UNITS);
-    let height = UNITS / width;
-    let cubes = n.div_ceil(height).max(1);
-    let count = CubeCount::Static(
-        units.div_ceil(width).max(1) as u32,
-        cubes.min(CUBES) as u32,
-        cubes.div_ceil(CUBES) as u32,
-    );
-    (count, CubeDim::new_2d(width as u32, height as u32))
-}
-
-/// Vectors from one row to the next. Kernels get it, and the shape, as scalars: what CubeCL knows of a tensor's shape lies
-/// in memory, and would have to arrive before a unit could ask for its vectors.
-pub(crate) fn row_stride<R: CubeRuntime>(x: &CubeTensor<R>, width: usize) -> usize {
-    x.meta.strides()[0] / width
-}
-
-/// The row of a unit; it can lie past the last row.
-#[cube]
-pub(crate) fn row() -> usize {
-    ((CUBE_POS_Z * CUBE_COUNT_Y + CUBE_POS_Y) * CUBE_DIM_Y + UNIT_POS_Y) as usize
-}
-
-/// The vector of a unit in its row; it can lie past the row's end.
-#[cube]
-pub(crate) fn column() -> usize {
-    (CUBE_POS_X * CUBE_DIM_X + UNIT_POS_X) as usize
-}
+use crate::device::{side_by_side, uninitialized, vector_width};
+use crate::rows::{column, dims, launch_shape, row, row_stride};
 
 /// [`Dropout`] as a kernel sees it.
 #[derive(CubeType, CubeLaunch)]
@@ -206,7 +134,7 @@ pub fn apply<R: CubeRuntime>(x: CubeTensor<R>, dropout: Dropout) -> CubeTensor<R
     let x = side_by_side(x);
     let [n, d] = dims(&x);
     let in_place = x.can_mut() && x.is_contiguous();
-    let y = if in_place { x.clone() } else { empty(&x, [n, d]) };
+    let y = if in_place { x.clone() } else { uninitialized(&x, [n, d], x.dtype) };
     let width = vector_width(d, &[&x]);
     let (cubes, units) = launch_shape(n, d / width);
     // SAFETY: units past the last row or the last vector of a row neither read nor write.
@@ -241,7 +169,7 @@ pub fn add<R: CubeRuntime>(base: CubeTensor<R>, x: CubeTensor<R>, dropout: Optio
     let [n, d] = dims(&x);
     let dropout = dropout.filter(|dropout| dropout.probability > 0.0);
     let in_place = base.can_mut() && base.is_contiguous();
-    let y = if in_place { base.clone() } else { empty(&x, [n, d]) };
+    let y = if in_place { base.clone() } else { uninitialized(&x, [n, d], x.dtype) };
     let width = vector_width(d, &[&x, &base]);
     let (cubes, units) = launch_shape(n, d / width);
     let written = if in_place { y.as_tensor_alias(0) } else { y.clone().into_tensor_arg() };

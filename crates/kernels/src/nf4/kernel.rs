@@ -5,15 +5,14 @@
 //! bank each, which all units read without conflict; scales are restored once, by one unit each, and shared too.
 //! Bytes moved: half a byte of codes and a 64th of a scale read, one value written. What it trades: rows whose width or
 //! place is no multiple of a vector are written in narrower vectors. What it refuses: weights of 2³² values or more.
-//!
-//! Here are also the helpers that the kernels of this crate's losses and optimizers share with these.
 
 use burn::module::{Param, ParamId};
-use burn::tensor::{DType, Int, Shape, Tensor as DenseTensor, TensorPrimitive};
-use burn_cubecl::kernel::into_contiguous;
+use burn::tensor::{DType, Int, Tensor as DenseTensor, TensorPrimitive};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeRuntime};
 use cubecl::prelude::*;
+
+use crate::device::{cubes, primitive, side_by_side, uninitialized, vector_width};
 
 use super::codebook::{NF4_THRESHOLDS, dynamic_code};
 use super::{BLOCK, NESTED_BLOCK, NF4_CODE, Nf4Tensor, Scales, double_quantize, double_scales, frozen};
@@ -24,8 +23,6 @@ const UNITS: usize = 256;
 const WORDS: usize = BLOCK / PER_WORD;
 /// Values in a word.
 const PER_WORD: usize = 8;
-/// Cubes in one dimension that every runtime allows.
-const CUBES: usize = 65_535;
 
 /// The scales of a packed weight as the kernel reads them.
 #[derive(Clone, Debug)]
@@ -44,66 +41,20 @@ pub enum DeviceScales<R: CubeRuntime> {
     },
 }
 
-/// A float tensor's primitive.
-pub(crate) fn float_primitive<R: CubeRuntime, const D: usize>(
-    x: DenseTensor<CubeBackend<R, f32, i32, u8>, D>,
-) -> CubeTensor<R> {
-    x.into_primitive().tensor()
-}
-
 impl<R: CubeRuntime> Nf4Tensor<CubeBackend<R, f32, i32, u8>> {
     /// Codes, eight a word, and scales as [`dequantize`] takes them. No copies.
     #[must_use]
     pub fn device_parts(&self) -> (CubeTensor<R>, DeviceScales<R>) {
         let scales = match &self.scales {
-            Scales::Plain(absmax) => DeviceScales::Plain(float_primitive(absmax.val())),
+            Scales::Plain(absmax) => DeviceScales::Plain(primitive(absmax.val())),
             Scales::Double(double) => DeviceScales::Double {
                 codes: double.codes.val().into_primitive(),
-                nested: float_primitive(double.nested.val()),
-                offset: float_primitive(double.offset.val()),
+                nested: primitive(double.nested.val()),
+                offset: primitive(double.offset.val()),
             },
         };
         (self.codes.val().into_primitive(), scales)
     }
-}
-
-/// Contiguous tensor without contents on the device of another.
-pub(crate) fn empty<R: CubeRuntime>(like: &CubeTensor<R>, dims: &[usize], dtype: DType) -> CubeTensor<R> {
-    let bytes = dims.iter().product::<usize>() * dtype.size();
-    let handle = like.client.empty(bytes);
-    let shape = Shape::from(dims.to_vec());
-    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype)
-}
-
-/// The tensor itself if the elements of a row lie side by side, else a contiguous copy.
-pub(crate) fn rows_side_by_side<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
-    if x.meta.strides().last() == Some(&1) { x } else { into_contiguous(x) }
-}
-
-/// Elements that are read and written at once: the widest vector of at most `most` elements that divides `columns`
-/// and, for every tensor, its row strides and the place where its buffer starts.
-pub(crate) fn vector_width<R: CubeRuntime>(most: usize, columns: usize, tensors: &[&CubeTensor<R>]) -> usize {
-    let fits = |x: &CubeTensor<R>, width: usize| {
-        let offset = x.handle.offset_start.unwrap_or(0) as usize;
-        let (_, rows) = x.meta.strides().split_last().unwrap_or((&1, &[]));
-        rows.iter().all(|stride| stride % width == 0) && offset.is_multiple_of(width * x.dtype.size())
-    };
-    let fits_all = |width: &usize| {
-        *width <= most && columns.is_multiple_of(*width) && tensors.iter().all(|x| fits(x, *width))
-    };
-    [8, 4, 2].into_iter().find(fits_all).unwrap_or(1)
-}
-
-/// Elements of 16 bytes.
-pub(crate) fn widest(dtype: DType) -> usize {
-    16 / dtype.size()
-}
-
-/// So many cubes, numbered by `CUBE_POS`; there can be more than that.
-pub(crate) fn cubes(count: usize) -> CubeCount {
-    let count = count.max(1);
-    let x = count.min(CUBES);
-    CubeCount::Static(x as u32, count.div_ceil(x) as u32, 1)
 }
 
 /// A subnormal number becomes zero, with its sign: bitsandbytes' kernels are built with fast math.
@@ -285,7 +236,7 @@ pub fn dequantize<R: CubeRuntime>(codes: CubeTensor<R>, scales: DeviceScales<R>,
     }
     let (words, blocks) = (count.div_ceil(PER_WORD), count.div_ceil(BLOCK));
     assert!(codes.meta.num_elements() >= words, "codes of a weight [{rows}, {cols}]");
-    let width = vector_width(widest(out.dtype), cols, &[&out]);
+    let width = vector_width(cols, &[&out]);
     let (client, dtype, dense) = (out.client.clone(), out.dtype, stride == cols || rows == 1);
     let (count, dim) = (cubes(words.div_ceil(UNITS * WORDS)), CubeDim::new_1d(UNITS as u32));
     let (codes, out) = (codes.into_tensor_arg(), out.into_tensor_arg());
@@ -402,13 +353,13 @@ pub fn quantize<R: CubeRuntime>(
     dense: CubeTensor<R>,
     double: bool,
 ) -> Nf4Tensor<CubeBackend<R, f32, i32, u8>> {
-    let dense = rows_side_by_side(dense);
+    let dense = side_by_side(dense);
     let [rows, cols] = [dense.meta.shape()[0], dense.meta.shape()[1]];
     let count = rows * cols;
     let words = count.div_ceil(PER_WORD);
-    let codes = empty(&dense, &[words], DType::I32);
-    let absmax = empty(&dense, &[count.div_ceil(BLOCK)], DType::F32);
-    let width = vector_width(widest(dense.dtype), cols, &[&dense]);
+    let codes = uninitialized(&dense, [words], DType::I32);
+    let absmax = uninitialized(&dense, [count.div_ceil(BLOCK)], DType::F32);
+    let width = vector_width(cols, &[&dense]);
     let (client, device, dtype) = (dense.client.clone(), dense.device.clone(), dense.dtype);
     if count > 0 {
         // SAFETY: units read no value past the last, and write no word or scale past the last.

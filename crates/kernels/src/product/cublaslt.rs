@@ -21,9 +21,9 @@ use cudarc::cublaslt::sys::{
 use cudarc::driver::{CudaContext, result as driver, sys};
 
 use super::{Plus, Product};
+use crate::card::WORKSPACE_BYTES;
+use crate::device::Matrix;
 
-/// What an algorithm may use besides its operands.
-const WORKSPACE_BYTES: usize = 32 << 20;
 /// cuBLAS's numbers for a matrix as it is and for its transpose.
 const OPERATIONS: [i32; 2] = [0, 1];
 /// The first driver interface with events of a whole context.
@@ -132,21 +132,32 @@ impl Library {
     }
 
     fn run(&mut self, product: &Product<CudaRuntime>) -> bool {
-        let source = if let Plus::Other(source) = &product.plus { source } else { &product.c };
+        let resource = |x: &Matrix<CudaRuntime>| x.tensor.client.get_resource(x.tensor.handle.clone());
+        let operands = [&product.a, &product.b, &product.c];
+        let [Ok(a), Ok(b), Ok(c)] = operands.map(resource) else { return false };
+        // Held until the product is submitted, as the other operands are. Each costs a round trip, so c is asked for once.
+        let (source, other) = match &product.plus {
+            Plus::Other(source) => match resource(source) {
+                Ok(other) => (source, Some(other)),
+                Err(_) => return false,
+            },
+            Plus::Nothing | Plus::Itself => (&product.c, None),
+        };
+        let place = |x: &Matrix<CudaRuntime>, start: u64| start + (x.offset * x.dtype().size()) as u64;
+        let pointers = [
+            place(&product.a, a.resource().ptr),
+            place(&product.b, b.resource().ptr),
+            place(&product.c, c.resource().ptr),
+            place(source, other.as_ref().unwrap_or(&c).resource().ptr),
+        ];
         let operands = [&product.a, &product.b, &product.c, source];
-        let resources = operands.map(|x| x.tensor.client.get_resource(x.tensor.handle.clone()));
-        let [Ok(a), Ok(b), Ok(c), Ok(source)] = resources else { return false };
-        let mut pointers = [&a, &b, &c, &source].map(|resource| resource.resource().ptr);
-        for (pointer, operand) in pointers.iter_mut().zip(operands) {
-            *pointer += (operand.offset * operand.dtype().size()) as u64;
-        }
         if !pointers.iter().all(|pointer| pointer.is_multiple_of(16)) {
             return false;
         }
         let key = Key {
             dims: product.dims(),
             transposed: [product.a.transposed, product.b.transposed],
-            strides: operands.map(crate::device::Matrix::row_stride),
+            strides: operands.map(Matrix::row_stride),
             dtypes: [product.a.dtype(), product.c.dtype()],
             accumulates: !matches!(product.plus, Plus::Nothing),
             aligned: pointers.iter().all(|pointer| pointer.is_multiple_of(256)),

@@ -63,12 +63,6 @@ pub trait ProductRuntime: CubeRuntime {
     /// The card behind a device.
     fn card(device: &Self::Device) -> Card;
 
-    /// Whether large products go to a vendor library on this device.
-    ///
-    /// # Errors
-    /// With the reason why they do not, for a program to print.
-    fn vendor_products(device: &Self::Device) -> Result<(), String>;
-
     /// Runs the product in the vendor's library if there is one; says whether it did.
     #[doc(hidden)]
     fn vendor_product(product: &Product<Self>) -> bool;
@@ -88,10 +82,6 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
         }
     }
 
-    fn vendor_products(_: &Self::Device) -> Result<(), String> {
-        Err("this runtime has none".into())
-    }
-
     fn vendor_product(_: &Product<Self>) -> bool {
         false
     }
@@ -106,10 +96,6 @@ impl ProductRuntime for cubecl::cuda::CudaRuntime {
             without_library: cublaslt::available(device).err(),
             ..crate::card::cuda(device.index)
         }
-    }
-
-    fn vendor_products(device: &Self::Device) -> Result<(), String> {
-        cublaslt::available(device)
     }
 
     fn vendor_product(product: &Product<Self>) -> bool {

@@ -6,11 +6,13 @@
 
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::features::Plane;
 use cubecl::prelude::*;
 
 use crate::Dropout;
-use crate::dropout::kernel::*;
+use crate::device::{cubes, side_by_side, uninitialized, vector_width};
+use crate::dropout::kernel::{Mask, factors, mask};
+use crate::reduce::has_planes;
+use crate::rows::{dims, row_stride};
 
 /// How a cube divides a row.
 #[derive(Clone, Copy)]
@@ -28,13 +30,11 @@ struct Division {
 impl Division {
     /// Two vectors a unit, as long as there are units for that.
     fn new<R: CubeRuntime>(d: usize, tensors: &[&CubeTensor<R>]) -> Self {
-        let properties = tensors[0].client.properties();
-        let most = (properties.hardware.max_units_per_cube as usize).min(512);
+        let most = (tensors[0].client.properties().hardware.max_units_per_cube as usize).min(512);
         let width = vector_width(d, tensors);
         let vectors = d / width;
         let units = vectors.div_ceil(2).next_power_of_two().clamp(64, most);
-        let planes = properties.features.plane.contains(Plane::Ops);
-        Self { width, units, count: vectors.div_ceil(units), planes }
+        Self { width, units, count: vectors.div_ceil(units), planes: has_planes(tensors[0]) }
     }
 
     fn dim(self) -> CubeDim {
@@ -42,12 +42,7 @@ impl Division {
     }
 }
 
-/// Cubes for n rows, numbered by [`cube_row`].
-fn cubes(n: usize) -> CubeCount {
-    let folded = n.clamp(1, 65_535);
-    CubeCount::Static(folded as u32, n.div_ceil(folded).max(1) as u32, 1)
-}
-
+/// The row of a cube among [`cubes`].
 #[cube]
 fn cube_row() -> usize {
     (CUBE_POS_Y * CUBE_COUNT_X + CUBE_POS_X) as usize
@@ -268,8 +263,8 @@ fn launch_forward<R: CubeRuntime>(
     let (x, weight) = (side_by_side(x), side_by_side(weight));
     let [n, d] = dims(&x);
     assert_eq!(weight.meta.shape()[0], d, "the weight of a norm");
-    let y = empty(&x, [n, d]);
-    let dropped = dropout.map(|_| empty(&x, [n, d]));
+    let y = uninitialized(&x, [n, d], x.dtype);
+    let dropped = dropout.map(|_| uninitialized(&x, [n, d], x.dtype));
     let division = Division::new(d, &[&x, &weight]);
     // SAFETY: cubes past the last row end at once, and units read and write no vector past the end of a row.
     unsafe {
@@ -317,7 +312,7 @@ pub fn backward<R: CubeRuntime>(
     for grad in [&grad].into_iter().chain(&residual) {
         assert_eq!((dims(grad), grad.dtype), ([n, d], x.dtype), "the gradient of a norm");
     }
-    let dx = empty(&x, [n, d]);
+    let dx = uninitialized(&x, [n, d], x.dtype);
     let tensors = [&x, &weight, &grad].into_iter().chain(&residual).collect::<Vec<_>>();
     let division = Division::new(d, &tensors);
     let strides = [&x, &grad].map(|x| row_stride(x, division.width));

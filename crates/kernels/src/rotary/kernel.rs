@@ -8,7 +8,8 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use crate::dropout::kernel::*;
+use crate::device::{side_by_side, uninitialized, vector_width};
+use crate::rows::{column, dims, launch_shape, row, row_stride};
 
 /// Counts are vectors: `half` of half a head, `pairs` of the first halves of all heads that are turned, `kept` of the
 /// columns after those, which the last units copy unless the rows are turned in place.
@@ -75,7 +76,7 @@ pub fn apply<R: CubeRuntime>(
         );
     }
     let in_place = x.can_mut() && x.is_contiguous();
-    let y = if in_place { x.clone() } else { empty(&x, [n, all]) };
+    let y = if in_place { x.clone() } else { uninitialized(&x, [n, all], x.dtype) };
     // A power of two divides the bitwise or of two numbers if it divides both.
     let width = vector_width((head_dim / 2) | all, &[&x, &cos, &sin]);
     let half = head_dim / 2 / width;

@@ -8,7 +8,9 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use crate::Dropout;
-use crate::dropout::kernel::*;
+use crate::device::{side_by_side, uninitialized, vector_width};
+use crate::dropout::kernel::{Mask, factors, mask};
+use crate::rows::{column, dims, launch_shape, row, row_stride};
 
 #[cube]
 fn sigmoid<N: Size>(a: Vector<f32, N>) -> Vector<f32, N> {
@@ -101,8 +103,8 @@ fn launch_forward<R: CubeRuntime>(
     let gate_up = side_by_side(gate_up);
     let [n, both] = dims(&gate_up);
     let f = both / 2;
-    let y = empty(&gate_up, [n, f]);
-    let dropped = dropout.map(|_| empty(&gate_up, [n, f]));
+    let y = uninitialized(&gate_up, [n, f], gate_up.dtype);
+    let dropped = dropout.map(|_| uninitialized(&gate_up, [n, f], gate_up.dtype));
     let width = vector_width(f, &[&gate_up]);
     let (cubes, units) = launch_shape(n, f / width);
     // SAFETY: units past the last row or the last vector of a row neither read nor write.
@@ -137,7 +139,7 @@ pub fn backward<R: CubeRuntime>(gate_up: CubeTensor<R>, grad: CubeTensor<R>) -> 
     let [n, f] = dims(&grad);
     assert_eq!((dims(&gate_up), gate_up.dtype), ([n, 2 * f], grad.dtype), "the gradient of a gate");
     let in_place = gate_up.can_mut() && gate_up.is_contiguous();
-    let out = if in_place { gate_up.clone() } else { empty(&grad, [n, 2 * f]) };
+    let out = if in_place { gate_up.clone() } else { uninitialized(&grad, [n, 2 * f], grad.dtype) };
     let width = vector_width(f, &[&gate_up, &grad]);
     let (cubes, units) = launch_shape(n, f / width);
     let strides = [&gate_up, &grad].map(|x| row_stride(x, width));
