@@ -370,7 +370,7 @@ fn projections<B: KernelBackend>(bench: &mut Bench<'_, B>) -> Result<(), BenchEr
     for (name, inner, outs) in bench.sizes.joined() {
         let out = outs.iter().sum::<usize>();
         let (x, dropped) = (bench.random([n, inner]), bench.random([n, inner]));
-        let input = qlora_linear::Input { x, dropped, residual: None };
+        let input = qlora_linear::Input { x: x.into(), dropped, residual: None };
         for (with_lora, suffix) in [(false, ""), (true, "_lora")] {
             let parts = bench.parts(inner, &outs, with_lora);
             let factors = if with_lora { 2 * n * r * (inner * outs.len() + out) } else { 0 };
@@ -395,7 +395,7 @@ fn projections_backward<B: KernelBackend>(bench: &mut Bench<'_, B>) -> Result<()
             let parts = bench.parts(inner, &outs, with_lora);
             let dropout = with_lora.then_some(DROPOUT);
             let (x, same) = (dropped.clone(), dropped.clone());
-            let input = qlora_linear::Input { x, dropped: same, residual: None };
+            let input = qlora_linear::Input { x: x.into(), dropped: same, residual: None };
             let u = if with_lora { B::qlora_project(input, &parts).u } else { None };
             let upstream = qlora_linear::Upstream { grad: grad.clone(), u, with_x: true };
             // dB and h along the results, dA and h A along the input.
@@ -425,11 +425,11 @@ fn norms<B: KernelBackend>(bench: &mut Bench<'_, B>) -> Result<(), BenchError> {
         Case::new("rms_norm", shape.clone(), bytes(2), || B::rms_norm(x.clone(), weight.clone(), EPSILON));
     bench.measure(case.against(reference))?;
     let case = Case::new("rms_norm_dropout", shape, bytes(3), || {
-        B::rms_norm_dropout(x.clone(), weight.clone(), EPSILON, Some(DROPOUT))
+        B::rms_norm_dropout(x.clone(), weight.clone(), EPSILON, Some(DROPOUT), 0)
     });
     bench.measure(case.against(|| {
         let y = reference();
-        [y.clone(), burn_dropout(y)]
+        (y.clone().into(), burn_dropout(y))
     }))
 }
 
@@ -445,7 +445,7 @@ fn norms_backward<B: KernelBackend>(bench: &mut Bench<'_, B>) -> Result<(), Benc
     });
     bench.measure(case.against(reference))?;
     let case = Case::new("rms_norm_backward_residual", shape, bytes(4), || {
-        let (grad, residual) = (grad.clone(), residual.clone());
+        let (grad, residual) = (grad.clone().into(), residual.clone());
         B::rms_norm_backward_residual(x.clone(), weight.clone(), EPSILON, grad, residual)
     });
     bench.measure(case.against(|| residual.clone() + reference()))
@@ -512,13 +512,13 @@ fn gates<B: KernelBackend>(bench: &mut Bench<'_, B>) -> Result<(), BenchError> {
     let bytes = |tensors: usize| Work::Bytes(tensors * n * f * grad.dtype().size());
     let case = Case::new("swiglu", shape.clone(), bytes(3), || B::swiglu(gate_up.clone()));
     bench.measure(case.against(|| swiglu::reference(gate_up.clone())))?;
-    let call = || B::swiglu_dropout(gate_up.clone(), Some(DROPOUT));
+    let call = || B::swiglu_dropout(gate_up.clone(), Some(DROPOUT), 0);
     let case = Case::new("swiglu_dropout", shape.clone(), bytes(4), call);
     bench.measure(case.against(|| {
         let y = swiglu::reference(gate_up.clone());
-        [y.clone(), burn_dropout(y)]
+        (y.clone().into(), burn_dropout(y))
     }))?;
-    let call = || B::swiglu_backward(gate_up.clone(), grad.clone());
+    let call = || B::swiglu_backward(gate_up.clone(), grad.clone().into());
     let case = Case::new("swiglu_backward", shape, bytes(5), call);
     bench.measure(case.against(|| swiglu::backward(gate_up.clone(), grad.clone())))
 }

@@ -243,7 +243,7 @@ pub fn product_rate<B: KernelBackend>(
     let weight = FrozenWeight::Dense(random::<B, 2>([f, d], dtype, device));
     let part = [LinearPart { weight, lora: None }];
     let seconds = median_seconds::<B>(device, batch_seconds, || {
-        let input = qlora_linear::Input { x: x.clone(), dropped: x.clone(), residual: None };
+        let input = qlora_linear::Input { x: x.clone().into(), dropped: x.clone(), residual: None };
         drop(B::qlora_project(input, &part));
     })?;
     Ok((2 * n * d * f) as f64 / seconds)

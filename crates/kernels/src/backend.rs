@@ -10,8 +10,8 @@ use burn_flex::Flex;
 use crate::nf4::Nf4Tensor;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
-    Heads, LinearPart, Projection, RotaryAngles, adamw, attention, cross_entropy, nf4, qlora_linear,
-    rms_norm, rotary, swiglu,
+    Heads, InputGradient, LinearPart, Projection, RotaryAngles, SpaciousRows, adamw, attention,
+    cross_entropy, nf4, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 /// Burn's `Backend` and the operations of QLoRA training.
@@ -48,6 +48,15 @@ pub trait KernelBackend: Backend {
         dropout.apply(x)
     }
 
+    /// `base + drop(x)` of rows `[n, d]`; `base + x` without dropout.
+    fn add_dropped(
+        base: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        dropout: Option<Dropout>,
+    ) -> Tensor<Self, 2> {
+        base + qlora_linear::dropped(x, dropout)
+    }
+
     /// `y = x Wᵀ + s · drop(x) Aᵀ Bᵀ` of all layers that share x `[n, in]`, to `[n, Σ out]`; see [`qlora_linear`]. The
     /// differentiable form.
     fn qlora_linear(
@@ -56,7 +65,7 @@ pub trait KernelBackend: Backend {
         dropout: Option<Dropout>,
     ) -> Tensor<Self, 2> {
         let dropped = qlora_linear::dropped(x.clone(), dropout);
-        Self::qlora_project(qlora_linear::Input { x, dropped, residual: None }, parts).y
+        Self::qlora_project(qlora_linear::Input { x: x.into(), dropped, residual: None }, parts).y
     }
 
     /// The same for a caller that has drop(x), wants u for the backward pass, or adds the result to something.
@@ -79,15 +88,17 @@ pub trait KernelBackend: Backend {
         rms_norm::reference(x, weight, epsilon)
     }
 
-    /// [`Self::rms_norm`], and what dropout leaves of it.
+    /// [`Self::rms_norm`] for layers that ask for so many spare columns, and what dropout leaves of it.
     fn rms_norm_dropout(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 1>,
         epsilon: f64,
         dropout: Option<Dropout>,
-    ) -> [Tensor<Self, 2>; 2] {
+        spare: usize,
+    ) -> (SpaciousRows<Self>, Tensor<Self, 2>) {
+        let _ = spare;
         let y = Self::rms_norm(x, weight, epsilon);
-        [y.clone(), qlora_linear::dropped(y, dropout)]
+        (y.clone().into(), qlora_linear::dropped(y, dropout))
     }
 
     /// Gradient of [`Self::rms_norm`] for `x`, plus the one that flows past the norm.
@@ -95,10 +106,10 @@ pub trait KernelBackend: Backend {
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 1>,
         epsilon: f64,
-        grad: Tensor<Self, 2>,
+        grad: InputGradient<Self>,
         residual: Tensor<Self, 2>,
     ) -> Tensor<Self, 2> {
-        residual + rms_norm::backward(x, weight, epsilon, grad, false).0
+        residual + rms_norm::backward(x, weight, epsilon, grad.sum(), false).0
     }
 
     /// Gradients of [`Self::rms_norm`] for `x` and, if `with_weight`, for the weight.
@@ -159,15 +170,25 @@ pub trait KernelBackend: Backend {
         swiglu::reference(gate_up)
     }
 
-    /// [`Self::swiglu`], and what dropout leaves of it.
-    fn swiglu_dropout(gate_up: Tensor<Self, 2>, dropout: Option<Dropout>) -> [Tensor<Self, 2>; 2] {
+    /// [`Self::swiglu`] for layers that ask for so many spare columns, and what dropout leaves of it.
+    fn swiglu_dropout(
+        gate_up: Tensor<Self, 2>,
+        dropout: Option<Dropout>,
+        spare: usize,
+    ) -> (SpaciousRows<Self>, Tensor<Self, 2>) {
+        let _ = spare;
         let y = Self::swiglu(gate_up);
-        [y.clone(), qlora_linear::dropped(y, dropout)]
+        (y.clone().into(), qlora_linear::dropped(y, dropout))
+    }
+
+    /// What dropout leaves of [`Self::swiglu`], for who does not need the rest.
+    fn swiglu_dropped(gate_up: Tensor<Self, 2>, dropout: Option<Dropout>) -> Tensor<Self, 2> {
+        qlora_linear::dropped(Self::swiglu(gate_up), dropout)
     }
 
     /// Gradient of [`Self::swiglu`] `[n, 2 f]`.
-    fn swiglu_backward(gate_up: Tensor<Self, 2>, grad: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        swiglu::backward(gate_up, grad)
+    fn swiglu_backward(gate_up: Tensor<Self, 2>, grad: InputGradient<Self>) -> Tensor<Self, 2> {
+        swiglu::backward(gate_up, grad.sum())
     }
 
     /// Cross-entropy of every row `[n]` against its target; see [`cross_entropy`].

@@ -7,8 +7,8 @@ use crate::device::{Cube, int_primitive, primitive, tensor};
 use crate::product::ProductRuntime;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
-    KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, adamw, attention, cross_entropy, dropout,
-    nf4, qlora_linear, rms_norm, rotary, swiglu,
+    InputGradient, KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, SpaciousRows, adamw,
+    attention, cross_entropy, dropout, nf4, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
@@ -33,6 +33,14 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         tensor(dropout::kernel::apply(primitive(x), dropout))
     }
 
+    fn add_dropped(
+        base: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        dropout: Option<Dropout>,
+    ) -> Tensor<Self, 2> {
+        tensor(dropout::kernel::add(primitive(base), primitive(x), dropout))
+    }
+
     fn qlora_project(input: qlora_linear::Input<Self>, parts: &[LinearPart<Self>]) -> Projection<Self> {
         qlora_linear::cube::forward(input, parts)
     }
@@ -51,31 +59,22 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         weight: Tensor<Self, 1>,
         epsilon: f64,
         dropout: Option<Dropout>,
-    ) -> [Tensor<Self, 2>; 2] {
-        let Some(dropout) = dropout else {
-            let y = Self::rms_norm(x, weight, epsilon);
-            return [y.clone(), y];
-        };
-        let (y, dropped) =
-            rms_norm::kernel::forward_dropout(primitive(x), primitive(weight), epsilon, dropout);
-        [tensor(y), tensor(dropped)]
+        spare: usize,
+    ) -> (SpaciousRows<Self>, Tensor<Self, 2>) {
+        let (x, weight) = (primitive(x), primitive(weight));
+        let (y, dropped) = rms_norm::kernel::forward_dropout(x, weight, epsilon, dropout, spare);
+        (SpaciousRows::new(tensor(y), spare), tensor(dropped))
     }
 
     fn rms_norm_backward_residual(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 1>,
         epsilon: f64,
-        grad: Tensor<Self, 2>,
+        grad: InputGradient<Self>,
         residual: Tensor<Self, 2>,
     ) -> Tensor<Self, 2> {
-        let residual = Some(primitive(residual));
-        tensor(rms_norm::kernel::backward(
-            primitive(x),
-            primitive(weight),
-            epsilon,
-            primitive(grad),
-            residual,
-        ))
+        let (x, weight, residual) = (primitive(x), primitive(weight), Some(primitive(residual)));
+        tensor(rms_norm::kernel::backward(x, weight, epsilon, grad.into(), residual))
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
@@ -92,8 +91,8 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         if with_weight {
             return rms_norm::backward(x, weight, epsilon, grad, true);
         }
-        let dx = rms_norm::kernel::backward(primitive(x), primitive(weight), epsilon, primitive(grad), None);
-        (tensor(dx), None)
+        let (x, weight, grad) = (primitive(x), primitive(weight), InputGradient::from(grad));
+        (tensor(rms_norm::kernel::backward(x, weight, epsilon, grad.into(), None)), None)
     }
 
     fn rotary(rows: Tensor<Self, 2>, angles: &RotaryAngles<Self>, heads: usize) -> Tensor<Self, 2> {
@@ -130,17 +129,21 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         tensor(swiglu::kernel::forward(primitive(gate_up)))
     }
 
-    fn swiglu_dropout(gate_up: Tensor<Self, 2>, dropout: Option<Dropout>) -> [Tensor<Self, 2>; 2] {
-        let Some(dropout) = dropout else {
-            let y = Self::swiglu(gate_up);
-            return [y.clone(), y];
-        };
-        let (y, dropped) = swiglu::kernel::forward_dropout(primitive(gate_up), dropout);
-        [tensor(y), tensor(dropped)]
+    fn swiglu_dropout(
+        gate_up: Tensor<Self, 2>,
+        dropout: Option<Dropout>,
+        spare: usize,
+    ) -> (SpaciousRows<Self>, Tensor<Self, 2>) {
+        let (y, dropped) = swiglu::kernel::forward_dropout(primitive(gate_up), dropout, spare);
+        (SpaciousRows::new(tensor(y), spare), tensor(dropped))
     }
 
-    fn swiglu_backward(gate_up: Tensor<Self, 2>, grad: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        tensor(swiglu::kernel::backward(primitive(gate_up), primitive(grad)))
+    fn swiglu_dropped(gate_up: Tensor<Self, 2>, dropout: Option<Dropout>) -> Tensor<Self, 2> {
+        tensor(swiglu::kernel::forward_dropped(primitive(gate_up), dropout))
+    }
+
+    fn swiglu_backward(gate_up: Tensor<Self, 2>, grad: InputGradient<Self>) -> Tensor<Self, 2> {
+        tensor(swiglu::kernel::backward(primitive(gate_up), grad.into()))
     }
 
     fn cross_entropy_with_gradient(

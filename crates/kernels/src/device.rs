@@ -9,6 +9,8 @@ use burn_cubecl::{CubeBackend, CubeRuntime};
 use cubecl::prelude::*;
 use cubecl::zspace::metadata::Metadata;
 
+use crate::{Dropout, InputGradient};
+
 /// The backend of a runtime, without Burn's `fusion`: what is hot is fused by hand here.
 pub type Cube<R> = CubeBackend<R, f32, i32, u8>;
 
@@ -24,6 +26,28 @@ pub(crate) fn int_primitive<R: CubeRuntime, const D: usize>(
 
 pub(crate) fn tensor<R: CubeRuntime, const D: usize>(primitive: CubeTensor<R>) -> Tensor<Cube<R>, D> {
     Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}
+
+/// [`InputGradient`] as kernels take it: rows `[n, d]` whose elements lie side by side.
+#[derive(Clone, Debug)]
+pub struct SplitGradient<R: CubeRuntime> {
+    /// What came through the weights, or all of it.
+    pub base: CubeTensor<R>,
+    /// What came through the factors.
+    pub low_rank: Option<CubeTensor<R>>,
+    /// The mask that the latter has yet to pass.
+    pub dropout: Option<Dropout>,
+}
+
+impl<R: CubeRuntime> From<InputGradient<Cube<R>>> for SplitGradient<R> {
+    fn from(gradient: InputGradient<Cube<R>>) -> Self {
+        let base = side_by_side(primitive(gradient.base));
+        let Some((low_rank, dropout)) = gradient.low_rank else {
+            return Self { base, low_rank: None, dropout: None };
+        };
+        let dropout = dropout.filter(|dropout| dropout.probability > 0.0);
+        Self { base, low_rank: Some(side_by_side(primitive(low_rank))), dropout }
+    }
 }
 
 /// A new tensor on the device of another one; its values are what the memory held.
@@ -179,41 +203,31 @@ pub(crate) fn scratch<R: CubeRuntime>(like: &CubeTensor<R>, dims: [usize; 2], dt
     CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), Shape::from(dims), handle, dtype)
 }
 
-/// Writes a tensor of another dtype, element by element, into whole rows of a tensor without gaps.
-pub(crate) fn convert_into<R: CubeRuntime>(source: CubeTensor<R>, target: &Matrix<R>) {
-    let source = into_contiguous(source);
-    let length = target.dims[0] * target.dims[1];
-    assert_eq!(source.meta.num_elements(), length, "as many elements as the target has");
-    assert_eq!(target.row_stride(), target.dims[1], "rows without gaps");
-    let client = source.client.clone();
-    let (from, to) = (source.dtype.into(), target.dtype().into());
-    let handle = target.tensor.handle.clone();
-    let end = target.offset + length;
-    // SAFETY: thread i below the length reads element i of a contiguous tensor of that length and writes element
-    // offset + i of the target, which has as many.
-    unsafe {
-        convert_kernel::launch_unchecked::<R>(
-            &client,
-            CubeCount::Static((length as u32).div_ceil(256), 1, 1),
-            CubeDim::new_1d(256),
-            source.into_array_arg(),
-            ArrayArg::from_raw_parts(handle, end),
-            target.offset,
-            from,
-            to,
-        );
+/// New rows `[n, d]` with at least so many spare columns behind each; their values are what the memory held.
+///
+/// The starts of rows lie a multiple of 16 bytes apart, and memory is taken for a multiple of 512 columns, so that rows
+/// of nearly the same width share it where an allocator reuses pieces by size.
+pub(crate) fn spacious<R: CubeRuntime>(
+    like: &CubeTensor<R>,
+    [n, d]: [usize; 2],
+    spare: usize,
+    dtype: DType,
+) -> CubeTensor<R> {
+    if spare == 0 {
+        return uninitialized(like, [n, d], dtype);
     }
+    let stride = (d + spare).next_multiple_of(8);
+    let handle = like.client.empty(n * stride.next_multiple_of(512) * dtype.size());
+    let shape = Shape::from([n, stride]);
+    let whole = CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype);
+    with_columns(&whole, d)
 }
 
-#[cube(launch_unchecked)]
-fn convert_kernel<I: Float, O: Float>(
-    source: &Array<I>,
-    target: &mut Array<O>,
-    offset: usize,
-    #[define(I)] _from: StorageType,
-    #[define(O)] _to: StorageType,
-) {
-    if ABSOLUTE_POS < source.len() {
-        target[offset + ABSOLUTE_POS] = O::cast_from(source[ABSOLUTE_POS]);
-    }
+/// The same rows with fewer or more columns, of which there are as many as lie between the starts of two rows.
+pub(crate) fn with_columns<R: CubeRuntime>(rows: &CubeTensor<R>, columns: usize) -> CubeTensor<R> {
+    let [n, stride] = [rows.meta.shape()[0], rows.meta.strides()[0]];
+    assert!(columns <= stride, "{columns} columns of rows whose starts lie {stride} elements apart");
+    let metadata = Metadata::new(Shape::from([n, columns]), rows.meta.strides().clone());
+    let rows = rows.clone();
+    CubeTensor::new(rows.client, rows.handle, metadata, rows.device, rows.dtype)
 }

@@ -51,7 +51,7 @@ pub use attention::{Attended, AttentionIndex, Heads, SEPARATE};
 pub use cross_entropy::{CrossEntropyGradient, IGNORED};
 pub use dropout::Dropout;
 pub use nf4::{Nf4Error, Nf4Tensor};
-pub use qlora_linear::{FrozenWeight, LinearPart, LoraTerm, Projection};
+pub use qlora_linear::{FrozenWeight, InputGradient, LinearPart, LoraTerm, Projection, SpaciousRows};
 pub use rotary::RotaryAngles;
 
 pub use backend::KernelBackend;
@@ -65,7 +65,7 @@ pub use cubecl::cuda::CudaDevice;
 #[cfg(feature = "wgpu")]
 pub use cubecl::wgpu::WgpuDevice;
 #[cfg(feature = "cubecl")]
-pub use device::Cube;
+pub use device::{Cube, SplitGradient};
 #[cfg(feature = "cubecl")]
 pub use product::ProductRuntime;
 

@@ -13,11 +13,18 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Shape, Tensor, TensorData, TensorPrimitive};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
-use buzzer_kernels::{Cube, Dropout, dropout, rms_norm, rotary, swiglu};
+use burn_flex::Flex;
+use buzzer_kernels::{
+    Cube, Dropout, FrozenWeight, KernelBackend, LinearPart, LoraTerm, Nf4Tensor, ProductRuntime, SplitGradient,
+    dropout, qlora_linear, rms_norm, rotary, swiglu,
+};
 use common::{Device, noise};
 
 const EPSILON: f64 = 1e-5;
 const DROPOUT: Dropout = Dropout { probability: 0.1, key: 0xDEAD_BEEF_0123_4567 };
+
+/// Spare columns behind rows.
+const SPARE: [usize; 3] = [0, 8, 5];
 
 /// How rows lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -145,6 +152,29 @@ impl<R: CubeRuntime, B: Backend> Runner<'_, R, B> {
         }
     }
 
+    /// [`Self::compare`] for what was computed from a sum that is rounded once more.
+    fn compare_sum(&mut self, what: &str, found: CubeTensor<R>, expected: &[f32], dims: [usize; 2]) {
+        let worst = std::mem::replace(&mut self.worst, 0.0);
+        let rounded = self.dtype != DType::F32;
+        self.compare(what, found, expected, dims);
+        self.worst = worst.max(if rounded { self.worst / 8.0 } else { self.worst });
+    }
+
+    /// A gradient in one part.
+    fn whole(&self, values: &[f32], dims: [usize; 2]) -> SplitGradient<R> {
+        SplitGradient { base: self.rows(values, dims), low_rank: None, dropout: None }
+    }
+
+    /// A gradient in two parts, which add up to the values where the mask is passed.
+    fn split(&self, values: &[f32], dims: [usize; 2], dropout: Option<Dropout>) -> SplitGradient<R> {
+        let count = dims[0] * dims[1];
+        let part = self.values(count, 9, 1.0);
+        let passed = dropout.map_or(part.clone(), |dropout| times(&part, &dropout.factors(count)));
+        let base = plus(values, &passed.iter().map(|x| -x).collect::<Vec<_>>());
+        let low_rank = Some(self.rows(&part, dims));
+        SplitGradient { base: self.rows(&base, dims), low_rank, dropout }
+    }
+
     /// Runs one group of comparisons; a panic is a failure, but others follow.
     fn group(&mut self, name: &str, run: impl FnOnce(&mut Self)) {
         if catch_unwind(AssertUnwindSafe(|| run(self))).is_err() {
@@ -166,19 +196,33 @@ impl<R: CubeRuntime, B: Backend> Runner<'_, R, B> {
         let (input, weight) = (self.rows(&x, dims), self.weight(&w, weight_dtype));
         self.poison(n * d);
         self.compare("norm", rms_norm::kernel::forward(input.clone(), weight.clone(), EPSILON), &y, dims);
+        for spare in SPARE {
+            self.poison(n * d);
+            let (found, dropped) = rms_norm::kernel::forward_dropout(
+                input.clone(),
+                weight.clone(),
+                EPSILON,
+                Some(DROPOUT),
+                spare,
+            );
+            self.compare("norm, with dropout", found, &y, dims);
+            self.compare("dropped norm", dropped, &times(&y, &DROPOUT.factors(n * d)), dims);
+        }
+        let backward = |grad, residual| {
+            rms_norm::kernel::backward(input.clone(), weight.clone(), EPSILON, grad, residual)
+        };
         self.poison(n * d);
-        let (found, dropped) =
-            rms_norm::kernel::forward_dropout(input.clone(), weight.clone(), EPSILON, DROPOUT);
-        self.compare("norm, with dropout", found, &y, dims);
-        self.compare("dropped norm", dropped, &times(&y, &DROPOUT.factors(n * d)), dims);
-        let grad = self.rows(&g, dims);
-        self.poison(n * d);
-        let found = rms_norm::kernel::backward(input.clone(), weight.clone(), EPSILON, grad.clone(), None);
-        self.compare("norm backward", found, &dx, dims);
+        self.compare("norm backward", backward(self.whole(&g, dims), None), &dx, dims);
         let residual = self.rows(&r, dims);
         self.poison(n * d);
-        let found = rms_norm::kernel::backward(input, weight, EPSILON, grad, Some(residual));
+        let found = backward(self.whole(&g, dims), Some(residual.clone()));
         self.compare("norm backward with residual", found, &plus(&dx, &r), dims);
+        for dropout in [None, Some(DROPOUT)] {
+            let split = self.split(&g, dims, dropout);
+            self.poison(n * d);
+            let found = backward(split, Some(residual.clone()));
+            self.compare_sum("norm backward of two parts", found, &plus(&dx, &r), dims);
+        }
     }
 
     fn gate(&mut self, [n, f]: [usize; 2]) {
@@ -192,11 +236,23 @@ impl<R: CubeRuntime, B: Backend> Runner<'_, R, B> {
         let input = self.rows(&x, both);
         self.poison(n * f);
         self.compare("gate", swiglu::kernel::forward(input.clone()), &y, dims);
+        let left = times(&y, &DROPOUT.factors(n * f));
+        for spare in SPARE {
+            self.poison(n * f);
+            let (found, dropped) = swiglu::kernel::forward_dropout(input.clone(), Some(DROPOUT), spare);
+            self.compare("gate, with dropout", found, &y, dims);
+            self.compare("dropped gate", dropped, &left, dims);
+        }
         self.poison(n * f);
-        let (found, dropped) = swiglu::kernel::forward_dropout(input.clone(), DROPOUT);
-        self.compare("gate, with dropout", found, &y, dims);
-        self.compare("dropped gate", dropped, &times(&y, &DROPOUT.factors(n * f)), dims);
-        let grad = self.rows(&g, dims);
+        let found = swiglu::kernel::forward_dropped(input.clone(), Some(DROPOUT));
+        self.compare("dropped gate alone", found, &left, dims);
+        for dropout in [None, Some(DROPOUT)] {
+            let split = self.split(&g, dims, dropout);
+            self.poison(2 * n * f);
+            let found = swiglu::kernel::backward(input.clone(), split);
+            self.compare_sum("gate backward of two parts", found, &dx, both);
+        }
+        let grad = self.whole(&g, dims);
         self.poison(2 * n * f);
         self.compare("gate backward", swiglu::kernel::backward(input, grad), &dx, both);
     }
@@ -267,6 +323,121 @@ impl<R: CubeRuntime, B: Backend> Runner<'_, R, B> {
     }
 }
 
+/// Layers that share an input of width `inner`: one with packed weights, one with dense ones, one without correction.
+struct Layers {
+    inner: usize,
+    outs: [usize; 3],
+    rank: usize,
+}
+
+impl Layers {
+    fn parts<C: KernelBackend>(&self, count: usize, device: &C::Device) -> Vec<LinearPart<C>> {
+        let matrix = |dims: [usize; 2], seed| {
+            let values = noise(dims[0] * dims[1], seed);
+            Tensor::<C, 2>::from_data(TensorData::new(values, dims), (device, DType::F32))
+        };
+        let part = |place: usize| {
+            let (dims, seed) = ([self.outs[place], self.inner], 10 * place as u64);
+            let weight = match place {
+                1 => FrozenWeight::Dense(matrix(dims, seed)),
+                _ => {
+                    let values = noise(dims[0] * dims[1], seed);
+                    FrozenWeight::Nf4(Nf4Tensor::quantize(&values, dims, place == 0, device))
+                }
+            };
+            let lora = (place != 2 && self.rank > 0).then(|| LoraTerm {
+                a: matrix([self.rank, self.inner], seed + 1),
+                b: matrix([dims[0], self.rank], seed + 2),
+                scale: 0.7,
+            });
+            LinearPart { weight, lora }
+        };
+        (0..count).map(part).collect()
+    }
+}
+
+impl<R: ProductRuntime> Runner<'_, R, Flex> {
+    /// Results and gradients of layers against plain operations in f32, relative to the greatest element of each.
+    fn layers(&mut self, n: usize, layers: &Layers, count: usize, dropout: Option<Dropout>) {
+        let (inner, rank) = (layers.inner, layers.rank * count.min(2));
+        let out = layers.outs[..count].iter().sum::<usize>();
+        let one = self.weight(&vec![1.0; inner], DType::F32);
+        let rows = |values: Vec<f32>, width| tensor::<R, 2>(self.rows(&values, [n, width]));
+        let x = rows(self.values(n * inner, 1, 1.0), inner);
+        let grad = rows(self.values(n * out, 2, 1.0), out);
+        let residual = rows(self.values(n * out, 3, 1.0), out);
+        let oracle = self.oracle;
+        let on_host = |x: &Tensor<Cube<R>, 2>, width| {
+            let values = read(x.clone().into_primitive().tensor());
+            Tensor::<Flex, 2>::from_data(TensorData::new(values, [n, width]), &oracle)
+        };
+        for spare in [0, rank] {
+            let (x, dropped) =
+                Cube::<R>::rms_norm_dropout(x.clone(), tensor(one.clone()), EPSILON, dropout, spare);
+            let parts = layers.parts::<Cube<R>>(count, self.device);
+            let host_parts = layers.parts::<Flex>(count, &self.oracle);
+            let host_input = qlora_linear::Input {
+                x: on_host(&x.rows(), inner).into(),
+                dropped: on_host(&dropped, inner),
+                residual: Some(on_host(&residual, out)),
+            };
+            let host_dropped = host_input.dropped.clone();
+            let expected = qlora_linear::reference(host_input, &host_parts).y;
+            self.poison(n * out);
+            let input = qlora_linear::Input { x, dropped: dropped.clone(), residual: Some(residual.clone()) };
+            let found = Cube::<R>::qlora_project(input, &parts);
+            let mut pairs = vec![("y".to_string(), found.y, expected)];
+            let upstream = qlora_linear::Upstream { grad: on_host(&grad, out), u: None, with_x: true };
+            let expected = qlora_linear::backward(host_dropped, &host_parts, dropout, upstream);
+            self.poison(n * inner);
+            let upstream = qlora_linear::Upstream { grad: grad.clone(), u: found.u, with_x: true };
+            let found = Cube::<R>::qlora_linear_backward(dropped.clone(), &parts, dropout, upstream);
+            pairs.push(("dx".into(), found.x.unwrap().sum(), expected.x.unwrap().sum()));
+            for (place, (found, expected)) in found.factors.into_iter().zip(expected.factors).enumerate() {
+                let names = ["dA", "dB"].map(|name| format!("{name} {place}"));
+                let both = names.into_iter().zip(found).zip(expected);
+                pairs.extend(both.map(|((name, found), expected)| (name, found, expected)));
+            }
+            for (name, found, expected) in pairs {
+                let name = format!("{name} of [{n}, {inner}] to {out}, {rank} and {spare} columns");
+                self.near(&name, &host(found), &host(expected));
+            }
+        }
+    }
+
+    fn near(&mut self, what: &str, found: &[f32], expected: &[f32]) {
+        assert_eq!(found.len(), expected.len(), "{what}");
+        let greatest = expected.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
+        let relative = match self.dtype {
+            DType::F32 => 1e-5,
+            DType::F16 => 4e-3,
+            _ => 3e-2,
+        };
+        let far = |(x, y): (&f32, &f32)| {
+            let error = (x - y).abs() / (relative * greatest);
+            if error.is_nan() { f32::INFINITY } else { error }
+        };
+        let worst = found.iter().zip(expected).map(far).fold(0.0_f32, f32::max);
+        self.worst = self.worst.max(worst);
+        if worst > 1.0 {
+            println!("{what} {:?} {:?}: {worst:.3} of the bound", self.dtype, self.layout);
+        }
+    }
+
+    fn all_layers(&mut self) {
+        for (n, inner, outs, rank) in
+            [(5, 64, [64, 32, 16], 8), (1, 33, [7, 9, 5], 3), (70, 96, [48, 16, 24], 4), (9, 128, [130, 8, 8], 0)]
+        {
+            for dropout in [None, Some(DROPOUT)] {
+                for count in [1, 3] {
+                    let layers = Layers { inner, outs, rank };
+                    self.group("layers", |runner| runner.layers(n, &layers, count, dropout));
+                }
+            }
+        }
+    }
+}
+
 fn times(x: &[f32], y: &[f32]) -> Vec<f32> {
     x.iter().zip(y).map(|(x, y)| x * y).collect()
 }
@@ -321,7 +492,7 @@ fn wgpu_equals_plain_operations() {
         return;
     }
     for layout in [Layout::Whole, Layout::Columns(64)] {
-        let mut runner = Runner::<WgpuRuntime, burn_flex::Flex> {
+        let mut runner = Runner::<WgpuRuntime, Flex> {
             device: &device,
             dtype: DType::F32,
             layout,
@@ -329,6 +500,7 @@ fn wgpu_equals_plain_operations() {
             worst: 0.0,
         };
         small(&mut runner, &[DType::F32]);
+        runner.all_layers();
         println!("{layout:?}: at most {:.3} of the bound", runner.worst);
         assert!(runner.worst <= 1.0);
     }
@@ -362,8 +534,9 @@ mod cuda {
             for layout in [Layout::Whole, Layout::Columns(64), Layout::Columns(4), Layout::Columns(1)] {
                 let (device, oracle) = (&device, Default::default());
                 let mut runner =
-                    Runner::<Cuda, burn_flex::Flex> { device, dtype, layout, oracle, worst: 0.0 };
+                    Runner::<Cuda, Flex> { device, dtype, layout, oracle, worst: 0.0 };
                 small(&mut runner, &[DType::F32, dtype]);
+                runner.all_layers();
                 println!("{dtype:?} {layout:?}: at most {:.3} of the bound", runner.worst);
                 worst = worst.max(runner.worst);
             }
@@ -421,11 +594,19 @@ mod cuda {
         time(device, "copy", 2 * unit, || drop(x.clone().copy()));
         let norm = || rms_norm::kernel::forward(x.clone(), w.clone(), EPSILON);
         time(device, "norm", 2 * unit, || drop(norm()));
-        let norm = || rms_norm::kernel::forward_dropout(x.clone(), w.clone(), EPSILON, DROPOUT);
+        let norm = || rms_norm::kernel::forward_dropout(x.clone(), w.clone(), EPSILON, Some(DROPOUT), 192);
         time(device, "norm with dropout", 3 * unit, || drop(norm()));
-        let back = |r| rms_norm::kernel::backward(x.clone(), w.clone(), EPSILON, g.clone(), r);
+        let split = |low_rank: Option<&CubeTensor<Cuda>>| SplitGradient {
+            base: g.clone(),
+            low_rank: low_rank.cloned(),
+            dropout: low_rank.map(|_| DROPOUT),
+        };
+        let back = |r| rms_norm::kernel::backward(x.clone(), w.clone(), EPSILON, split(None), r);
         time(device, "norm backward", 3 * unit, || drop(back(None)));
         time(device, "norm backward with residual", 4 * unit, || drop(back(Some(r.clone()))));
+        let back =
+            || rms_norm::kernel::backward(x.clone(), w.clone(), EPSILON, split(Some(&x)), Some(r.clone()));
+        time(device, "norm backward of two parts", 5 * unit, || drop(back()));
         time(device, "dropout", 2 * unit, || drop(dropout::kernel::apply(x.clone(), DROPOUT)));
         time(device, "add", 3 * unit, || drop(dropout::kernel::add(g.clone(), x.clone(), None)));
         for (what, dropout) in [("add in place", None), ("add dropped in place", Some(DROPOUT))] {
@@ -442,10 +623,15 @@ mod cuda {
         let x = full(device, [n, 2 * f], dtype);
         let g = full(device, [n, f], dtype);
         time(device, "gate", 3 * unit, || drop(swiglu::kernel::forward(x.clone())));
-        let gate = || swiglu::kernel::forward_dropout(x.clone(), DROPOUT);
+        let gate = || swiglu::kernel::forward_dropout(x.clone(), Some(DROPOUT), 64);
         time(device, "gate with dropout", 4 * unit, || drop(gate()));
-        let back = || swiglu::kernel::backward(x.clone(), g.clone());
-        time(device, "gate backward", 5 * unit, || drop(back()));
+        let dropped = || swiglu::kernel::forward_dropped(x.clone(), Some(DROPOUT));
+        time(device, "dropped gate", 3 * unit, || drop(dropped()));
+        let whole = SplitGradient { base: g.clone(), low_rank: None, dropout: None };
+        time(device, "gate backward", 5 * unit, || drop(swiglu::kernel::backward(x.clone(), whole.clone())));
+        let split = SplitGradient { low_rank: Some(g), dropout: Some(DROPOUT), ..whole };
+        let back = || swiglu::kernel::backward(x.clone(), split.clone());
+        time(device, "gate backward of two parts", 6 * unit, || drop(back()));
         let [cos, sin] = [0; 2].map(|_| full(device, [n, k / 2], DType::F32));
         let turned = n * 64 * k * dtype.size();
         let rows = full(device, [n, 96 * k], dtype);

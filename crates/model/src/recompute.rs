@@ -12,7 +12,7 @@
 
 use burn::tensor::Tensor;
 use buzzer_kernels::qlora_linear::{Gradients, Input, Upstream};
-use buzzer_kernels::{Attended, Dropout, KernelBackend, LinearPart, Projection};
+use buzzer_kernels::{Attended, Dropout, InputGradient, KernelBackend, LinearPart, Projection};
 
 use crate::block::mask_of;
 use crate::{Block, BlockContext, Target};
@@ -41,13 +41,11 @@ struct Attention<B: KernelBackend> {
     residual: Tensor<B, 2>,
 }
 
-/// The MLP half of a block, without its last product.
+/// The MLP half of a block up to its gate.
 struct Mlp<B: KernelBackend> {
     dropped: Tensor<B, 2>,
     u: Option<Tensor<B, 2>>,
     gate_up: Tensor<B, 2>,
-    activated: Tensor<B, 2>,
-    dropped_activated: Tensor<B, 2>,
 }
 
 /// One block on one batch.
@@ -64,8 +62,9 @@ impl<B: KernelBackend> Block<B> {
     pub fn run(&self, x: Tensor<B, 2>, context: &BlockContext<B>, dropout: Option<Dropout>) -> Tensor<B, 2> {
         let pass = Pass { block: self, context, dropout, factors: Vec::new() };
         let residual = pass.attention(x).residual;
-        let Mlp { activated, dropped_activated, .. } = pass.mlp(residual.clone());
-        pass.project(3, Input { x: activated, dropped: dropped_activated, residual: Some(residual) }).y
+        let Mlp { gate_up, .. } = pass.mlp(residual.clone());
+        let (x, dropped) = B::swiglu_dropout(gate_up, pass.mask(3), pass.rank(3));
+        pass.project(3, Input { x, dropped, residual: Some(residual) }).y
     }
 
     /// The residual stream between the block's halves `[n, d]`.
@@ -103,6 +102,12 @@ impl<B: KernelBackend> Pass<'_, B> {
         mask_of(GROUPS[group][0], self.dropout)
     }
 
+    /// Σ r of a group: the columns of its u.
+    fn rank(&self, group: usize) -> usize {
+        let loras = GROUPS[group].iter().filter_map(|&target| self.block.linear(target).lora.as_ref());
+        loras.map(|lora| lora.a.val().dims()[0]).sum()
+    }
+
     fn parts(&self, group: usize) -> Vec<LinearPart<B>> {
         GROUPS[group].iter().map(|&target| self.block.linear(target).part()).collect()
     }
@@ -117,7 +122,7 @@ impl<B: KernelBackend> Pass<'_, B> {
         group: usize,
         dropped: Tensor<B, 2>,
         upstream: Upstream<B>,
-    ) -> Option<Tensor<B, 2>> {
+    ) -> Option<InputGradient<B>> {
         let Gradients { x, factors } =
             B::qlora_linear_backward(dropped, &self.parts(group), self.mask(group), upstream);
         let corrected = GROUPS[group].iter().filter(|&&target| self.block.linear(target).lora.is_some());
@@ -128,7 +133,7 @@ impl<B: KernelBackend> Pass<'_, B> {
     fn attention(&self, x: Tensor<B, 2>) -> Attention<B> {
         let heads = self.block.heads();
         let (norm, epsilon) = (self.block.attention_norm.val(), self.block.epsilon);
-        let [h, dropped] = B::rms_norm_dropout(x.clone(), norm, epsilon, self.mask(0));
+        let (h, dropped) = B::rms_norm_dropout(x.clone(), norm, epsilon, self.mask(0), self.rank(0));
         let Projection { y, u } = self.project(0, Input { x: h, dropped: dropped.clone(), residual: None });
         let rows = B::rotary(y, &self.context.angles, heads.queries + heads.keys);
         let [n, _] = rows.dims();
@@ -136,24 +141,23 @@ impl<B: KernelBackend> Pass<'_, B> {
         let attended = <B as KernelBackend>::attention(q, k, v, &self.context.index);
         let o = attended.o.clone().swap_dims(1, 2).reshape([n, heads.queries * heads.width]);
         let dropped_o = self.mask(1).map_or(o.clone(), |mask| B::dropout(o.clone(), mask));
-        let input = Input { x: o, dropped: dropped_o.clone(), residual: Some(x) };
+        let input = Input { x: o.into(), dropped: dropped_o.clone(), residual: Some(x) };
         let Projection { y: residual, u: u_o } = self.project(1, input);
         Attention { dropped, u, rows, attended, dropped_o, u_o, residual }
     }
 
     fn mlp(&self, residual: Tensor<B, 2>) -> Mlp<B> {
         let (norm, epsilon) = (self.block.mlp_norm.val(), self.block.epsilon);
-        let [h, dropped] = B::rms_norm_dropout(residual, norm, epsilon, self.mask(2));
+        let (h, dropped) = B::rms_norm_dropout(residual, norm, epsilon, self.mask(2), self.rank(2));
         let Projection { y: gate_up, u } =
             self.project(2, Input { x: h, dropped: dropped.clone(), residual: None });
-        let [activated, dropped_activated] = B::swiglu_dropout(gate_up.clone(), self.mask(3));
-        Mlp { dropped, u, gate_up, activated, dropped_activated }
+        Mlp { dropped, u, gate_up }
     }
 
     /// The gradient at the residual stream between the halves.
     fn mlp_backward(&mut self, mlp: Mlp<B>, residual: Tensor<B, 2>, grad: Tensor<B, 2>) -> Tensor<B, 2> {
-        let Mlp { dropped, u, gate_up, activated, dropped_activated } = mlp;
-        drop(activated);
+        let Mlp { dropped, u, gate_up } = mlp;
+        let dropped_activated = B::swiglu_dropped(gate_up.clone(), self.mask(3));
         let down = Upstream { grad: grad.clone(), u: None, with_x: true };
         let Some(d_activated) = self.project_backward(3, dropped_activated, down) else { return grad };
         let d_gate_up = B::swiglu_backward(gate_up, d_activated);
@@ -179,7 +183,7 @@ impl<B: KernelBackend> Pass<'_, B> {
         let upstream = Upstream { grad: grad.clone(), u: u_o, with_x: true };
         let d_o = self.project_backward(1, dropped_o, upstream)?;
         let [b, h, t, k] = attended.o.dims();
-        let d_o = d_o.reshape([b, t, h, k]).swap_dims(1, 2);
+        let d_o = d_o.sum().reshape([b, t, h, k]).swap_dims(1, 2);
         let [n, width] = rows.dims();
         let qkv = heads.split(rows, [b, t]);
         let d_rows = B::attention_backward(qkv, attended, &self.context.index, d_o).reshape([n, width]);

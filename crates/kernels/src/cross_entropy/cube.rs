@@ -4,7 +4,7 @@ use burn::tensor::{DType, Int, Tensor};
 
 use super::{CHUNK_ROWS, CrossEntropyGradient, kernel};
 use crate::device::{Cube, Matrix, int_primitive, primitive, tensor, uninitialized};
-use crate::product::{self, Plus, Product, ProductRuntime};
+use crate::product::{self, Product, ProductRuntime};
 
 pub(crate) fn losses<R: ProductRuntime>(
     hidden: Tensor<Cube<R>, 2>,
@@ -41,7 +41,7 @@ pub(crate) fn with_gradient<R: ProductRuntime>(
         let (losses, d_logits) = kernel::rows(logits, targets, scale as f32, dtype);
         loss_sum = loss_sum + tensor::<R, 1>(losses).sum();
         let (a, c) = (Matrix::new(d_logits), gradient.rows(start, count));
-        product::run(Product { a, b: head.clone(), c, alpha: 1.0, plus: Plus::Nothing });
+        product::run(Product { a, b: head.clone(), c, alpha: 1.0, plus: None });
     }
     CrossEntropyGradient { loss_sum, hidden: tensor(gradient.tensor), head: None }
 }

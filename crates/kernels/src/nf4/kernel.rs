@@ -88,7 +88,8 @@ pub(crate) fn load_table(table: &mut SharedMemory<f32>, #[comptime] values: Vec<
     }
 }
 
-/// Writes the eight values of a word into the dense weight.
+/// Writes the eight values of a word into the dense weight, whose rows have `apart` columns if they lie apart, a constant
+/// since each vector is divided by it.
 #[cube]
 fn write_word<F: Float, N: Size>(
     out: &mut Tensor<Vector<F, N>>,
@@ -96,12 +97,11 @@ fn write_word<F: Float, N: Size>(
     word: u32,
     scale: f32,
     index: usize,
-    #[comptime] dense: bool,
+    #[comptime] apart: usize,
 ) {
-    let cols = out.shape(1);
     // Below 32 times the least normal number, a product with the least level can be subnormal.
     let tiny = scale.abs() < f32::new(32.0 * f32::MIN_POSITIVE);
-    let count = out.shape(0) * cols;
+    let count = out.shape(0) * out.shape(1);
     let width = N::value().comptime();
     #[unroll]
     for part in 0..PER_WORD / width {
@@ -120,10 +120,10 @@ fn write_word<F: Float, N: Size>(
         }
         let first = index * PER_WORD + part * width;
         if first < count {
-            let place = if comptime!(dense) {
+            let place = if comptime!(apart == 0) {
                 first / width
             } else {
-                (first / cols) * (out.stride(0) / width) + (first % cols) / width
+                (first / apart) * (out.stride(0) / width) + (first % apart) / width
             };
             out[place] = Vector::cast_from(value);
         }
@@ -153,7 +153,7 @@ fn write_words<F: Float, N: Size>(
     scales: &SharedMemory<f32>,
     packed: &Array<u32>,
     words: usize,
-    #[comptime] dense: bool,
+    #[comptime] apart: usize,
 ) {
     #[unroll]
     for i in 0..WORDS {
@@ -161,7 +161,7 @@ fn write_words<F: Float, N: Size>(
         let index = CUBE_POS as usize * (UNITS * WORDS) + i * UNITS + unit;
         if index < words {
             let scale = scales[i * (UNITS / PER_WORD) + unit / PER_WORD];
-            write_word::<F, N>(out, levels, packed[i], scale, index, dense);
+            write_word::<F, N>(out, levels, packed[i], scale, index, apart);
         }
     }
 }
@@ -172,7 +172,7 @@ fn plain_kernel<F: Float, N: Size>(
     absmax: &Tensor<f32>,
     out: &mut Tensor<Vector<F, N>>,
     words: usize,
-    #[comptime] dense: bool,
+    #[comptime] apart: usize,
     #[define(F)] _dtype: StorageType,
 ) {
     let packed = load_words(codes, words);
@@ -184,7 +184,7 @@ fn plain_kernel<F: Float, N: Size>(
     }
     load_table(&mut levels, comptime!(NF4_CODE.to_vec()));
     sync_cube();
-    write_words::<F, N>(out, &levels, &scales, &packed, words, dense);
+    write_words::<F, N>(out, &levels, &scales, &packed, words, apart);
 }
 
 #[cube(launch_unchecked)]
@@ -195,7 +195,7 @@ fn double_kernel<F: Float, N: Size>(
     offset: &Tensor<f32>,
     out: &mut Tensor<Vector<F, N>>,
     words: usize,
-    #[comptime] dense: bool,
+    #[comptime] apart: usize,
     #[define(F)] _dtype: StorageType,
 ) {
     let packed = load_words(codes, words);
@@ -217,7 +217,7 @@ fn double_kernel<F: Float, N: Size>(
         scales[unit] = flush(dynamic[code as usize] * nested[block / NESTED_BLOCK]) + offset[0];
     }
     sync_cube();
-    write_words::<F, N>(out, &levels, &scales, &packed, words, dense);
+    write_words::<F, N>(out, &levels, &scales, &packed, words, apart);
 }
 
 /// Writes the dense weight into `out` `[rows, cols]`, a view whose rows can lie apart; f32, f16 or bf16.
@@ -237,7 +237,8 @@ pub fn dequantize<R: CubeRuntime>(codes: CubeTensor<R>, scales: DeviceScales<R>,
     let (words, blocks) = (count.div_ceil(PER_WORD), count.div_ceil(BLOCK));
     assert!(codes.meta.num_elements() >= words, "codes of a weight [{rows}, {cols}]");
     let width = vector_width(cols, &[&out]);
-    let (client, dtype, dense) = (out.client.clone(), out.dtype, stride == cols || rows == 1);
+    let apart = if stride == cols || rows == 1 { 0 } else { cols };
+    let (client, dtype) = (out.client.clone(), out.dtype);
     let (count, dim) = (cubes(words.div_ceil(UNITS * WORDS)), CubeDim::new_1d(UNITS as u32));
     let (codes, out) = (codes.into_tensor_arg(), out.into_tensor_arg());
     // SAFETY: units neither read words past the last nor write past the last value; the lengths of codes and scales
@@ -249,7 +250,7 @@ pub fn dequantize<R: CubeRuntime>(codes: CubeTensor<R>, scales: DeviceScales<R>,
                 let absmax = absmax.into_tensor_arg();
                 let dtype = dtype.into();
                 plain_kernel::launch_unchecked::<R>(
-                    &client, count, dim, width, codes, absmax, out, words, dense, dtype,
+                    &client, count, dim, width, codes, absmax, out, words, apart, dtype,
                 );
             }
             DeviceScales::Double { codes: scale_codes, nested, offset } => {
@@ -269,7 +270,7 @@ pub fn dequantize<R: CubeRuntime>(codes: CubeTensor<R>, scales: DeviceScales<R>,
                     offset.into_tensor_arg(),
                     out,
                     words,
-                    dense,
+                    apart,
                     dtype.into(),
                 );
             }

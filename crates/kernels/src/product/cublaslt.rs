@@ -20,7 +20,7 @@ use cudarc::cublaslt::sys::{
 };
 use cudarc::driver::{CudaContext, result as driver, sys};
 
-use super::{Plus, Product};
+use super::Product;
 use crate::card::WORKSPACE_BYTES;
 use crate::device::Matrix;
 
@@ -137,11 +137,11 @@ impl Library {
         let [Ok(a), Ok(b), Ok(c)] = operands.map(resource) else { return false };
         // Held until the product is submitted, as the other operands are. Each costs a round trip, so c is asked for once.
         let (source, other) = match &product.plus {
-            Plus::Other(source) => match resource(source) {
+            Some(source) => match resource(source) {
                 Ok(other) => (source, Some(other)),
                 Err(_) => return false,
             },
-            Plus::Nothing | Plus::Itself => (&product.c, None),
+            None => (&product.c, None),
         };
         let place = |x: &Matrix<CudaRuntime>, start: u64| start + (x.offset * x.dtype().size()) as u64;
         let pointers = [
@@ -159,7 +159,7 @@ impl Library {
             transposed: [product.a.transposed, product.b.transposed],
             strides: operands.map(Matrix::row_stride),
             dtypes: [product.a.dtype(), product.c.dtype()],
-            accumulates: !matches!(product.plus, Plus::Nothing),
+            accumulates: product.plus.is_some(),
             aligned: pointers.iter().all(|pointer| pointer.is_multiple_of(256)),
         };
         let handle = self.handle;
@@ -179,7 +179,7 @@ impl Library {
     ) -> Result<(), Box<dyn std::error::Error>> {
         self.context.bind_to_thread()?;
         let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        let beta: f32 = if matches!(product.plus, Plus::Nothing) { 0.0 } else { 1.0 };
+        let beta: f32 = if product.plus.is_some() { 1.0 } else { 0.0 };
         let alpha = product.alpha;
         // SAFETY: the context, events and stream are this library's own and alive. The pointers come from CubeCL's
         // allocator for tensors that the caller holds until this returns, and whose memory is given to others only

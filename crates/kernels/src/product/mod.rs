@@ -1,14 +1,11 @@
 //! Matrix products of device tensors, into a place that exists already.
 //!
 //! ```text
-//! c ← α · a b + β · c₀         a [m, k]   b [k, n]   c [m, n], each a part of a row-major tensor or its transpose
+//! c ← α · a b + c₀             a [m, k]   b [k, n]   c [m, n], each a part of a row-major tensor or its transpose
 //! ```
 //!
-//! where c₀ is c as it was, or another tensor.
-//!
 //! A runtime with a vendor library runs it there; others multiply with Burn and write the result into its place with one
-//! kernel. What it refuses: to allocate the result, so that neighbouring results share a buffer and gradients add up
-//! where they lie.
+//! kernel. What it refuses: to allocate the result, so that neighbouring results share a buffer.
 
 #[cfg(feature = "cuda")]
 mod cublaslt;
@@ -32,19 +29,8 @@ pub(crate) struct Product<R: CubeRuntime> {
     pub(crate) c: Matrix<R>,
     /// α.
     pub(crate) alpha: f32,
-    /// β and c₀, in shape and dtype of c; c itself if none is named.
-    pub(crate) plus: Plus<R>,
-}
-
-/// What a product is added to.
-#[allow(clippy::large_enum_variant, reason = "short-lived")]
-pub(crate) enum Plus<R: CubeRuntime> {
-    /// Nothing.
-    Nothing,
-    /// What stands in its place.
-    Itself,
-    /// Another tensor.
-    Other(Matrix<R>),
+    /// c₀, in shape and dtype of c, if the product is added to anything; it is not c itself.
+    pub(crate) plus: Option<Matrix<R>>,
 }
 
 impl<R: CubeRuntime> Product<R> {
@@ -111,14 +97,10 @@ pub(crate) fn run<R: ProductRuntime>(product: Product<R>) {
     }
     let Product { a, b, c, alpha, plus } = product;
     let dtype = a.dtype();
-    let beta = match plus {
-        Plus::Nothing => 0.0,
-        Plus::Itself => 1.0,
-        Plus::Other(source) => {
-            place(source.part(), &c, 1.0, 0.0);
-            1.0
-        }
-    };
+    let beta = if plus.is_some() { 1.0 } else { 0.0 };
+    if let Some(source) = plus {
+        place(source.part(), &c, 1.0, 0.0);
+    }
     match burn_cubecl::kernel::matmul::matmul(a.part(), b.part(), None, Default::default(), dtype) {
         Ok(result) => place(result, &c, alpha, beta),
         Err(error) => panic!("Burn's product [{m}, {n}] cannot be launched on this device: {error:?}"),
@@ -133,7 +115,7 @@ pub(crate) fn new<R: ProductRuntime>(
     dtype: DType,
 ) -> CubeTensor<R> {
     let c = uninitialized(&a.tensor, [a.shape()[0], b.shape()[1]], dtype);
-    run(Product { a: a.clone(), b: b.clone(), c: Matrix::new(c.clone()), alpha, plus: Plus::Nothing });
+    run(Product { a: a.clone(), b: b.clone(), c: Matrix::new(c.clone()), alpha, plus: None });
     c
 }
 

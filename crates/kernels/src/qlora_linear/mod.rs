@@ -15,6 +15,14 @@
 //! is what a device multiplies fastest, and they share one mask, since the mask belongs to x. The backward pass keeps
 //! drop(x), u and the packed weights, unpacks the weights again, draws the mask again for dx, and never forms dW. The
 //! factors stay in f32 whatever the dtype of x; they are converted where they are used, and their gradients back.
+//!
+//! With the factors beside the weights, each pass is one large product, and y and g are passed over once:
+//!
+//! ```text
+//! y = [x, u] · [W, s B]ᵀ        [g W, h] = g · [W, s B]
+//! ```
+//!
+//! For that x needs spare columns behind its rows ([`SpaciousRows`]), or is copied to where there are some.
 
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
@@ -61,11 +69,46 @@ pub struct LinearPart<B: Backend> {
     pub lora: Option<LoraTerm<B>>,
 }
 
+/// Rows `[n, d]`, behind each of which there may be columns that belong to nobody, for a layer to put there what it
+/// multiplies beside them.
+#[derive(Clone, Debug)]
+pub struct SpaciousRows<B: Backend> {
+    rows: Tensor<B, 2>,
+    spare: usize,
+}
+
+impl<B: Backend> SpaciousRows<B> {
+    /// Rows with so many spare columns behind them, which lie in the same memory and are read by nobody else.
+    #[cfg(feature = "cubecl")]
+    pub(crate) fn new(rows: Tensor<B, 2>, spare: usize) -> Self {
+        Self { rows, spare }
+    }
+
+    /// The rows without what is behind them.
+    #[must_use]
+    pub fn rows(&self) -> Tensor<B, 2> {
+        self.rows.clone()
+    }
+
+    /// Columns behind each row.
+    #[must_use]
+    pub fn spare(&self) -> usize {
+        self.spare
+    }
+}
+
+/// Rows without spare columns.
+impl<B: Backend> From<Tensor<B, 2>> for SpaciousRows<B> {
+    fn from(rows: Tensor<B, 2>) -> Self {
+        Self { rows, spare: 0 }
+    }
+}
+
 /// What the layers read.
 #[derive(Clone, Debug)]
 pub struct Input<B: Backend> {
-    /// x `[n, in]`.
-    pub x: Tensor<B, 2>,
+    /// x `[n, in]`; with `Σ r` spare columns it need not be copied.
+    pub x: SpaciousRows<B>,
     /// drop(x) `[n, in]`; x itself without dropout.
     pub dropped: Tensor<B, 2>,
     /// What the result is added to `[n, Σ out]`, if anything.
@@ -81,11 +124,38 @@ pub struct Projection<B: Backend> {
     pub u: Option<Tensor<B, 2>>,
 }
 
+/// The gradient for the layers' input in two parts, so that what reads it adds them where it has them at hand.
+#[derive(Clone, Debug)]
+pub struct InputGradient<B: Backend> {
+    /// What came through the weights, `g W`.
+    pub base: Tensor<B, 2>,
+    /// What came through the factors, `h A`, and the mask that it has yet to pass; in the shape and dtype of the base.
+    pub low_rank: Option<(Tensor<B, 2>, Option<Dropout>)>,
+}
+
+impl<B: KernelBackend> InputGradient<B> {
+    /// Both parts as one tensor.
+    #[must_use]
+    pub fn sum(self) -> Tensor<B, 2> {
+        match self.low_rank {
+            Some((low_rank, dropout)) => B::add_dropped(self.base, low_rank, dropout),
+            None => self.base,
+        }
+    }
+}
+
+/// A gradient in one part.
+impl<B: Backend> From<Tensor<B, 2>> for InputGradient<B> {
+    fn from(base: Tensor<B, 2>) -> Self {
+        Self { base, low_rank: None }
+    }
+}
+
 /// Gradients of the layers.
 #[derive(Debug)]
 pub struct Gradients<B: Backend> {
     /// For x `[n, in]`, if it was asked for.
-    pub x: Option<Tensor<B, 2>>,
+    pub x: Option<InputGradient<B>>,
     /// For A and B of each layer with a correction, in order and in f32.
     pub factors: Vec<[Tensor<B, 2>; 2]>,
 }
@@ -155,6 +225,7 @@ pub(crate) fn dropped<B: KernelBackend>(x: Tensor<B, 2>, dropout: Option<Dropout
 #[must_use]
 pub fn reference<B: KernelBackend>(input: Input<B>, parts: &[LinearPart<B>]) -> Projection<B> {
     let Input { x, dropped, residual } = input;
+    let x = x.rows();
     let dtype = x.dtype();
     let result = |part: &LinearPart<B>| {
         let y = x.clone().matmul(part.weight.dense(dtype).transpose());
@@ -181,7 +252,7 @@ pub fn backward<B: KernelBackend>(
 ) -> Gradients<B> {
     let dtype = input.dtype();
     let mut start = 0;
-    let (mut dx, mut d_dropped) = (None, None);
+    let (mut dx, mut low_rank) = (None, None);
     let mut factors = Vec::new();
     for part in parts {
         let [out, _] = part.weight.dims();
@@ -190,16 +261,14 @@ pub fn backward<B: KernelBackend>(
         if let Some(lora) = &part.lora {
             let (pair, part_dx) = lora.backward(input.clone(), grad.clone());
             factors.push(pair);
-            add_to(&mut d_dropped, part_dx);
+            add_to(&mut low_rank, part_dx);
         }
         if upstream.with_x {
             add_to(&mut dx, grad.matmul(part.weight.dense(dtype)));
         }
     }
-    if let Some(d_dropped) = d_dropped.filter(|_| upstream.with_x) {
-        add_to(&mut dx, dropped(d_dropped, dropout));
-    }
-    Gradients { x: dx, factors }
+    let low_rank = low_rank.map(|low_rank| (low_rank, dropout));
+    Gradients { x: dx.map(|base| InputGradient { base, low_rank }), factors }
 }
 
 fn add_to<B: Backend>(sum: &mut Option<Tensor<B, 2>>, term: Tensor<B, 2>) {
@@ -235,7 +304,8 @@ impl<B: KernelBackend, const PARENTS: usize> Backward<B, PARENTS> for Step<PAREN
         let with_x = ops.parents.first().is_some_and(Option::is_some);
         let gradients = B::qlora_linear_backward(dropped, &parts, dropout, Upstream { grad, u, with_x });
         let factors = gradients.factors.into_iter().flatten().map(Some);
-        for (parent, gradient) in ops.parents.into_iter().zip([gradients.x].into_iter().chain(factors)) {
+        let x = gradients.x.map(InputGradient::sum);
+        for (parent, gradient) in ops.parents.into_iter().zip([x].into_iter().chain(factors)) {
             if let (Some(parent), Some(gradient)) = (parent, gradient) {
                 grads.register::<B>(parent.id, gradient.into_primitive().tensor());
             }
@@ -289,7 +359,7 @@ fn tracked_with<B: KernelBackend, C: CheckpointStrategy, const PARENTS: usize>(
     let parts = parts.iter().map(plain).collect::<Vec<_>>();
     let x = x.inner();
     let dropped = dropped(x.clone(), dropout);
-    let input = Input { x, dropped: dropped.clone(), residual: None };
+    let input = Input { x: x.into(), dropped: dropped.clone(), residual: None };
     let Projection { y, u } = B::qlora_project(input, &parts);
     let y = y.into_primitive().tensor();
     tracked(match Step::<PARENTS>.prepare::<C>(nodes).compute_bound().stateful() {

@@ -9,7 +9,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use crate::Dropout;
-use crate::device::{cubes, side_by_side, uninitialized, vector_width};
+use crate::device::{SplitGradient, cubes, side_by_side, spacious, uninitialized, vector_width};
 use crate::dropout::kernel::{Mask, factors, mask};
 use crate::reduce::has_planes;
 use crate::rows::{dims, row_stride};
@@ -135,6 +135,7 @@ fn forward_kernel<F: Float, W: Float, N: Size>(
     n: usize,
     vectors: usize,
     stride: usize,
+    y_stride: usize,
     #[comptime] units: usize,
     #[comptime] count: usize,
     #[comptime] planes: bool,
@@ -162,7 +163,7 @@ fn forward_kernel<F: Float, W: Float, N: Size>(
         if column < vectors {
             let value = as_f32::<F, N>(&x, i) * rho * Vector::cast_from(weight[column]);
             let place = row * vectors + column;
-            y[place] = Vector::cast_from(value);
+            y[row * y_stride + column] = Vector::cast_from(value);
             #[comptime]
             if let ComptimeOption::Some(dropped) = dropped {
                 #[comptime]
@@ -180,6 +181,8 @@ fn backward_kernel<F: Float, W: Float, N: Size>(
     x: &Tensor<Vector<F, N>>,
     weight: &Tensor<Vector<W, N>>,
     grad: &Tensor<Vector<F, N>>,
+    low_rank: &ComptimeOption<Tensor<Vector<F, N>>>,
+    mask: &ComptimeOption<Mask>,
     residual: &ComptimeOption<Tensor<Vector<F, N>>>,
     dx: &mut Tensor<Vector<F, N>>,
     epsilon: f32,
@@ -187,6 +190,7 @@ fn backward_kernel<F: Float, W: Float, N: Size>(
     vectors: usize,
     stride: usize,
     grad_stride: usize,
+    low_rank_stride: usize,
     residual_stride: usize,
     #[comptime] units: usize,
     #[comptime] count: usize,
@@ -199,13 +203,27 @@ fn backward_kernel<F: Float, W: Float, N: Size>(
         terminate!();
     }
     let x = load::<F, N>(x, row * stride, vectors, units, count);
-    let g = load::<F, N>(grad, row * grad_stride, vectors, units, count);
+    let mut g = load::<F, N>(grad, row * grad_stride, vectors, units, count);
     let w = load::<W, N>(weight, 0usize, vectors, units, count);
     #[comptime]
     let past = match residual {
         ComptimeOption::Some(past) => load::<F, N>(past, row * residual_stride, vectors, units, count),
         ComptimeOption::None => Array::<Vector<F, N>>::new(count),
     };
+    #[comptime]
+    if let ComptimeOption::Some(low_rank) = low_rank {
+        let low_rank = load::<F, N>(low_rank, row * low_rank_stride, vectors, units, count);
+        #[unroll]
+        for i in 0..count {
+            let mut value = as_f32::<F, N>(&low_rank, i);
+            #[comptime]
+            if let ComptimeOption::Some(mask) = mask {
+                let place = row * vectors + UNIT_POS as usize + i * units;
+                value *= factors::<N>(mask, place * N::value());
+            }
+            g[i] = Vector::cast_from(as_f32::<F, N>(&g, i) + value);
+        }
+    }
     let (mut squares, mut products) = (f32::new(0.0), f32::new(0.0));
     #[unroll]
     for i in 0..count {
@@ -238,34 +256,26 @@ fn backward_kernel<F: Float, W: Float, N: Size>(
 /// `w · x̂` `[n, d]` of rows `[n, d]`; the weight `[d]` can have another float dtype than x.
 #[must_use]
 pub fn forward<R: CubeRuntime>(x: CubeTensor<R>, weight: CubeTensor<R>, epsilon: f64) -> CubeTensor<R> {
-    launch_forward(x, weight, epsilon, None).0
+    forward_dropout(x, weight, epsilon, None, 0).0
 }
 
-/// [`forward`], and with the same values `drop(y)`.
+/// [`forward`] with so many spare columns behind the rows of its result y, and with the same values `drop(y)`, which is
+/// y itself without dropout.
 #[must_use]
 pub fn forward_dropout<R: CubeRuntime>(
     x: CubeTensor<R>,
     weight: CubeTensor<R>,
     epsilon: f64,
-    dropout: Dropout,
-) -> (CubeTensor<R>, CubeTensor<R>) {
-    let (y, dropped) = launch_forward(x, weight, epsilon, (dropout.probability > 0.0).then_some(dropout));
-    let dropped = dropped.unwrap_or_else(|| y.clone());
-    (y, dropped)
-}
-
-fn launch_forward<R: CubeRuntime>(
-    x: CubeTensor<R>,
-    weight: CubeTensor<R>,
-    epsilon: f64,
     dropout: Option<Dropout>,
-) -> (CubeTensor<R>, Option<CubeTensor<R>>) {
+    spare: usize,
+) -> (CubeTensor<R>, CubeTensor<R>) {
     let (x, weight) = (side_by_side(x), side_by_side(weight));
     let [n, d] = dims(&x);
     assert_eq!(weight.meta.shape()[0], d, "the weight of a norm");
-    let y = uninitialized(&x, [n, d], x.dtype);
+    let dropout = dropout.filter(|dropout| dropout.probability > 0.0);
+    let y = spacious(&x, [n, d], spare, x.dtype);
     let dropped = dropout.map(|_| uninitialized(&x, [n, d], x.dtype));
-    let division = Division::new(d, &[&x, &weight]);
+    let division = Division::new(d, &[&x, &weight, &y]);
     // SAFETY: cubes past the last row end at once, and units read and write no vector past the end of a row.
     unsafe {
         forward_kernel::launch_unchecked::<R>(
@@ -282,6 +292,7 @@ fn launch_forward<R: CubeRuntime>(
             n,
             d / division.width,
             row_stride(&x, division.width),
+            row_stride(&y, division.width),
             division.units,
             division.count,
             division.planes,
@@ -289,6 +300,7 @@ fn launch_forward<R: CubeRuntime>(
             weight.dtype.into(),
         );
     }
+    let dropped = dropped.unwrap_or_else(|| y.clone());
     (y, dropped)
 }
 
@@ -303,20 +315,22 @@ pub fn backward<R: CubeRuntime>(
     x: CubeTensor<R>,
     weight: CubeTensor<R>,
     epsilon: f64,
-    grad: CubeTensor<R>,
+    grad: SplitGradient<R>,
     residual: Option<CubeTensor<R>>,
 ) -> CubeTensor<R> {
-    let [x, weight, grad] = [x, weight, grad].map(side_by_side);
+    let [x, weight] = [x, weight].map(side_by_side);
     let residual = residual.map(side_by_side);
+    let SplitGradient { base: grad, low_rank, dropout } = grad;
     let [n, d] = dims(&x);
-    for grad in [&grad].into_iter().chain(&residual) {
+    for grad in [&grad].into_iter().chain(&low_rank).chain(&residual) {
         assert_eq!((dims(grad), grad.dtype), ([n, d], x.dtype), "the gradient of a norm");
     }
     let dx = uninitialized(&x, [n, d], x.dtype);
-    let tensors = [&x, &weight, &grad].into_iter().chain(&residual).collect::<Vec<_>>();
+    let tensors = [&x, &weight, &grad].into_iter().chain(&low_rank).chain(&residual).collect::<Vec<_>>();
     let division = Division::new(d, &tensors);
     let strides = [&x, &grad].map(|x| row_stride(x, division.width));
-    let residual_stride = residual.as_ref().map_or(0, |x| row_stride(x, division.width));
+    let [low_rank_stride, residual_stride] =
+        [&low_rank, &residual].map(|x| x.as_ref().map_or(0, |x| row_stride(x, division.width)));
     // SAFETY: cubes past the last row end at once, and units read and write no vector past the end of a row.
     unsafe {
         backward_kernel::launch_unchecked::<R>(
@@ -327,6 +341,8 @@ pub fn backward<R: CubeRuntime>(
             x.clone().into_tensor_arg(),
             weight.clone().into_tensor_arg(),
             grad.into_tensor_arg(),
+            low_rank.map(CubeTensor::into_tensor_arg).into(),
+            dropout.map(|dropout| mask(dropout, [n, d])).into(),
             residual.map(CubeTensor::into_tensor_arg).into(),
             dx.clone().into_tensor_arg(),
             epsilon as f32,
@@ -334,6 +350,7 @@ pub fn backward<R: CubeRuntime>(
             d / division.width,
             strides[0],
             strides[1],
+            low_rank_stride,
             residual_stride,
             division.units,
             division.count,

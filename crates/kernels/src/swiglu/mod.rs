@@ -54,7 +54,7 @@ impl<B: KernelBackend> Backward<B, 1> for Step {
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
         if let [Some(parent)] = ops.parents {
-            let dx = B::swiglu_backward(ops.state, inner(grad));
+            let dx = B::swiglu_backward(ops.state, inner(grad).into());
             grads.register::<B>(parent.id, dx.into_primitive().tensor());
         }
     }
