@@ -17,7 +17,8 @@ use std::process::ExitCode;
 use buzzer::burn::tensor::{DType, Distribution, Int, Tensor, TensorData};
 use buzzer::kernels::{
     AdamW, AdamWState, AdamWState8, AttentionIndex, Dropout, FrozenWeight, Heads, KernelBackend, LinearPart,
-    LoraTerm, RotaryAngles, adamw, attention, cross_entropy, nf4, qlora_linear, rms_norm, rotary, swiglu,
+    LoraTerm, RotaryAngles, Spent, adamw, attention, cross_entropy, nf4, qlora_linear, rms_norm, rotary,
+    swiglu,
 };
 use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
@@ -404,7 +405,16 @@ fn projections_backward<B: KernelBackend>(bench: &mut Bench<'_, B>) -> Result<()
                 format!("qlora_linear_backward.{name}{suffix}"),
                 format!("[{n}, {out}] [{out}, {inner}]"),
                 Work::Flop(2 * n * inner * out + factors),
-                || B::qlora_linear_backward(dropped.clone(), &parts, dropout, upstream.clone()),
+                || {
+                    let upstream = upstream.clone();
+                    B::qlora_linear_backward(
+                        dropped.clone(),
+                        &parts,
+                        dropout,
+                        upstream,
+                        &mut Spent::default(),
+                    )
+                },
             );
             let composition = || qlora_linear::backward(dropped.clone(), &parts, dropout, upstream.clone());
             bench.measure(case.against(composition))?;

@@ -10,7 +10,7 @@ use burn_flex::Flex;
 use crate::nf4::Nf4Tensor;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
-    Heads, InputGradient, LinearPart, Projection, RotaryAngles, SpaciousRows, adamw, attention,
+    Heads, InputGradient, LinearPart, Projection, RotaryAngles, SpaciousRows, Spent, adamw, attention,
     cross_entropy, nf4, qlora_linear, rms_norm, rotary, swiglu,
 };
 
@@ -49,11 +49,7 @@ pub trait KernelBackend: Backend {
     }
 
     /// `base + drop(x)` of rows `[n, d]`; `base + x` without dropout.
-    fn add_dropped(
-        base: Tensor<Self, 2>,
-        x: Tensor<Self, 2>,
-        dropout: Option<Dropout>,
-    ) -> Tensor<Self, 2> {
+    fn add_dropped(base: Tensor<Self, 2>, x: Tensor<Self, 2>, dropout: Option<Dropout>) -> Tensor<Self, 2> {
         base + qlora_linear::dropped(x, dropout)
     }
 
@@ -73,13 +69,15 @@ pub trait KernelBackend: Backend {
         qlora_linear::reference(input, parts)
     }
 
-    /// Gradients of [`Self::qlora_linear`] for x and for the factors, given drop(x).
+    /// Gradients of [`Self::qlora_linear`] for x and for the factors, given drop(x) and perhaps memory for the latter.
     fn qlora_linear_backward(
         dropped: Tensor<Self, 2>,
         parts: &[LinearPart<Self>],
         dropout: Option<Dropout>,
         upstream: qlora_linear::Upstream<Self>,
+        spent: &mut Spent<Self>,
     ) -> qlora_linear::Gradients<Self> {
+        let _ = spent;
         qlora_linear::backward(dropped, parts, dropout, upstream)
     }
 

@@ -7,8 +7,8 @@ use crate::device::{Cube, int_primitive, primitive, tensor};
 use crate::product::ProductRuntime;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
-    InputGradient, KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, SpaciousRows, adamw,
-    attention, cross_entropy, dropout, nf4, qlora_linear, rms_norm, rotary, swiglu,
+    InputGradient, KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, SpaciousRows, Spent,
+    adamw, attention, cross_entropy, dropout, nf4, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
@@ -33,11 +33,7 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         tensor(dropout::kernel::apply(primitive(x), dropout))
     }
 
-    fn add_dropped(
-        base: Tensor<Self, 2>,
-        x: Tensor<Self, 2>,
-        dropout: Option<Dropout>,
-    ) -> Tensor<Self, 2> {
+    fn add_dropped(base: Tensor<Self, 2>, x: Tensor<Self, 2>, dropout: Option<Dropout>) -> Tensor<Self, 2> {
         tensor(dropout::kernel::add(primitive(base), primitive(x), dropout))
     }
 
@@ -50,8 +46,9 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         parts: &[LinearPart<Self>],
         dropout: Option<Dropout>,
         upstream: qlora_linear::Upstream<Self>,
+        spent: &mut Spent<Self>,
     ) -> qlora_linear::Gradients<Self> {
-        qlora_linear::cube::backward(dropped, parts, dropout, upstream)
+        qlora_linear::cube::backward(dropped, parts, dropout, upstream, spent)
     }
 
     fn rms_norm_dropout(

@@ -51,7 +51,7 @@ pub use attention::{Attended, AttentionIndex, Heads, SEPARATE};
 pub use cross_entropy::{CrossEntropyGradient, IGNORED};
 pub use dropout::Dropout;
 pub use nf4::{Nf4Error, Nf4Tensor};
-pub use qlora_linear::{FrozenWeight, InputGradient, LinearPart, LoraTerm, Projection, SpaciousRows};
+pub use qlora_linear::{FrozenWeight, InputGradient, LinearPart, LoraTerm, Projection, SpaciousRows, Spent};
 pub use rotary::RotaryAngles;
 
 pub use backend::KernelBackend;

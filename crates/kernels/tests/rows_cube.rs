@@ -15,8 +15,8 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use burn_flex::Flex;
 use buzzer_kernels::{
-    Cube, Dropout, FrozenWeight, KernelBackend, LinearPart, LoraTerm, Nf4Tensor, ProductRuntime, SplitGradient,
-    dropout, qlora_linear, rms_norm, rotary, swiglu,
+    Cube, Dropout, FrozenWeight, KernelBackend, LinearPart, LoraTerm, Nf4Tensor, ProductRuntime, Spent,
+    SplitGradient, dropout, qlora_linear, rms_norm, rotary, swiglu,
 };
 use common::{Device, noise};
 
@@ -390,8 +390,11 @@ impl<R: ProductRuntime> Runner<'_, R, Flex> {
             let upstream = qlora_linear::Upstream { grad: on_host(&grad, out), u: None, with_x: true };
             let expected = qlora_linear::backward(host_dropped, &host_parts, dropout, upstream);
             self.poison(n * inner);
+            let mut spent = Spent::default();
+            spent.offer(Tensor::full([64, spare.max(1)], f32::NAN, (self.device, self.dtype)));
             let upstream = qlora_linear::Upstream { grad: grad.clone(), u: found.u, with_x: true };
-            let found = Cube::<R>::qlora_linear_backward(dropped.clone(), &parts, dropout, upstream);
+            let found =
+                Cube::<R>::qlora_linear_backward(dropped.clone(), &parts, dropout, upstream, &mut spent);
             pairs.push(("dx".into(), found.x.unwrap().sum(), expected.x.unwrap().sum()));
             for (place, (found, expected)) in found.factors.into_iter().zip(expected.factors).enumerate() {
                 let names = ["dA", "dB"].map(|name| format!("{name} {place}"));
@@ -425,9 +428,12 @@ impl<R: ProductRuntime> Runner<'_, R, Flex> {
     }
 
     fn all_layers(&mut self) {
-        for (n, inner, outs, rank) in
-            [(5, 64, [64, 32, 16], 8), (1, 33, [7, 9, 5], 3), (70, 96, [48, 16, 24], 4), (9, 128, [130, 8, 8], 0)]
-        {
+        for (n, inner, outs, rank) in [
+            (5, 64, [64, 32, 16], 8),
+            (1, 33, [7, 9, 5], 3),
+            (70, 96, [48, 16, 24], 4),
+            (9, 128, [130, 8, 8], 0),
+        ] {
             for dropout in [None, Some(DROPOUT)] {
                 for count in [1, 3] {
                     let layers = Layers { inner, outs, rank };
@@ -533,8 +539,7 @@ mod cuda {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             for layout in [Layout::Whole, Layout::Columns(64), Layout::Columns(4), Layout::Columns(1)] {
                 let (device, oracle) = (&device, Default::default());
-                let mut runner =
-                    Runner::<Cuda, Flex> { device, dtype, layout, oracle, worst: 0.0 };
+                let mut runner = Runner::<Cuda, Flex> { device, dtype, layout, oracle, worst: 0.0 };
                 small(&mut runner, &[DType::F32, dtype]);
                 runner.all_layers();
                 println!("{dtype:?} {layout:?}: at most {:.3} of the bound", runner.worst);

@@ -12,7 +12,7 @@
 
 use burn::tensor::Tensor;
 use buzzer_kernels::qlora_linear::{Gradients, Input, Upstream};
-use buzzer_kernels::{Attended, Dropout, InputGradient, KernelBackend, LinearPart, Projection};
+use buzzer_kernels::{Attended, Dropout, InputGradient, KernelBackend, LinearPart, Projection, Spent};
 
 use crate::block::mask_of;
 use crate::{Block, BlockContext, Target};
@@ -53,14 +53,13 @@ struct Pass<'a, B: KernelBackend> {
     block: &'a Block<B>,
     context: &'a BlockContext<B>,
     dropout: Option<Dropout>,
-    factors: Vec<(Target, [Tensor<B, 2>; 2])>,
 }
 
 impl<B: KernelBackend> Block<B> {
     /// The block's result for rows `x [n, d]`, as [`Block::forward`] without a cache and without autodiff.
     #[must_use]
     pub fn run(&self, x: Tensor<B, 2>, context: &BlockContext<B>, dropout: Option<Dropout>) -> Tensor<B, 2> {
-        let pass = Pass { block: self, context, dropout, factors: Vec::new() };
+        let pass = Pass { block: self, context, dropout };
         let residual = pass.attention(x).residual;
         let Mlp { gate_up, .. } = pass.mlp(residual.clone());
         let (x, dropped) = B::swiglu_dropout(gate_up, pass.mask(3), pass.rank(3));
@@ -75,10 +74,11 @@ impl<B: KernelBackend> Block<B> {
         context: &BlockContext<B>,
         dropout: Option<Dropout>,
     ) -> Tensor<B, 2> {
-        Pass { block: self, context, dropout, factors: Vec::new() }.attention(x).residual
+        Pass { block: self, context, dropout }.attention(x).residual
     }
 
-    /// Gradients for the block's factors and, if `with_x`, for its input `x [n, d]`, given the one of its result.
+    /// Gradients for the block's factors and, if `with_x`, for its input `x [n, d]`, given the one of its result. The
+    /// memory of x is offered for gradients to come.
     #[must_use]
     pub fn backward(
         &self,
@@ -87,13 +87,17 @@ impl<B: KernelBackend> Block<B> {
         dropout: Option<Dropout>,
         grad: Tensor<B, 2>,
         with_x: bool,
+        spent: &mut Spent<B>,
     ) -> BlockGradients<B> {
-        let mut pass = Pass { block: self, context, dropout, factors: Vec::new() };
+        let pass = Pass { block: self, context, dropout };
+        let mut backward = Backward { pass: &pass, factors: Vec::new(), spent };
         let attention = pass.attention(x.clone());
         let mlp = pass.mlp(attention.residual.clone());
-        let d_residual = pass.mlp_backward(mlp, attention.residual.clone(), grad);
-        let x = pass.attention_backward(attention, x, d_residual, with_x);
-        BlockGradients { x, factors: pass.factors }
+        let d_residual = backward.mlp(mlp, attention.residual.clone(), grad);
+        let d_x = backward.attention(attention, x.clone(), d_residual, with_x);
+        let factors = backward.factors;
+        spent.offer(x);
+        BlockGradients { x: d_x, factors }
     }
 }
 
@@ -114,20 +118,6 @@ impl<B: KernelBackend> Pass<'_, B> {
 
     fn project(&self, group: usize, input: Input<B>) -> Projection<B> {
         B::qlora_project(input, &self.parts(group))
-    }
-
-    /// Keeps the factors' gradients and returns the input's.
-    fn project_backward(
-        &mut self,
-        group: usize,
-        dropped: Tensor<B, 2>,
-        upstream: Upstream<B>,
-    ) -> Option<InputGradient<B>> {
-        let Gradients { x, factors } =
-            B::qlora_linear_backward(dropped, &self.parts(group), self.mask(group), upstream);
-        let corrected = GROUPS[group].iter().filter(|&&target| self.block.linear(target).lora.is_some());
-        self.factors.extend(corrected.copied().zip(factors));
-        x
     }
 
     fn attention(&self, x: Tensor<B, 2>) -> Attention<B> {
@@ -153,24 +143,47 @@ impl<B: KernelBackend> Pass<'_, B> {
             self.project(2, Input { x: h, dropped: dropped.clone(), residual: None });
         Mlp { dropped, u, gate_up }
     }
+}
+
+/// The way back of a pass.
+struct Backward<'a, B: KernelBackend> {
+    pass: &'a Pass<'a, B>,
+    factors: Vec<(Target, [Tensor<B, 2>; 2])>,
+    spent: &'a mut Spent<B>,
+}
+
+impl<B: KernelBackend> Backward<'_, B> {
+    /// Keeps the factors' gradients and returns the input's.
+    fn project(
+        &mut self,
+        group: usize,
+        dropped: Tensor<B, 2>,
+        upstream: Upstream<B>,
+    ) -> Option<InputGradient<B>> {
+        let (parts, mask) = (self.pass.parts(group), self.pass.mask(group));
+        let Gradients { x, factors } = B::qlora_linear_backward(dropped, &parts, mask, upstream, self.spent);
+        let corrected = GROUPS[group].iter().filter(|&&target| self.pass.block.linear(target).lora.is_some());
+        self.factors.extend(corrected.copied().zip(factors));
+        x
+    }
 
     /// The gradient at the residual stream between the halves.
-    fn mlp_backward(&mut self, mlp: Mlp<B>, residual: Tensor<B, 2>, grad: Tensor<B, 2>) -> Tensor<B, 2> {
+    fn mlp(&mut self, mlp: Mlp<B>, residual: Tensor<B, 2>, grad: Tensor<B, 2>) -> Tensor<B, 2> {
         let Mlp { dropped, u, gate_up } = mlp;
-        let dropped_activated = B::swiglu_dropped(gate_up.clone(), self.mask(3));
+        let dropped_activated = B::swiglu_dropped(gate_up.clone(), self.pass.mask(3));
         let down = Upstream { grad: grad.clone(), u: None, with_x: true };
-        let Some(d_activated) = self.project_backward(3, dropped_activated, down) else { return grad };
+        let Some(d_activated) = self.project(3, dropped_activated, down) else { return grad };
         let d_gate_up = B::swiglu_backward(gate_up, d_activated);
-        let Some(dh) = self.project_backward(2, dropped, Upstream { grad: d_gate_up, u, with_x: true })
-        else {
+        let Some(dh) = self.project(2, dropped, Upstream { grad: d_gate_up, u, with_x: true }) else {
             return grad;
         };
-        let (norm, epsilon) = (self.block.mlp_norm.val(), self.block.epsilon);
+        let block = self.pass.block;
+        let (norm, epsilon) = (block.mlp_norm.val(), block.epsilon);
         B::rms_norm_backward_residual(residual, norm, epsilon, dh, grad)
     }
 
     /// The gradient at the block's input.
-    fn attention_backward(
+    fn attention(
         &mut self,
         attention: Attention<B>,
         x: Tensor<B, 2>,
@@ -179,17 +192,18 @@ impl<B: KernelBackend> Pass<'_, B> {
     ) -> Option<Tensor<B, 2>> {
         let Attention { dropped, u, rows, attended, dropped_o, u_o, residual } = attention;
         drop(residual);
-        let heads = self.block.heads();
+        let heads = self.pass.block.heads();
         let upstream = Upstream { grad: grad.clone(), u: u_o, with_x: true };
-        let d_o = self.project_backward(1, dropped_o, upstream)?;
+        let d_o = self.project(1, dropped_o, upstream)?;
         let [b, h, t, k] = attended.o.dims();
         let d_o = d_o.sum().reshape([b, t, h, k]).swap_dims(1, 2);
         let [n, width] = rows.dims();
         let qkv = heads.split(rows, [b, t]);
-        let d_rows = B::attention_backward(qkv, attended, &self.context.index, d_o).reshape([n, width]);
-        let d_rows = B::rotary_backward(d_rows, &self.context.angles, heads.queries + heads.keys);
-        let dh = self.project_backward(0, dropped, Upstream { grad: d_rows, u, with_x })?;
-        let (norm, epsilon) = (self.block.attention_norm.val(), self.block.epsilon);
+        let d_rows = B::attention_backward(qkv, attended, &self.pass.context.index, d_o).reshape([n, width]);
+        let d_rows = B::rotary_backward(d_rows, &self.pass.context.angles, heads.queries + heads.keys);
+        let dh = self.project(0, dropped, Upstream { grad: d_rows, u, with_x })?;
+        let block = self.pass.block;
+        let (norm, epsilon) = (block.attention_norm.val(), block.epsilon);
         Some(B::rms_norm_backward_residual(x, norm, epsilon, dh, grad))
     }
 }

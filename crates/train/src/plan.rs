@@ -70,7 +70,7 @@ pub struct PlanSettings {
     pub lora: LoraSettings,
     /// Sizes of a batch.
     pub shape: Shape,
-    /// Batches of a step; gradients of two are alive at once where there is more than one.
+    /// Batches of a step; gradients of two, then of one and their sum, are alive at once where there is more than one.
     pub accumulation: usize,
     /// How linears are held.
     pub frozen: FrozenFormat,
@@ -191,6 +191,9 @@ struct Walk<'a> {
     d: usize,
     /// Bytes of an element.
     e: usize,
+    /// Bytes left of the last block's input that was offered for gradients, and those that gradients asked for since.
+    left: usize,
+    asked: usize,
 }
 
 /// The attention half of a block: kept for the corrections, joined queries, keys and values, output and log sums, what
@@ -204,12 +207,10 @@ struct Attention {
     residual: Buffer,
 }
 
-/// The MLP half of a block.
+/// The MLP half of a block up to its gate.
 struct Mlp {
     kept: Vec<Buffer>,
     gate_up: Buffer,
-    activated: Buffer,
-    dropped: Option<Buffer>,
 }
 
 /// Linears that share an input.
@@ -220,7 +221,7 @@ impl<'a> Walk<'a> {
     fn new(settings: &'a PlanSettings) -> Self {
         let n = settings.shape.tokens();
         let ledger = Ledger::new(settings.engine == Engine::Card);
-        Self { settings, ledger, n, d: settings.config.hidden_size, e: settings.element }
+        Self { settings, ledger, n, d: settings.config.hidden_size, e: settings.element, left: 0, asked: 0 }
     }
 
     /// A step that is not the first: the moments exist.
@@ -231,13 +232,21 @@ impl<'a> Walk<'a> {
         self.moments();
         let batch = self.batch();
         self.name_parts();
-        let first = self.pass();
+        let mut gradients = self.pass();
         if self.settings.accumulation > 1 {
-            // A second batch has gradients of its own, which are then added to those of the first.
+            // A second batch has gradients of its own, and their sum is a third set, which takes in those to come.
             let second = self.pass();
-            self.ledger.give(second);
+            let sizes = self.factors();
+            let sum: Vec<Buffer> =
+                sizes.into_iter().map(|count| self.ledger.take(Part::Gradients, 4 * count)).collect();
+            self.ledger.give(gradients.into_iter().chain(second));
+            gradients = sum;
         }
-        self.ledger.give(first.into_iter().chain(batch));
+        if self.settings.accumulation > 2 {
+            let third = self.pass();
+            self.ledger.give(third);
+        }
+        self.ledger.give(gradients.into_iter().chain(batch));
         self.ledger
     }
 
@@ -248,21 +257,26 @@ impl<'a> Walk<'a> {
         let inputs: Vec<Buffer> =
             (0..self.checkpoints().len()).map(|_| self.ledger.take(Part::BlockInputs, size)).collect();
         self.ledger.give(inputs);
-        let sets = if self.settings.accumulation > 1 { 2 } else { 1 };
-        let factors =
-            self.gradient_sizes().into_iter().flat_map(|count| std::iter::repeat_n(4 * count, sets));
-        let gradients: Vec<Buffer> = factors.map(|bytes| self.ledger.take(Part::Gradients, bytes)).collect();
+        let gradients: Vec<Buffer> = self
+            .gradient_sizes()
+            .into_iter()
+            .map(|count| self.ledger.take(Part::Gradients, 4 * count))
+            .collect();
         self.ledger.give(gradients);
         self.dense_weights(&[Target::Gate]);
         self.logits(self.settings.head_rows());
         self.ledger.put_rest_under(Part::BlockPeak);
     }
 
-    /// Numbers in the gradients of all blocks, buffer by buffer.
+    /// Numbers in the gradients that have memory of their own, buffer by buffer: on a card those of the last block, since
+    /// others lie where inputs of finished blocks lay.
     fn gradient_sizes(&self) -> Vec<usize> {
         let groups = [&QKV[..], &[Target::O], &GATE_UP, &[Target::Down]];
         let block = groups.map(|targets| self.gradient_sizes_of(targets)).concat();
-        block.repeat(self.settings.config.num_hidden_layers)
+        match self.settings.engine {
+            Engine::Card => block,
+            Engine::Host => block.repeat(self.settings.config.num_hidden_layers),
+        }
     }
 
     /// One buffer for each B, and one for all A of linears that share an input.
@@ -275,6 +289,16 @@ impl<'a> Walk<'a> {
 
     fn rows(&mut self, width: usize) -> Buffer {
         self.ledger.take(Part::BlockPeak, self.n * width * self.e)
+    }
+
+    /// Rows with room for u behind them on a card, where such memory comes in multiples of 512 columns.
+    fn spacious(&mut self, width: usize, targets: &[Target]) -> Buffer {
+        let rank = self.widths(targets)[2];
+        let wide = match self.settings.engine {
+            Engine::Card if rank > 0 => (width + rank).next_multiple_of(512),
+            _ => width,
+        };
+        self.rows(wide)
     }
 
     fn keep(&mut self, part: Part, bytes: usize) {
@@ -378,6 +402,7 @@ impl<'a> Walk<'a> {
             }
         }
         self.ledger.give([upstream]);
+        (self.left, self.asked) = (0, 0);
         gradients
     }
 
@@ -385,16 +410,20 @@ impl<'a> Walk<'a> {
     fn forward(&mut self, x: Option<Buffer>) -> Buffer {
         let Attention { kept, residual, rows, o, log_sum, dropped_o } = self.attention();
         self.ledger.give(kept.into_iter().chain([rows, o, log_sum]).chain(dropped_o).chain(x));
-        let Mlp { kept, gate_up, activated, dropped } = self.mlp();
-        self.ledger.give(kept.into_iter().chain([gate_up]));
+        let Mlp { kept, gate_up } = self.mlp();
+        self.ledger.give(kept);
+        let f = self.settings.config.intermediate_size;
+        let activated = self.spacious(f, &[Target::Down]);
+        let dropped = self.settings.dropout.then(|| self.rows(f));
+        self.ledger.give([gate_up]);
         let (y, u) = self.project(&[Target::Down]);
         self.ledger.give(u.into_iter().chain([residual, activated]).chain(dropped));
         y
     }
 
     /// A normed tensor and what dropout leaves of it, which is kept: itself without dropout.
-    fn normed(&mut self) -> (Option<Buffer>, Buffer) {
-        let h = self.rows(self.d);
+    fn normed(&mut self, targets: &[Target]) -> (Option<Buffer>, Buffer) {
+        let h = self.spacious(self.d, targets);
         if self.settings.dropout { (Some(h), self.rows(self.d)) } else { (None, h) }
     }
 
@@ -402,28 +431,28 @@ impl<'a> Walk<'a> {
     fn attention(&mut self) -> Attention {
         let heads = self.settings.config.num_attention_heads;
         let width = heads * self.settings.config.head_dim;
-        let (h, dropped) = self.normed();
+        let (h, dropped) = self.normed(&QKV);
         let (rows, u) = self.project(&QKV);
         self.ledger.give(h);
         self.scores(3);
         let o = self.rows(width);
         let log_sum = self.ledger.take(Part::BlockPeak, 4 * self.n * heads);
         let dropped_o = self.settings.dropout.then(|| self.rows(width));
+        // The output has no room behind it, so it is copied to where there is some.
+        let copy = (self.settings.engine == Engine::Card && self.settings.rank_of(Target::O) > 0)
+            .then(|| self.spacious(width, &[Target::O]));
         let (residual, u_o) = self.project(&[Target::O]);
+        self.ledger.give(copy);
         let kept = [dropped].into_iter().chain(u).chain(u_o).collect();
         Attention { kept, rows, o, log_sum, dropped_o, residual }
     }
 
-    /// The MLP half of a block without its last product. Kept are what dropout left of the normed input, and u of gate and
-    /// up.
+    /// The MLP half of a block up to its gate. Kept are what dropout left of the normed input, and u of gate and up.
     fn mlp(&mut self) -> Mlp {
-        let f = self.settings.config.intermediate_size;
-        let (h, dropped_h) = self.normed();
+        let (h, dropped) = self.normed(&GATE_UP);
         let (gate_up, u) = self.project(&GATE_UP);
         self.ledger.give(h);
-        let activated = self.rows(f);
-        let dropped = self.settings.dropout.then(|| self.rows(f));
-        Mlp { kept: [dropped_h].into_iter().chain(u).collect(), gate_up, activated, dropped }
+        Mlp { kept: [dropped].into_iter().chain(u).collect(), gate_up }
     }
 
     /// Final norm, loss and the gradient at the last block's output x.
@@ -465,38 +494,65 @@ impl<'a> Walk<'a> {
     /// which is given up.
     fn backward(&mut self, layer: usize, x: Buffer, grad: Buffer, gradients: &mut Vec<Buffer>) -> Buffer {
         let attention = self.attention();
-        let Mlp { kept, gate_up, activated, dropped } = self.mlp();
-        // Without dropout the activated gate is the input of the last product.
-        let input = match dropped {
-            Some(dropped) => {
-                self.ledger.give([activated]);
-                dropped
-            }
-            None => activated,
-        };
+        let Mlp { kept, gate_up } = self.mlp();
+        let input = self.rows(self.settings.config.intermediate_size);
         let d_activated = self.project_backward(&[Target::Down], Some(input), true, gradients);
-        let d_gate_up = self.rows(2 * self.settings.config.intermediate_size);
-        self.ledger.give(d_activated.into_iter().chain([gate_up]));
+        // On a card the gradient is written over the gate.
+        let d_gate_up = match self.settings.engine {
+            Engine::Card => gate_up,
+            Engine::Host => {
+                let d_gate_up = self.rows(2 * self.settings.config.intermediate_size);
+                self.ledger.give([gate_up]);
+                d_gate_up
+            }
+        };
+        self.ledger.give(d_activated);
         // What is kept is the input of gate and up, and u.
         let mut kept = kept.into_iter();
         let d_h = self.project_backward(&GATE_UP, kept.next(), true, gradients);
         let d_residual = self.rows(self.d);
         self.ledger.give(d_h.into_iter().chain([d_gate_up, grad, attention.residual]).chain(kept));
 
-        let d_o = self.project_backward(&[Target::O], attention.dropped_o, true, gradients);
+        let parts = self.project_backward(&[Target::O], attention.dropped_o, true, gradients);
+        // Both parts of the gradient as one.
+        let d_o = self.rows(self.widths(&[Target::O])[1]);
+        self.ledger.give(parts);
         let along = self.ledger.take(Part::BlockPeak, 4 * self.n * self.settings.config.num_attention_heads);
         self.scores(4);
         let d_rows = self.rows(self.settings.qkv_width());
-        self.ledger.give(d_o.into_iter().chain([along, attention.rows, attention.o, attention.log_sum]));
+        self.ledger.give([d_o, along].into_iter().chain([attention.rows, attention.o, attention.log_sum]));
         let mut kept = attention.kept.into_iter();
         let d_h = self.project_backward(&QKV, kept.next(), layer > 0, gradients);
         let dx = self.rows(self.d);
-        self.ledger.give(d_h.into_iter().chain([d_rows, d_residual, x]).chain(kept));
+        self.ledger.give(d_h.into_iter().chain([d_rows, d_residual]).chain(kept));
+        self.offer(x, gradients);
         dx
     }
 
-    /// Products with frozen weights and corrections of one input: y and u; in passing, dense weights, and the factors in
-    /// the dtype that is computed in.
+    /// Memory for a gradient, unless it finds room in the last input that was offered.
+    fn gradient(&mut self, bytes: usize) -> Option<Buffer> {
+        self.asked += bytes;
+        if bytes <= self.left {
+            self.left -= bytes;
+            return None;
+        }
+        Some(self.ledger.take(Part::Gradients, bytes))
+    }
+
+    /// The input of a finished block, which is given up, or kept as long as the gradients if there is too little room for
+    /// those of another block.
+    fn offer(&mut self, x: Buffer, gradients: &mut Vec<Buffer>) {
+        if self.settings.engine == Engine::Card && self.left < self.asked {
+            self.left = self.n * self.d * self.e;
+            gradients.push(x);
+        } else {
+            self.ledger.give([x]);
+        }
+        self.asked = 0;
+    }
+
+    /// Products with frozen weights and corrections of one input: y and u; in passing, dense weights, and the factors A
+    /// in the dtype that is computed in.
     fn project(&mut self, targets: &[Target]) -> (Buffer, Option<Buffer>) {
         let [out, inner, rank] = self.widths(targets);
         let y = self.rows(out);
@@ -506,7 +562,6 @@ impl<'a> Walk<'a> {
             self.ledger.give([a]);
             u
         });
-        self.factors_b(targets);
         self.dense_weights(targets);
         if self.settings.engine == Engine::Host {
             // The reference adds the correction to a tensor of its own, and then puts the results side by side.
@@ -516,43 +571,36 @@ impl<'a> Walk<'a> {
         (y, u)
     }
 
-    /// Gradients of the above for x, which is given back, and for the factors, which go to `gradients`. Its input is given
-    /// up when those exist. One u, that of the last product, is computed anew.
+    /// Gradients of the above for x, which is given back in one part or two, and for the factors, which go to `gradients`.
+    /// Its input is given up when those exist. One u, that of the last product, is computed anew.
     fn project_backward(
         &mut self,
         targets: &[Target],
         input: Option<Buffer>,
         with_x: bool,
         gradients: &mut Vec<Buffer>,
-    ) -> Option<Buffer> {
+    ) -> Vec<Buffer> {
         let [_, inner, rank] = self.widths(targets);
-        let mut narrow = Vec::new();
         if rank > 0 {
-            narrow.push(self.ledger.take(Part::BlockPeak, rank * inner * self.e));
-            narrow.push(self.rows(rank));
+            let base = self.spacious(inner, targets);
+            self.dense_weights(targets);
+            let mut narrow = vec![self.ledger.take(Part::BlockPeak, rank * inner * self.e)];
             if targets == [Target::Down] {
                 narrow.push(self.rows(rank));
             }
-            self.factors_b(targets);
-            let sizes = self.gradient_sizes_of(targets);
-            gradients.extend(sizes.into_iter().map(|count| self.ledger.take(Part::Gradients, 4 * count)));
-            self.ledger.give(input);
-            let dx = with_x.then(|| self.rows(inner));
-            if with_x && self.settings.dropout {
-                // What comes through the corrections is masked into a tensor of its own.
-                let masked = self.rows(inner);
-                self.ledger.give([masked]);
+            for count in self.gradient_sizes_of(targets) {
+                gradients.extend(self.gradient(4 * count));
             }
+            self.ledger.give(input);
+            let mut dx = vec![base];
             if with_x {
-                self.dense_weights(targets);
+                dx.push(self.rows(inner));
             }
             self.ledger.give(narrow);
             return dx;
         }
-        let dx = with_x.then(|| self.rows(inner));
-        if with_x {
-            self.dense_weights(targets);
-        }
+        let dx = if with_x { vec![self.rows(inner)] } else { Vec::new() };
+        self.dense_weights(targets);
         self.ledger.give(input);
         dx
     }
@@ -565,29 +613,19 @@ impl<'a> Walk<'a> {
         [out, inner, targets.iter().map(|&target| self.settings.rank_of(target)).sum()]
     }
 
-    /// B in the dtype that is computed in, one at a time.
-    fn factors_b(&mut self, targets: &[Target]) {
-        for &target in targets {
-            let [out, _] = self.settings.config.linear_shape(target);
-            if self.e < 4 {
-                let b = self.ledger.take(Part::BlockPeak, out * self.settings.rank_of(target) * self.e);
-                self.ledger.give([b]);
-            }
-        }
-    }
-
-    /// On a card one buffer of the size of the largest joined weight, gate and up, serves all; the reference unpacks one
-    /// weight at a time.
+    /// On a card one buffer of the size of the largest weights that are multiplied at once, with their factors beside
+    /// them, serves all; the reference unpacks one weight at a time.
     fn dense_weights(&mut self, targets: &[Target]) {
         if !self.settings.packed() {
             return;
         }
         let size = |target| self.settings.config.linear_shape(target).iter().product::<usize>();
+        let joined = |group: &[Target]| {
+            let [out, inner, rank] = self.widths(group);
+            out * (inner + rank).next_multiple_of(8)
+        };
         let count = match self.settings.engine {
-            Engine::Card => [&QKV[..], &[Target::O], &GATE_UP, &[Target::Down]]
-                .map(|group| group.iter().map(|&target| size(target)).sum())
-                .into_iter()
-                .max(),
+            Engine::Card => [&QKV[..], &[Target::O], &GATE_UP, &[Target::Down]].map(joined).into_iter().max(),
             Engine::Host => targets.iter().map(|&target| size(target)).max(),
         };
         let scratch = self.ledger.take(Part::DenseWeights, count.unwrap_or(0) * self.e);
@@ -632,7 +670,7 @@ mod tests {
         assert_eq!(settings.lora_parameters(), 159_907_840);
         let plan = MemoryPlan::new(&settings);
         assert_eq!(plan.adapters, 4 * 159_907_840);
-        assert_eq!(plan.gradients, 4 * 159_907_840);
+        assert_eq!(plan.gradients, 4 * 159_907_840 / 32, "others lie where inputs of blocks lay");
         assert_eq!(plan.optimizer, 8 * 159_907_840);
         let packed = 6_476_005_376 / 2 + 6_476_005_376 / 64;
         assert!((packed..packed + 540_000_000).contains(&plan.weights), "{plan:?}");
@@ -643,7 +681,7 @@ mod tests {
         let plan = MemoryPlan::new(&notebook(4, 1024));
         let inputs = 32 * 4 * 1024 * 4096 * 2;
         assert!((inputs..inputs + 4 * 1024 * 600).contains(&plan.block_inputs), "{plan:?}");
-        assert_eq!(plan.dense_weights, 2 * 11_008 * 4096 * 2);
+        assert_eq!(plan.dense_weights, 2 * 11_008 * (4096 + 2 * 64) * 2);
         assert_eq!(plan.logits_chunk, 1024 * 32_000 * 6);
         assert_eq!(plan.workspace, 32 << 20);
         assert_eq!(plan.total(), plan.parts().iter().map(|(_, bytes)| bytes).sum::<usize>());
@@ -660,15 +698,15 @@ mod tests {
         let eight_bit = total(&|settings| settings.eight_bit = true);
         assert!(eight_bit.optimizer * 7 / 2 < base.optimizer, "2 bytes and scales instead of 8");
         let accumulated = total(&|settings| settings.accumulation = 4);
-        assert_eq!(accumulated.gradients, 2 * base.gradients);
+        assert!(accumulated.gradients >= base.gradients + 4 * 159_907_840, "a sum of all");
         let longer = total(&|settings| settings.shape.row_len = 2048);
         assert!(longer.block_peak > base.block_peak * 19 / 10);
         let sparse = total(&|settings| settings.checkpoint_every = 4);
         let input = 4 * 1024 * 4096 * 2;
-        assert_eq!(
-            base.total() - sparse.total(),
-            (32 - 8 - 3) * input,
-            "three inputs of a stretch are made again"
+        let saved = (base.total() - sparse.total()) as f64 / input as f64;
+        assert!(
+            (16.0..=21.0).contains(&saved),
+            "three inputs of a stretch are made again, and less is left for gradients"
         );
         assert!(total(&|settings| settings.dropout = false).block_peak < base.block_peak);
         let answers = total(&|settings| settings.loss_share = 0.12);

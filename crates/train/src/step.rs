@@ -6,11 +6,12 @@
 //! backward  for i from the last to 0: blockᵢ runs again from xᵢ and walks back, g ← dL/dxᵢ
 //! ```
 //!
-//! Memory at the peak is one tensor `[b t, d]` a block, one block's activations, and one chunk of logits. A block's
+//! Memory at the peak is one tensor `[b t, d]` a block, one block's activations, and one chunk of logits; gradients of
+//! factors lie where the inputs of finished blocks lay. A block's
 //! dropout masks come from a key, so the second run draws the same ones.
 
 use burn::tensor::{DType, IndexingUpdateOp, Tensor};
-use buzzer_kernels::{Dropout, KernelBackend};
+use buzzer_kernels::{Dropout, KernelBackend, Spent};
 use buzzer_model::{BlockContext, Llama};
 
 use crate::gradients::scalar;
@@ -77,6 +78,7 @@ pub fn backward_by_blocks<B: KernelBackend>(
     let (loss, upstream) = backward_of_head(model, batch, x, settings.scale);
     let mut upstream = Some(upstream);
     let mut gradients = LoraGradients::default();
+    let mut spent = Spent::default();
     while let Some(checkpoint) = checkpoints.pop() {
         let first = checkpoints.len() * every;
         let last = model.blocks.len().min(first + every) - 1;
@@ -89,7 +91,7 @@ pub fn backward_by_blocks<B: KernelBackend>(
             let Some(grad) = upstream.take() else { break };
             let layer = first + inputs.len();
             let dropout = settings.of_block(layer);
-            let found = model.blocks[layer].backward(input, &context, dropout, grad, layer > 0);
+            let found = model.blocks[layer].backward(input, &context, dropout, grad, layer > 0, &mut spent);
             gradients.factors.extend(found.factors.into_iter().map(|(target, pair)| ((layer, target), pair)));
             upstream = found.x;
         }

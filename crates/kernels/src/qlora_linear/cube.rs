@@ -9,7 +9,10 @@
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::{FrozenWeight, Gradients, Input, InputGradient, LinearPart, LoraTerm, Projection, SpaciousRows, Upstream};
+use super::{
+    FrozenWeight, Gradients, Input, InputGradient, LinearPart, LoraTerm, Projection, SpaciousRows, Spent,
+    Upstream,
+};
 use crate::device::{Cube, Matrix, primitive, scratch, spacious, tensor, uninitialized, with_columns};
 use crate::product::{self, Product, ProductRuntime};
 use crate::rows::write_columns;
@@ -96,6 +99,29 @@ impl<'a, R: ProductRuntime> Layout<'a, R> {
     }
 }
 
+impl<R: ProductRuntime> Spent<Cube<R>> {
+    /// A new tensor in f32: in the memory at hand, if what is left of it suffices and nobody holds the tensor that had it,
+    /// or in its own.
+    fn place(&mut self, like: &CubeTensor<R>, dims: [usize; 2]) -> CubeTensor<R> {
+        let bytes = dims[0] * dims[1] * size_of::<f32>();
+        self.asked += bytes;
+        let start = self.used.next_multiple_of(like.client.properties().memory.alignment as usize);
+        let own = || uninitialized(like, dims, DType::F32);
+        let Some(spent) = self.tensor.take().map(primitive) else { return own() };
+        let whole = spent.handle.size_in_used() as usize;
+        let free = self.used > 0 || (spent.can_mut() && spent.is_contiguous());
+        let placed = (free && start + bytes <= whole).then(|| {
+            self.used = start + bytes;
+            let handle = spent.handle.clone().offset_start(start as u64);
+            let handle = handle.offset_end((whole - self.used) as u64);
+            let (client, device) = (spent.client.clone(), spent.device.clone());
+            CubeTensor::new_contiguous(client, device, dims.into(), handle, DType::F32)
+        });
+        self.tensor = Some(tensor(spent));
+        placed.unwrap_or_else(own)
+    }
+}
+
 /// `[x, u]`: u goes behind x where there is room for it.
 fn beside<R: ProductRuntime>(x: &SpaciousRows<Cube<R>>, u: &CubeTensor<R>) -> Matrix<R> {
     let ([n, inner], [_, rank]) = (x.rows().dims(), [0, 1].map(|i| u.meta.shape()[i]));
@@ -136,6 +162,7 @@ pub(crate) fn backward<R: ProductRuntime>(
     parts: &[LinearPart<Cube<R>>],
     dropout: Option<Dropout>,
     upstream: Upstream<Cube<R>>,
+    spent: &mut Spent<Cube<R>>,
 ) -> Gradients<Cube<R>> {
     let layout = Layout::new(parts);
     let grad = Matrix::new(primitive(upstream.grad));
@@ -159,12 +186,17 @@ pub(crate) fn backward<R: ProductRuntime>(
     let a = layout.factors_a(&grad.tensor);
     let u = upstream.u.map_or_else(|| product::new(&input, &a.t(), 1.0, dtype), primitive);
     let (u, h) = (Matrix::new(u), both.columns(inner, rank));
-    let db = |(place, lora): (&Place<'_, R>, &LoraTerm<_>)| {
-        let (g, u) = (grad.columns(place.out[0], place.out[1]), u.columns(place.rank[0], place.rank[1]));
-        tensor::<R, 2>(product::new(&g.t(), &u, lora.scale as f32, DType::F32))
+    let mut gradient = |a: &Matrix<R>, b: &Matrix<R>, alpha| {
+        let c = Matrix::new(spent.place(&grad.tensor, [a.shape()[0], b.shape()[1]]));
+        product::run(Product { a: a.clone(), b: b.clone(), c: c.clone(), alpha, plus: None });
+        tensor::<R, 2>(c.tensor)
     };
-    let db = layout.corrected().map(db).collect::<Vec<_>>();
-    let da = tensor::<R, 2>(product::new(&h.t(), &input, 1.0, DType::F32));
+    let mut db = Vec::with_capacity(parts.len());
+    for (place, lora) in layout.corrected() {
+        let (g, u) = (grad.columns(place.out[0], place.out[1]), u.columns(place.rank[0], place.rank[1]));
+        db.push(gradient(&g.t(), &u, lora.scale as f32));
+    }
+    let da = gradient(&h.t(), &input, 1.0);
     drop(input);
     let rows = |place: &Place<'_, R>| da.clone().narrow(0, place.rank[0], place.rank[1]);
     gradients.factors = layout.corrected().zip(db).map(|((place, _), db)| [rows(place), db]).collect();

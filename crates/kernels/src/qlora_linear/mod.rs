@@ -104,6 +104,40 @@ impl<B: Backend> From<Tensor<B, 2>> for SpaciousRows<B> {
     }
 }
 
+/// Memory of a tensor that nobody needs any more, in which a device places gradients of factors.
+///
+/// The gradients of a whole model are alive at once, and as the backward pass makes them it gives up the inputs of the
+/// blocks that it is done with. Where an allocator reuses memory by exact size, neither would find its way to the other.
+#[derive(Debug)]
+pub struct Spent<B: Backend> {
+    tensor: Option<Tensor<B, 2>>,
+    /// Bytes of it that are taken.
+    used: usize,
+    /// Bytes that were asked for since the last offer.
+    asked: usize,
+}
+
+impl<B: Backend> Default for Spent<B> {
+    /// No memory: gradients get their own.
+    fn default() -> Self {
+        Self { tensor: None, used: 0, asked: 0 }
+    }
+}
+
+impl<B: Backend> Spent<B> {
+    /// Takes a tensor in place of the one at hand, if what is left of that is less than was asked for since the last
+    /// offer.
+    pub fn offer(&mut self, tensor: Tensor<B, 2>) {
+        let bytes = |tensor: &Tensor<B, 2>| tensor.dims().iter().product::<usize>() * tensor.dtype().size();
+        let left = self.tensor.as_ref().map_or(0, |tensor| bytes(tensor).saturating_sub(self.used));
+        if left < self.asked {
+            self.tensor = Some(tensor);
+            self.used = 0;
+        }
+        self.asked = 0;
+    }
+}
+
 /// What the layers read.
 #[derive(Clone, Debug)]
 pub struct Input<B: Backend> {
@@ -302,7 +336,8 @@ impl<B: KernelBackend, const PARENTS: usize> Backward<B, PARENTS> for Step<PAREN
         let grad = inner(grads.consume::<B>(&ops.node));
         let State { dropped, u, parts, dropout } = ops.state;
         let with_x = ops.parents.first().is_some_and(Option::is_some);
-        let gradients = B::qlora_linear_backward(dropped, &parts, dropout, Upstream { grad, u, with_x });
+        let upstream = Upstream { grad, u, with_x };
+        let gradients = B::qlora_linear_backward(dropped, &parts, dropout, upstream, &mut Spent::default());
         let factors = gradients.factors.into_iter().flatten().map(Some);
         let x = gradients.x.map(InputGradient::sum);
         for (parent, gradient) in ops.parents.into_iter().zip([x].into_iter().chain(factors)) {
