@@ -195,15 +195,10 @@ impl<R: CubeRuntime> Matrix<R> {
 static SCRATCH_BYTES: AtomicUsize = AtomicUsize::new(0);
 
 /// A buffer for dense weights. All of them get the size of the largest, so that one piece of memory serves them in turn
-/// where an allocator reuses pieces by size. Where a larger one is asked for than ever before, the last one is given back
-/// to the device.
+/// where an allocator reuses pieces by size.
 pub(crate) fn scratch<R: CubeRuntime>(like: &CubeTensor<R>, dims: [usize; 2], dtype: DType) -> CubeTensor<R> {
     let bytes = dims[0] * dims[1] * dtype.size();
-    let before = SCRATCH_BYTES.fetch_max(bytes, Ordering::Relaxed);
-    if (1..bytes).contains(&before) {
-        like.client.memory_cleanup();
-    }
-    let size = before.max(bytes);
+    let size = SCRATCH_BYTES.fetch_max(bytes, Ordering::Relaxed).max(bytes);
     let handle = like.client.empty(size);
     CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), Shape::from(dims), handle, dtype)
 }

@@ -613,8 +613,8 @@ impl<'a> Walk<'a> {
         [out, inner, targets.iter().map(|&target| self.settings.rank_of(target)).sum()]
     }
 
-    /// On a card one buffer of the size of the largest weights that are multiplied at once, with their factors beside
-    /// them, serves all; the reference unpacks one weight at a time.
+    /// On a card weights that are multiplied at once lie in one buffer with their factors beside them; it has the size of
+    /// the largest asked for so far, and smaller ones before it stay taken. The reference unpacks one weight at a time.
     fn dense_weights(&mut self, targets: &[Target]) {
         if !self.settings.packed() {
             return;
@@ -624,12 +624,18 @@ impl<'a> Walk<'a> {
             let [out, inner, rank] = self.widths(group);
             out * (inner + rank).next_multiple_of(8)
         };
-        let count = match self.settings.engine {
-            Engine::Card => [&QKV[..], &[Target::O], &GATE_UP, &[Target::Down]].map(joined).into_iter().max(),
-            Engine::Host => targets.iter().map(|&target| size(target)).max(),
+        let counts = match self.settings.engine {
+            Engine::Card => [&QKV[..], &[Target::O], &GATE_UP, &[Target::Down]].map(joined).to_vec(),
+            Engine::Host => targets.iter().map(|&target| size(target)).collect(),
         };
-        let scratch = self.ledger.take(Part::DenseWeights, count.unwrap_or(0) * self.e);
-        self.ledger.give([scratch]);
+        let mut largest = 0;
+        for count in counts {
+            if count > largest {
+                largest = count;
+                let scratch = self.ledger.take(Part::DenseWeights, count * self.e);
+                self.ledger.give([scratch]);
+            }
+        }
     }
 
     /// `[b, h, t, t]` in f32, so many times; only the reference holds any.
@@ -681,7 +687,11 @@ mod tests {
         let plan = MemoryPlan::new(&notebook(4, 1024));
         let inputs = 32 * 4 * 1024 * 4096 * 2;
         assert!((inputs..inputs + 4 * 1024 * 600).contains(&plan.block_inputs), "{plan:?}");
-        assert_eq!(plan.dense_weights, 2 * 11_008 * (4096 + 2 * 64) * 2);
+        assert_eq!(
+            plan.dense_weights,
+            (3 * 4096 * (4096 + 3 * 64) + 2 * 11_008 * (4096 + 2 * 64)) * 2,
+            "q, k and v come first"
+        );
         assert_eq!(plan.logits_chunk, 1024 * 32_000 * 6);
         assert_eq!(plan.workspace, 32 << 20);
         assert_eq!(plan.total(), plan.parts().iter().map(|(_, bytes)| bytes).sum::<usize>());
