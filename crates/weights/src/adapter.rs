@@ -11,8 +11,8 @@ use std::path::Path;
 
 use buzzer_model::Target;
 
-use crate::checkpoint::no_weights;
 use crate::error::Place;
+use crate::open::no_weights;
 use crate::write::{TensorToWrite, pytorch_metadata};
 use crate::{Checkpoint, FloatType, WeightsError, write_json, write_safetensors};
 
