@@ -250,9 +250,9 @@ pub enum WeightsError {
         /// What it is.
         value: f32,
     },
-    /// A 4-bit tensor is not stored in the one form that is supported.
+    /// A quantized tensor is not stored in the one form that is supported.
     #[error(
-        "{path}: 4-bit tensor `{tensor}`: {message}; give {flag} a bitsandbytes checkpoint in nf4 with block size 64, or one that is not quantized",
+        "{path}: quantized tensor `{tensor}`: {message}; give {flag} a bitsandbytes checkpoint in nf4 with block size 64, or one that is not quantized",
         path = path.display()
     )]
     Quantized {

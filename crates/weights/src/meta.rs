@@ -190,8 +190,8 @@ impl Params {
             None => default.ok_or_else(|| format!("`{key}` is missing")),
             Some(value) => match value.as_u64() {
                 // As in a `config.json`: far above any width, and products stay inside 64 bits.
-                Some(size @ 1..=0x0100_0000) => Ok(size as usize),
-                _ => Err(format!("`{key}` is {value}, but must be a whole number from 1 to 16777216")),
+                Some(size @ 1..=0x0010_0000) => Ok(size as usize),
+                _ => Err(format!("`{key}` is {value}, but must be a whole number from 1 to 1048576")),
             },
         };
         let number = |key: &str, default: Option<f64>| match keys.get(key) {
@@ -253,7 +253,9 @@ mod tests {
             rename("layers.7.attention.wk.weight"),
             Some(("model.layers.7.self_attn.k_proj.weight".into(), Split::Heads))
         );
-        for name in ["layers.7.attention.wk.bias", "layers.x.attention.wk.weight", "layers.7", "vision.weight"] {
+        for name in
+            ["layers.7.attention.wk.bias", "layers.x.attention.wk.weight", "layers.7", "vision.weight"]
+        {
             assert_eq!(rename(name), None, "{name}");
         }
     }

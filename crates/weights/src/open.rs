@@ -121,7 +121,9 @@ fn open_shard(index: Place<'_>, tensor: &str, shard: &str) -> Result<(MappedFile
 /// Says what was looked for in a folder, and what is there instead.
 pub(crate) fn no_weights(place: Place<'_>, wanted: &'static str) -> WeightsError {
     let foreign = |name: &String| {
-        [".bin", ".pt", ".pth", ".gguf", ".safetensors", ".msgpack", ".h5"].iter().any(|end| name.ends_with(end))
+        [".bin", ".pt", ".pth", ".gguf", ".safetensors", ".msgpack", ".h5"]
+            .iter()
+            .any(|end| name.ends_with(end))
     };
     let names = fs::read_dir(place.path).into_iter().flatten().flatten();
     let mut found: Vec<String> =

@@ -89,15 +89,18 @@ impl<'a> Archive<'a> {
         if let Some(order) = order.filter(|order| order.trim_ascii() != b"little") {
             return Err(format!("its byte order is `{}`, not `little`", order.escape_ascii()));
         }
-        let storages = inside().filter_map(|(name, range)| Some((name.strip_prefix("data/")?, range.clone())));
+        let storages =
+            inside().filter_map(|(name, range)| Some((name.strip_prefix("data/")?, range.clone())));
         Ok(Self { pickle, storages: storages.collect() })
     }
 
     /// The bytes of a tensor, which must lie in its storage row by row.
     fn locate(&self, stored: &Stored<'_>) -> Result<TensorInfo, String> {
         let Stored { dtype, key, elements, offset, shape, stride } = stored;
-        let storage =
-            self.storages.get(key).ok_or_else(|| format!("its storage `data/{key}` is not in the archive"))?;
+        let storage = self
+            .storages
+            .get(key)
+            .ok_or_else(|| format!("its storage `data/{key}` is not in the archive"))?;
         let size = dtype.bitsize() / 8;
         if elements.checked_mul(size) != Some(storage.len()) {
             let bytes = storage.len();
@@ -116,11 +119,7 @@ impl<'a> Archive<'a> {
             ));
         }
         let start = storage.start + offset * size;
-        Ok(TensorInfo {
-            dtype: *dtype,
-            shape: shape.clone(),
-            data_offsets: (start, start + count * size),
-        })
+        Ok(TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets: (start, start + count * size) })
     }
 }
 

@@ -61,7 +61,11 @@ enum Value<'a> {
     Tuple(Vec<Id>),
     List(Vec<Id>),
     Dict(Vec<(Id, Id)>),
-    Storage { dtype: Dtype, key: &'a str, elements: usize },
+    Storage {
+        dtype: Dtype,
+        key: &'a str,
+        elements: usize,
+    },
     Tensor(Box<Stored<'a>>),
 }
 
@@ -76,7 +80,9 @@ pub(super) fn read(bytes: &[u8]) -> Result<Vec<(&str, Stored<'_>)>, Fault<'_>> {
         code @ Fault::Code(_) => code,
     })?;
     let Value::Dict(entries) = machine.value(top) else {
-        return Err(Fault::Damaged("it holds no dict of tensors: save the model's state_dict() alone".into()));
+        return Err(Fault::Damaged(
+            "it holds no dict of tensors: save the model's state_dict() alone".into(),
+        ));
     };
     let mut tensors = Vec::new();
     for &(key, value) in entries {
@@ -279,7 +285,11 @@ impl<'a> Machine<'a> {
                     Value::Text(_),
                     Value::Int(elements),
                 ],
-            ) => usize::try_from(*elements).ok().map(|elements| Value::Storage { dtype: *dtype, key, elements }),
+            ) => usize::try_from(*elements).ok().map(|elements| Value::Storage {
+                dtype: *dtype,
+                key,
+                elements,
+            }),
             _ => None,
         };
         match storage {
@@ -295,7 +305,10 @@ impl<'a> Machine<'a> {
         };
         let result = match (function, arguments.as_slice()) {
             (Name::OrderedDict, []) => Some(Value::Dict(Vec::new())),
-            (Name::Tensor, [Value::Storage { dtype, key, elements }, Value::Int(offset), shape, stride, ..]) => {
+            (
+                Name::Tensor,
+                [Value::Storage { dtype, key, elements }, Value::Int(offset), shape, stride, ..],
+            ) => {
                 let offset = usize::try_from(*offset).ok();
                 match (offset, self.sizes(shape), self.sizes(stride)) {
                     (Some(offset), Some(shape), Some(stride)) => {

@@ -47,7 +47,11 @@ fn archive(members: &[Member<'_>]) -> Vec<u8> {
         bytes.extend(*content);
         let said = if let Lie::Size(size) = lie { *size } else { size };
         table.extend(b"PK\x01\x02\x14\x00");
-        table.extend(numbers(said, u16::from(*lie == Lie::Encrypted), u16::from(*lie == Lie::Compressed) * 8));
+        table.extend(numbers(
+            said,
+            u16::from(*lie == Lie::Encrypted),
+            u16::from(*lie == Lie::Compressed) * 8,
+        ));
         table.extend([0; 10]);
         table.extend(if let Lie::At(place) = lie { *place } else { header }.to_le_bytes());
         table.extend(name.as_bytes());
@@ -140,7 +144,10 @@ fn a_pickle_that_names_anything_else_is_refused_by_that_name() {
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02ls\x85R.", "os.system"),
         (b"\x80\x02cbuiltins\neval\n(X\x01\0\0\0atR.", "builtins.eval"),
         (b"\x80\x02ctorch\nload\n)R.", "torch.load"),
-        (b"\x80\x02ctorch._utils\n_rebuild_device_tensor_from_numpy\n)R.", "_rebuild_device_tensor_from_numpy"),
+        (
+            b"\x80\x02ctorch._utils\n_rebuild_device_tensor_from_numpy\n)R.",
+            "_rebuild_device_tensor_from_numpy",
+        ),
     ];
     for (pickle, name) in calls {
         let fault = pickle::read(pickle).unwrap_err();
@@ -157,14 +164,19 @@ fn a_pickle_that_names_anything_else_is_refused_by_that_name() {
         refuse(&file(pickle, &[]), &["data.pkl", "as PyTorch does"]);
     }
     for instruction in [b'i', b'o', 0x81, 0x92, b'P', 0x82, b'I', b'0', b'2', 0x97] {
-        refuse(&file(&[0x80, 2, b')', b')', instruction], &[]), &["instruction 0x", "none that PyTorch writes"]);
+        refuse(
+            &file(&[0x80, 2, b')', b')', instruction], &[]),
+            &["instruction 0x", "none that PyTorch writes"],
+        );
     }
 }
 
 #[test]
 fn every_contradiction_is_named() {
     let one = |tensor: Vec<u8>| file(&dict(&[("w", tensor)]), &[7; 32]);
-    let float = |elements, offset, shape: &[i64], stride: &[i64]| one(tensor("Float", elements, offset, shape, stride));
+    let float = |elements, offset, shape: &[i64], stride: &[i64]| {
+        one(tensor("Float", elements, offset, shape, stride))
+    };
     refuse(&float(9, 0, &[8], &[1]), &["`w`", "9 elements in F32 has 32 bytes"]);
     refuse(&float(1 << 62, 0, &[8], &[1]), &["`w`", "has 32 bytes"]);
     refuse(&float(-8, 0, &[8], &[1]), &["a storage is not described"]);
@@ -183,7 +195,10 @@ fn every_contradiction_is_named() {
     let whole = dict(&[("w", tensor("Float", 8, 0, &[8], &[1]))]);
     refuse(&archive(&[member("data.pkl", &whole)]), &["`w`", "`data/0` is not in the archive"]);
     refuse(&archive(&[member("m/data/0", &[7; 32])]), &["without data.pkl"]);
-    refuse(&archive(&[member("a/data.pkl", &whole), member("b/data.pkl", &whole)]), &["more than one data.pkl"]);
+    refuse(
+        &archive(&[member("a/data.pkl", &whole), member("b/data.pkl", &whole)]),
+        &["more than one data.pkl"],
+    );
     let big = [member("data.pkl", &whole), member("data/0", &[7; 32]), member("byteorder", b"big")];
     refuse(&archive(&big), &["byte order is `big`"]);
     refuse(&file(b"\x80\x02N.", &[]), &["no dict of tensors"]);
@@ -199,7 +214,8 @@ fn a_table_of_contents_that_lies_is_refused() {
     let pickle = dict(&[("w", tensor("Float", 8, 0, &[8], &[1]))]);
     let storage = [7; 32];
     let lying = |lie| {
-        let mut members = [member("data.pkl", &pickle), member("data/0", &storage), member("data/1", &storage)];
+        let mut members =
+            [member("data.pkl", &pickle), member("data/0", &storage), member("data/1", &storage)];
         members[1].lie = lie;
         archive(&members)
     };

@@ -81,8 +81,11 @@ fn end_of(bytes: &[u8]) -> Result<End, String> {
 fn wide_end(bytes: &[u8], locator: usize) -> Option<(u64, u64, usize)> {
     let start = usize::try_from(u64_at(bytes, locator + 8)?).ok()?;
     let record = bytes.get(start..start.checked_add(END_64.1)?)?;
-    (start < locator && record.starts_with(END_64.0))
-        .then_some((u64_at(record, 32)?, u64_at(record, 48)?, start))
+    (start < locator && record.starts_with(END_64.0)).then_some((
+        u64_at(record, 32)?,
+        u64_at(record, 48)?,
+        start,
+    ))
 }
 
 struct Entry<'a> {

@@ -24,10 +24,10 @@ type Part<'a> = (&'a str, &'a [usize], Vec<u8>);
 
 #[test]
 fn a_folder_without_weights_says_what_is_there() {
-    let folder = folder_with(&[("pytorch_model.bin", b"x")]);
+    let folder = folder_with(&[("model.gguf", b"x")]);
     expect(
         Checkpoint::open(folder.path()),
-        &["model.safetensors.index.json", "pytorch_model.bin", "--model"],
+        &["model.safetensors", "pytorch_model.bin", "consolidated.00.pth", "there is model.gguf", "--model"],
     );
     expect(Checkpoint::open(&folder.path().join("nowhere")), &["nowhere", "--model"]);
     expect(Checkpoint::open_for(&folder.path().join("x"), "--golden"), &["--golden"]);
@@ -454,7 +454,8 @@ fn a_four_bit_weight_must_be_whole() {
         expect(Nf4Stored::read_any_shape(&checkpoint, "q.weight"), pieces);
     };
     refuse(("", Some(("U8", &[63, 1], vec![0; 63]))), &["63 bytes", "2 x 64", "--model"]);
-    refuse(("", Some(("BF16", &[32, 1], vec![0; 64]))), &["BF16", "U8"]);
+    let (_folder, checkpoint) = quantized(("", Some(("BF16", &[32, 1], vec![0xF0; 64]))));
+    assert_eq!(Nf4Stored::read_any_shape(&checkpoint, "q.weight").unwrap(), stored, "only the bytes count");
     refuse((".absmax", None), &["`q.weight.absmax`"]);
     refuse((".absmax", Some(("F32", &[3], floats(&[1.0; 3])))), &["[3]", "[2]"]);
     refuse((".absmax", Some(("F32", &[2], floats(&[1.0, f32::INFINITY])))), &["absmax", "inf", "element 1 "]);
