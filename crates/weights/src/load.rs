@@ -224,17 +224,15 @@ pub fn attach_adapter<B: KernelBackend>(
 ) -> Result<(), WeightsError> {
     check_fits(model.config(), adapter, dir)?;
     let device = model.device();
-    let scale = adapter.config.scaling();
-    let rank = adapter.config.rank;
     for (layer, block) in model.blocks.iter_mut().enumerate() {
         for target in Target::ALL {
             block.linear_mut(target).lora = adapter.tensors.get(&(layer, target)).map(|factors| {
                 let tensor = |values: &[f32], shape: [usize; 2]| {
                     Tensor::from_data(TensorData::new(values.to_vec(), shape), (&device, DType::F32))
                 };
-                let a = tensor(&factors.a, [rank, factors.in_features]);
-                let b = tensor(&factors.b, [factors.out_features, rank]);
-                Lora::new(a, b, scale)
+                let a = tensor(&factors.a, [factors.rank, factors.in_features]);
+                let b = tensor(&factors.b, [factors.out_features, factors.rank]);
+                Lora::new(a, b, adapter.config.scaling(factors))
             });
         }
     }
@@ -243,10 +241,6 @@ pub fn attach_adapter<B: KernelBackend>(
 
 fn check_fits(config: &LlamaConfig, adapter: &Adapter, dir: &Path) -> Result<(), WeightsError> {
     let refuse = |what: String| Err(WeightsError::AdapterMisfit { path: dir.to_owned(), what });
-    if adapter.layers() != config.num_hidden_layers {
-        let (theirs, ours) = (adapter.layers(), config.num_hidden_layers);
-        return refuse(format!("it has {theirs} layers, the model {ours}"));
-    }
     for ((layer, target), factors) in &adapter.tensors {
         let found = [factors.out_features, factors.in_features];
         let expected = config.linear_shape(*target);
@@ -255,6 +249,10 @@ fn check_fits(config: &LlamaConfig, adapter: &Adapter, dir: &Path) -> Result<(),
                 "its {target} in layer {layer} is for a weight {found:?}, the model's is {expected:?}"
             ));
         }
+    }
+    let (theirs, ours) = (adapter.layers(), config.num_hidden_layers);
+    if theirs > ours || adapter.config.every_layer && theirs < ours {
+        return refuse(format!("it has {theirs} layers, the model {ours}"));
     }
     Ok(())
 }
@@ -271,10 +269,10 @@ pub fn extract_adapter<B: KernelBackend>(
 ) -> Adapter {
     let host = |tensor: Tensor<B, 2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
     let factors = |(layer, target, lora): (usize, Target, &Lora<B>)| {
-        let [_, in_features] = lora.a.val().dims();
+        let [rank, in_features] = lora.a.val().dims();
         let [out_features, _] = lora.b.val().dims();
         let (a, b) = (host(lora.a.val()), host(lora.b.val()));
-        ((layer, target), Factors { a, b, in_features, out_features })
+        ((layer, target), Factors { a, b, rank, alpha: settings.alpha, in_features, out_features })
     };
     let tensors: BTreeMap<_, _> = model.loras().map(factors).collect();
     let config = AdapterConfig {
@@ -283,12 +281,13 @@ pub fn extract_adapter<B: KernelBackend>(
         alpha: settings.alpha,
         dropout,
         targets: settings.targets.iter().copied().collect(),
+        every_layer: true,
         use_rslora: settings.rslora,
     };
     Adapter { config, tensors }
 }
 
-/// The settings that an adapter was made with.
+/// The settings that an adapter was made with, less what patterns say about single modules.
 #[must_use]
 pub fn adapter_settings(config: &AdapterConfig) -> LoraSettings {
     LoraSettings {

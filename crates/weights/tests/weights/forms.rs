@@ -8,12 +8,14 @@ use std::path::{Path, PathBuf};
 
 use burn_flex::Flex;
 use buzzer_model::{Llama, Target, Weight, block_tensor};
-use buzzer_weights::{Checkpoint, Dtype, Nf4Stored, Quantization, read_config};
+use buzzer_weights::{
+    Adapter, Checkpoint, Dtype, Nf4Stored, Quantization, attach_adapter, describe, read_config,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::load::{close, load, logits};
-use crate::support::{expect, floats, folder_with, raw_file};
+use crate::support::{expect, floats, folder_with, raw_file, shared};
 
 /// Rounding of two programs in f32 over two blocks, on logits of up to some tens.
 const ROUNDING: f32 = 2e-5;
@@ -256,4 +258,71 @@ fn tensors_that_llama_does_not_have_are_refused_by_name() {
     expect(extra("model.layers.2.input_layernorm.weight"), &["beyond the 2 layers"]);
     extra("model.layers.1.self_attn.rotary_emb.inv_freq").unwrap();
     extra("score.weight").unwrap();
+}
+
+#[test]
+fn adapters_give_the_logits_of_peft() {
+    let golden = Golden::open();
+    let cases = [
+        ("patterns", "rank 1 to 4, scaling 1.5 to 6, q_proj v_proj down_proj in 2 layers, 712 parameters"),
+        ("rslora-regex", "(rsLoRA), q_proj k_proj o_proj gate_proj up_proj in some of layers 0 to 1, "),
+        (
+            "all-linear-bin",
+            "rank 1, scaling 2, q_proj k_proj v_proj o_proj gate_proj up_proj down_proj in 2 layers, ",
+        ),
+        ("some-layers", "rank 2, scaling 1, q_proj up_proj in layer 1, "),
+    ];
+    let plain = golden.logits("logits");
+    for (name, description) in cases {
+        let dir = form(&format!("adapters/{name}"));
+        let adapter = Adapter::read(&dir).unwrap();
+        let found = describe(&adapter);
+        assert!(found.starts_with("LoRA of some/tiny-llama: ") && found.contains(description), "{found}");
+        let mut model = load(&form("hf"), Quantization::None).unwrap();
+        attach_adapter(&mut model, &adapter, &dir).unwrap();
+        let expected = golden.logits(&format!("logits.{name}"));
+        assert!(expected.iter().zip(&plain).any(|(with, without)| (with - without).abs() > 0.1), "{name}");
+        close(&logits(&model, &golden.ids()), &expected, ROUNDING);
+        // What goes out again is the same adapter.
+        let folder = tempfile::tempdir().unwrap();
+        adapter.write(folder.path()).unwrap();
+        assert_eq!(Adapter::read(folder.path()).unwrap(), adapter, "{name}");
+    }
+}
+
+#[test]
+fn other_methods_are_refused_by_name() {
+    let cases = [
+        ("dora", "`use_dora` is true: DoRA"),
+        ("ia3", "`peft_type` is \"IA3\""),
+        ("loha", "`peft_type` is \"LOHA\""),
+        ("lokr", "`peft_type` is \"LOKR\""),
+        ("prompt-tuning", "`peft_type` is \"PROMPT_TUNING\""),
+        ("prefix-tuning", "`peft_type` is \"PREFIX_TUNING\""),
+        ("adalora", "`peft_type` is \"ADALORA\""),
+        ("vera", "`peft_type` is \"VERA\""),
+        ("oft", "`peft_type` is \"OFT\""),
+        ("saved-head", "`modules_to_save` is [\"lm_head\"]"),
+        ("bias", "`bias` is \"all\""),
+    ];
+    for (name, piece) in cases {
+        expect(
+            Adapter::read(&form(&format!("refused/{name}"))),
+            &["adapter_config.json", piece, "--adapter"],
+        );
+    }
+    assert_eq!(fs::read_dir(form("refused")).unwrap().count(), cases.len());
+}
+
+#[test]
+fn a_real_adapter_is_refused_on_another_base_with_both_shapes() {
+    let Some(dir) = shared("adapters/tinyllama1.1b_r4_qv") else { return };
+    let adapter = Adapter::read(&dir).unwrap();
+    assert_eq!(
+        describe(&adapter),
+        "LoRA of TinyLlama/TinyLlama-1.1B-Chat-v1.0: rank 4, scaling 2, q_proj v_proj in 22 layers, 563200 parameters"
+    );
+    let mut model = load(&form("hf"), Quantization::None).unwrap();
+    let pieces = ["tinyllama1.1b_r4_qv", "q_proj in layer 0", "[2048, 2048]", "[32, 32]", "--model"];
+    expect(attach_adapter(&mut model, &adapter, &dir), &pieces);
 }
