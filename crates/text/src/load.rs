@@ -74,11 +74,16 @@ fn added_tokens(path: &Path) -> Result<BTreeMap<u64, String>, TextError> {
     let Ok(bytes) = fs::read(path) else {
         return Ok(BTreeMap::new());
     };
-    let ids: BTreeMap<String, u64> = serde_json::from_slice(&bytes).map_err(|error| TextError::Parse {
-        origin: path.display().to_string(),
-        message: error.to_string(),
-    })?;
-    Ok(ids.into_iter().map(|(token, id)| (id, token)).collect())
+    let unusable = |message: String| TextError::Parse { origin: path.display().to_string(), message };
+    let ids: BTreeMap<String, u64> =
+        serde_json::from_slice(&bytes).map_err(|error| unusable(error.to_string()))?;
+    let mut tokens = BTreeMap::new();
+    for (token, id) in ids {
+        if let Some(other) = tokens.insert(id, token) {
+            return Err(unusable(format!("`{other}` and `{}` are both {id}", tokens[&id])));
+        }
+    }
+    Ok(tokens)
 }
 
 pub(crate) fn from_sentencepiece(bytes: &[u8], origin: &str) -> Result<Loaded, TextError> {

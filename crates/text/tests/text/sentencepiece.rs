@@ -75,6 +75,7 @@ fn a_folder_gives_its_json_first_and_added_tokens_beside_its_model() {
     for (added, piece) in [
         (r#"{"<pad>": 421}"#, "`<pad>` at 421, where the next free number is 420"),
         (r#"{"</s>": 7}"#, "`</s>` at 7"),
+        (r#"{"<pad>": 420, "<mask>": 420}"#, "`<mask>` and `<pad>` are both 420"),
         (r#"{"<pad>": -1}"#, "added_tokens.json"),
     ] {
         write("added_tokens.json", added.as_bytes());

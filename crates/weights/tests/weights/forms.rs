@@ -230,6 +230,37 @@ fn other_quantizations_are_refused_by_name() {
 }
 
 #[test]
+fn other_architectures_are_refused_by_name() {
+    let llama: Value = serde_json::from_slice(&fs::read(form("hf/config.json")).unwrap()).unwrap();
+    let with = |changes: Value| {
+        let mut config = llama.clone();
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        config
+    };
+    let cases = [
+        (
+            json!({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 768}),
+            "`model_type` is \"gpt2\"",
+        ),
+        (with(json!({"model_type": "mistral"})), "`model_type` is \"mistral\""),
+        (
+            with(json!({"architectures": ["LlamaForSequenceClassification"]})),
+            "LlamaForSequenceClassification",
+        ),
+        (with(json!({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}})), "`rope_parameters`"),
+        (with(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})), "`rope_scaling`"),
+    ];
+    for (config, piece) in cases {
+        let folder = folder_of(&["bin"]);
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        expect(
+            load(folder.path(), Quantization::None),
+            &["config.json", piece, "this program runs only", "--model"],
+        );
+    }
+}
+
+#[test]
 fn tensors_that_llama_does_not_have_are_refused_by_name() {
     let config = fs::read(form("hf/config.json")).unwrap();
     let weights = fs::read(form("bin/pytorch_model.bin")).unwrap();
