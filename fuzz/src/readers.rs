@@ -13,12 +13,15 @@ use tempfile::TempDir;
 const SHARD: &str = "a.safetensors";
 const PICKLED_SHARD: &str = "b.bin";
 
+/// Reads bytes as the file of a folder that they are.
+type Run = fn(&Path, &[u8]) -> Result<(), WeightsError>;
+
 /// A reader and the folder in which it finds its files.
 pub struct Reader {
     /// Its name, that of the fuzz target.
     pub name: &'static str,
     folder: TempDir,
-    run: fn(&Path, &[u8]) -> Result<(), WeightsError>,
+    run: Run,
 }
 
 impl Reader {
@@ -28,7 +31,7 @@ impl Reader {
     /// If a folder cannot be made.
     #[must_use]
     pub fn all(forms: &Path) -> Vec<Self> {
-        let readers: [(&'static str, fn(&Path, &[u8]) -> Result<(), WeightsError>); 8] = [
+        let readers: [(&'static str, Run); 8] = [
             ("safetensors", weights),
             ("pytorch", weights),
             ("pickle", pickle),
@@ -74,6 +77,8 @@ fn prepared(name: &str, forms: &Path) -> TempDir {
 }
 
 fn put(path: &Path, bytes: &[u8]) {
+    // Some file systems force a file to the disk when it takes the place of its own old content.
+    let _ = fs::remove_file(path);
     fs::write(path, bytes).expect("room for an input");
 }
 

@@ -92,12 +92,12 @@ impl Read {
         if layers.is_some() && matches!(targets, Spec::Pattern(_)) {
             return Err("`layers_to_transform` stands beside a pattern, which PEFT does not allow".into());
         }
-        if let Spec::Names(names) = &targets {
-            if let Some(name) = names.iter().find(|name| name.parse::<Target>().is_err()) {
-                return Err(format!(
-                    "`target_modules` holds \"{name}\", which is not one of Llama's seven linears (q_proj ... down_proj)"
-                ));
-            }
+        if let Spec::Names(names) = &targets
+            && let Some(name) = names.iter().find(|name| name.parse::<Target>().is_err())
+        {
+            return Err(format!(
+                "`target_modules` holds \"{name}\", which is not one of Llama's seven linears (q_proj ... down_proj)"
+            ));
         }
         Ok(Self {
             config,

@@ -333,10 +333,9 @@ fn an_adapter_that_contradicts_itself_is_not_written() {
 }
 
 #[test]
-fn only_plain_lora_is_read() {
+fn keys_that_change_what_an_adapter_computes_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();
-    small_adapter().write(dir).unwrap();
     let refused = [
         ("peft_type", json!("IA3")),
         ("peft_type", Value::Null),
@@ -355,6 +354,21 @@ fn only_plain_lora_is_read() {
         set(dir, &json!({ field: value }));
         expect(Adapter::read(dir), &["adapter_config.json", &format!("`{field}`"), "--adapter"]);
     }
+    small_adapter().write(dir).unwrap();
+    let names = json!(["model.layers.self_attn.q_proj", "mlp.up_proj", "q_proj"]);
+    let harmless = json!({"from_the_future": {"x": 1}, "eva_config": null, "target_modules": names,
+        "init_lora_weights": "gaussian", "use_rslora": true, "bias": null, "layers_pattern": [],
+        "fan_in_fan_out": true, "layers_to_transform": [], "exclude_modules": ""});
+    set(dir, &harmless);
+    let mut adapter = small_adapter();
+    adapter.config.use_rslora = true;
+    assert_eq!(Adapter::read(dir).unwrap(), adapter);
+}
+
+#[test]
+fn values_of_the_wrong_kind_are_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
     let unusable = [
         ("r", json!("eight"), "`r` is \"eight\""),
         ("r", json!(0), "no rank"),
@@ -381,6 +395,15 @@ fn only_plain_lora_is_read() {
         set(dir, &json!({ field: value }));
         expect(Adapter::read(dir), &["adapter_config.json", piece, "--adapter"]);
     }
+    small_adapter().write(dir).unwrap();
+    set(dir, &json!({"target_modules": ".*", "layers_to_transform": 0}));
+    expect(Adapter::read(dir), &["`layers_to_transform` stands beside a pattern"]);
+}
+
+#[test]
+fn factors_that_are_not_the_announced_ones_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
     let contradictions = [
         ("rank_pattern", json!({"mlp.up_proj": 3}), "[2, 3], expected [3, 3] (rank_pattern is 3 in"),
         ("r", json!(4), "[2, 3], expected [4, 3] (r is 4 in"),
@@ -403,19 +426,6 @@ fn only_plain_lora_is_read() {
         set(dir, &json!({ field: value }));
         expect(Adapter::read(dir), &["adapter_model.safetensors", piece, "--adapter"]);
     }
-    small_adapter().write(dir).unwrap();
-    let together = json!({"target_modules": ".*", "layers_to_transform": 0});
-    set(dir, &together);
-    expect(Adapter::read(dir), &["`layers_to_transform` stands beside a pattern"]);
-    small_adapter().write(dir).unwrap();
-    let names = json!(["model.layers.self_attn.q_proj", "mlp.up_proj", "q_proj"]);
-    let harmless = json!({"from_the_future": {"x": 1}, "eva_config": null, "target_modules": names,
-        "init_lora_weights": "gaussian", "use_rslora": true, "bias": null, "layers_pattern": [],
-        "fan_in_fan_out": true, "layers_to_transform": [], "exclude_modules": ""});
-    set(dir, &harmless);
-    let mut adapter = small_adapter();
-    adapter.config.use_rslora = true;
-    assert_eq!(Adapter::read(dir).unwrap(), adapter);
 }
 
 #[test]
