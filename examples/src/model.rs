@@ -18,10 +18,11 @@ pub(crate) const TINY_LLAMA: &str = "datasets/tiny-llama";
 /// Which model to use.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
-    /// Folder of a Hugging Face Llama 2 model (config.json, safetensors, tokenizer.json)
+    /// Folder of a Llama 2 model: Hugging Face's (config.json with safetensors or PyTorch files, bitsandbytes' 4 bits
+    /// too) or Meta's (params.json, consolidated.*.pth)
     #[arg(long, value_name = "DIR", default_value = TINY_LLAMA)]
     pub model: PathBuf,
-    /// A tokenizer.json or its folder, if it does not lie beside the model
+    /// A tokenizer.json, a tokenizer.model, or the folder of one, if it does not lie beside the model
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
     /// How the frozen weights are held

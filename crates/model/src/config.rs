@@ -7,6 +7,9 @@ use serde_json::{Map, Value, json};
 
 use crate::{ModelError, Target};
 
+/// Far above any width, vocabulary or depth, and small enough for the number of all weights to fit 64 bits.
+const MAX_SIZE: u64 = 1 << 20;
+
 /// Sizes of a Llama 2 model.
 #[derive(Config, Debug, PartialEq)]
 pub struct LlamaConfig {
@@ -83,6 +86,9 @@ impl LlamaConfig {
         }
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(reader.wrong("head_dim", format!("is {head_dim}, but must be even")));
+        }
+        if heads * head_dim > MAX_SIZE as usize {
+            return Err(reader.wrong("head_dim", format!("is {head_dim}, too wide for {heads} heads")));
         }
         let config = Self::new(
             reader.size("vocab_size")?,
@@ -174,6 +180,15 @@ impl Reader<'_> {
         if text("model_type") != Some("llama") {
             return refuse("model_type", "\"llama\" (Llama 2 and models of its architecture)");
         }
+        let other = |name: &Value| name != "LlamaForCausalLM";
+        if self
+            .keys
+            .get("architectures")
+            .and_then(Value::as_array)
+            .is_some_and(|names| names.iter().any(other))
+        {
+            return refuse("architectures", "[\"LlamaForCausalLM\"]");
+        }
         if text("hidden_act").is_some_and(|act| act != "silu") {
             return refuse("hidden_act", "\"silu\"");
         }
@@ -206,13 +221,13 @@ impl Reader<'_> {
     fn maybe_size(&self, key: &'static str) -> Result<Option<usize>, ModelError> {
         match self.keys.get(key) {
             None | Some(Value::Null) => Ok(None),
-            // 2^24 is far above any width or vocabulary, and keeps products of two sizes inside 64 bits.
-            Some(value) => match value.as_u64() {
-                Some(size @ 1..=0x0100_0000) => Ok(Some(size as usize)),
-                _ => {
-                    Err(self.wrong(key, format!("is {value}, but must be a whole number from 1 to 16777216")))
+            Some(value) => {
+                match value.as_u64() {
+                    Some(size @ 1..=MAX_SIZE) => Ok(Some(size as usize)),
+                    _ => Err(self
+                        .wrong(key, format!("is {value}, but must be a whole number from 1 to {MAX_SIZE}"))),
                 }
-            },
+            }
         }
     }
 
@@ -266,11 +281,14 @@ mod tests {
             json[key] = before;
         };
         refused("model_type", json!("mistral"), "llama");
+        refused("architectures", json!(["LlamaForSequenceClassification"]), "LlamaForCausalLM");
         refused("attention_bias", json!(true), "false");
         refused("rope_scaling", json!({"rope_type": "llama3", "factor": 8}), "null");
         refused("hidden_size", json!(-3), "whole number");
         refused("vocab_size", Value::Null, "missing");
         refused("num_key_value_heads", json!(3), "divide");
+        refused("hidden_size", json!((1 << 20) + 1), "1048576");
+        refused("head_dim", json!(1 << 19), "too wide for 4 heads");
         assert!(LlamaConfig::from_hugging_face("[1]", "x").is_err());
     }
 }

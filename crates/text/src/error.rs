@@ -26,6 +26,22 @@ pub enum TextError {
         /// What the parser said, with its line and column.
         message: String,
     },
+    /// The bytes are no `tokenizer.model` of Llama's kind.
+    #[error(
+        "{origin}: not a usable tokenizer.model: {message}; download the file again, or use the tokenizer.json or tokenizer.model of a Llama 2 model"
+    )]
+    Model {
+        /// The file, or `bytes` when it came from memory.
+        origin: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A folder has no tokenizer.
+    #[error("{path}: no tokenizer.json or tokenizer.model here; name one with --tokenizer", path = path.display())]
+    NoTokenizer {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The begin or end token is not in the vocabulary.
     #[error(
         "{origin}: no {role} token: `{token}` is not in the vocabulary; name it in the tokenizer_config.json beside the file"

@@ -8,6 +8,7 @@
 mod error;
 mod load;
 mod render;
+mod sentencepiece;
 mod stream;
 mod template;
 mod tokenizer;

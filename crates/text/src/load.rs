@@ -3,6 +3,7 @@
 //! Everything that a run could inherit unseen (truncation, padding, added tokens at the edges) is found here and
 //! noted. It refuses decoders of other families instead of decoding them nearly right.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -18,7 +19,7 @@ use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
 
 use crate::stream::Piece;
 use crate::words::Words;
-use crate::{TextError, TokenizerNote};
+use crate::{TextError, TokenizerNote, sentencepiece};
 
 /// Names of the special tokens, as the neighbouring files give them.
 #[derive(Debug, Default)]
@@ -41,13 +42,53 @@ pub(crate) struct Loaded {
     pub(crate) notes: Vec<TokenizerNote>,
 }
 
-pub(crate) fn from_file(path: &Path) -> Result<Loaded, TextError> {
+/// Hugging Face's file before sentencepiece's, because it may hold tokens that were added later.
+const FILES: [&str; 2] = ["tokenizer.json", "tokenizer.model"];
+
+pub(crate) fn from_path(path: &Path) -> Result<Loaded, TextError> {
+    if !path.is_dir() {
+        return from_file(path);
+    }
+    match FILES.iter().map(|name| path.join(name)).find(|file| file.is_file()) {
+        Some(file) => from_file(&file),
+        None => Err(TextError::NoTokenizer { path: path.to_owned() }),
+    }
+}
+
+fn from_file(path: &Path) -> Result<Loaded, TextError> {
     let bytes = fs::read(path).map_err(|source| TextError::Io { path: path.to_owned(), source })?;
     let mut names = SpecialNames::default();
     for neighbour in ["tokenizer_config.json", "special_tokens_map.json"] {
         names.take_from(&path.with_file_name(neighbour))?;
     }
-    from_bytes(&bytes, &path.display().to_string(), &names)
+    let origin = path.display().to_string();
+    if path.extension().is_none_or(|extension| extension != "model") {
+        return from_bytes(&bytes, &origin, &names);
+    }
+    let added = added_tokens(&path.with_file_name("added_tokens.json"))?;
+    Loaded::new(sentencepiece::tokenizer(&bytes, &added, &origin)?, &origin, &names)
+}
+
+/// Tokens by id, from the file in which Hugging Face keeps those that a `tokenizer.model` lacks, if there is one.
+fn added_tokens(path: &Path) -> Result<BTreeMap<u64, String>, TextError> {
+    let Ok(bytes) = fs::read(path) else {
+        return Ok(BTreeMap::new());
+    };
+    let unusable = |message: String| TextError::Parse { origin: path.display().to_string(), message };
+    let ids: BTreeMap<String, u64> =
+        serde_json::from_slice(&bytes).map_err(|error| unusable(error.to_string()))?;
+    let mut tokens = BTreeMap::new();
+    for (token, id) in ids {
+        if let Some(other) = tokens.insert(id, token) {
+            return Err(unusable(format!("`{other}` and `{}` are both {id}", tokens[&id])));
+        }
+    }
+    Ok(tokens)
+}
+
+pub(crate) fn from_sentencepiece(bytes: &[u8], origin: &str) -> Result<Loaded, TextError> {
+    let inner = sentencepiece::tokenizer(bytes, &BTreeMap::new(), origin)?;
+    Loaded::new(inner, origin, &SpecialNames::default())
 }
 
 pub(crate) fn from_bytes(bytes: &[u8], origin: &str, names: &SpecialNames) -> Result<Loaded, TextError> {

@@ -1,4 +1,4 @@
-//! The tokenizer: a Hugging Face `tokenizer.json`, stripped of what a trainer must not inherit.
+//! The tokenizer: a Hugging Face `tokenizer.json` or a `tokenizer.model`, stripped of what a trainer must not inherit.
 //!
 //! Files in circulation carry a truncation (at 512 tokens in one popular copy), a padding rule, or a post-processor
 //! that adds BOS a second time. All are dropped here and named in [`Tokenizer::notes`]. Begin and end tokens are added
@@ -71,15 +71,22 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// Opens a `tokenizer.json`, or the one in a folder, with the special tokens that its neighbours
-    /// `tokenizer_config.json` and `special_tokens_map.json` name.
+    /// Opens a `tokenizer.json`, a `tokenizer.model` (sentencepiece's, told by its ending), or whichever of the two is in
+    /// a folder, the first one first, with the special tokens that its neighbours `tokenizer_config.json` and
+    /// `special_tokens_map.json` name, and for a `tokenizer.model` those of `added_tokens.json`.
     ///
     /// # Errors
-    /// If a file cannot be read or is no tokenizer, if its decoder is not of Llama 2's kind, or if there is no begin
-    /// or end token.
+    /// If a file cannot be read or is no tokenizer, if it is not of Llama 2's kind, or if there is no begin or end token.
     pub fn from_file(path: &Path) -> Result<Self, TextError> {
-        let path = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
-        load::from_file(&path).map(Self::from)
+        load::from_path(path).map(Self::from)
+    }
+
+    /// A `tokenizer.model` in memory.
+    ///
+    /// # Errors
+    /// As [`Self::from_file`], less the reading.
+    pub fn from_sentencepiece(bytes: &[u8]) -> Result<Self, TextError> {
+        load::from_sentencepiece(bytes, "bytes").map(Self::from)
     }
 
     /// A `tokenizer.json` in memory; begin and end are `<s>` and `</s>`.

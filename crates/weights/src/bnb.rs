@@ -1,8 +1,9 @@
 //! One 4-bit weight as bitsandbytes stores it: packed codes, block scales, and a JSON state in a tensor of bytes.
 //!
-//! The stored parts are handed on as they are, bit for bit; nothing is dequantized and quantized again. What it
-//! trades: one block size and one code book, the ones QLoRA uses. What it refuses: fp4, other block sizes, storage in
-//! anything but bytes, and a code book that differs from NF4's.
+//! The stored parts are handed on as they are, bit for bit; nothing is dequantized and quantized again. Codes may be
+//! stored as numbers of any type (`bnb_4bit_quant_storage`), because only their bytes count. What it trades: one block
+//! size and one code book, the ones QLoRA uses. What it refuses: fp4, int8, other block sizes, and a code book that
+//! differs from NF4's.
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -16,6 +17,8 @@ const BLOCK: usize = 64;
 const NESTED_BLOCK: usize = 256;
 /// What follows the weight's name in the name of its state; the quantization type follows this.
 const STATE: &str = ".quant_state.bitsandbytes__";
+/// What stands in place of `weight` in the name of an int8 weight's scales.
+const INT8_SCALES: &str = ".SCB";
 /// The sixteen NF4 values of QLoRA, appendix E (<https://arxiv.org/abs/2305.14314>), to check a file's own table by.
 #[expect(clippy::excessive_precision, reason = "the digits that bitsandbytes prints")]
 const NF4: [f32; 16] = [
@@ -102,10 +105,22 @@ impl Absmax {
 }
 
 impl Nf4Stored {
-    /// Whether a weight (by its full name, `...q_proj.weight`) is stored in 4 bits by bitsandbytes, in any type.
+    /// Whether a weight (by its full name, `...q_proj.weight`) is stored quantized by bitsandbytes, in any type.
     #[must_use]
     pub fn is_stored(checkpoint: &Checkpoint, weight: &str) -> bool {
-        ["nf4", "fp4"].iter().any(|kind| checkpoint.contains(&format!("{weight}{STATE}{kind}")))
+        let four = ["nf4", "fp4"].iter().any(|kind| checkpoint.contains(&format!("{weight}{STATE}{kind}")));
+        four || checkpoint.contains(&int8_scales(weight))
+    }
+
+    /// Whether bitsandbytes has written a checkpoint: some weight in it has a state or scales of its own.
+    #[must_use]
+    pub fn any_stored(checkpoint: &Checkpoint) -> bool {
+        checkpoint.names().any(|name| name.contains(STATE) || name.ends_with(INT8_SCALES))
+    }
+
+    /// Whether what follows a linear's path in a name belongs to its int8 form.
+    pub(crate) fn is_of_int8(rest: &str) -> bool {
+        rest == INT8_SCALES || rest == ".weight_format"
     }
 
     /// The weight of this name, `...q_proj.weight`, if its shape before quantization was `[out, in]` as expected.
@@ -142,7 +157,7 @@ impl Nf4Stored {
         let &[rows, columns] = state.shape.as_slice() else {
             return Err(refuse(format!("its shape {:?} is not that of a matrix", state.shape)));
         };
-        let (_, codes) = checkpoint.read_u8(weight)?;
+        let codes = checkpoint.read_bytes(weight)?;
         if rows.checked_mul(columns).map(|elements| elements.div_ceil(2)) != Some(codes.len()) {
             let found = codes.len();
             return Err(refuse(format!("{found} bytes of codes do not hold the shape {rows} x {columns}")));
@@ -184,11 +199,19 @@ impl Absmax {
     }
 }
 
+/// The name of an int8 weight's scales.
+fn int8_scales(weight: &str) -> String {
+    format!("{}{INT8_SCALES}", weight.strip_suffix(".weight").unwrap_or(weight))
+}
+
 impl State {
     fn read(checkpoint: &Checkpoint, weight: &str, place: Place<'_>) -> Result<Self, WeightsError> {
         let refuse = |message: String| place.quantized(weight, message);
         if checkpoint.contains(&format!("{weight}{STATE}fp4")) {
             return Err(refuse("its type is fp4".into()));
+        }
+        if checkpoint.contains(&int8_scales(weight)) {
+            return Err(refuse("its type is int8".into()));
         }
         let (_, json) = checkpoint.read_u8(&format!("{weight}{STATE}nf4"))?;
         let state: Self = serde_json::from_slice(&json).map_err(|error| {

@@ -24,7 +24,7 @@ pub enum WeightsError {
     },
     /// A folder has no file of weights that this crate reads.
     #[error(
-        "{path}: no {wanted} here{found}; give a Hugging Face folder or a .safetensors file to {flag}",
+        "{path}: no {wanted} here{found}; give a folder in Hugging Face's or Meta's form, or a file of weights, to {flag}",
         path = path.display()
     )]
     NoWeights {
@@ -46,6 +46,63 @@ pub enum WeightsError {
         flag: &'static str,
         /// What is wrong with it.
         message: String,
+    },
+    /// The file begins like one of PyTorch's, and is not one that can be read.
+    #[error("{path}: not a usable PyTorch file: {message}; download it again, or give another to {flag}", path = path.display())]
+    PyTorch {
+        /// The file.
+        path: PathBuf,
+        /// The flag that named it.
+        flag: &'static str,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The pickle of a PyTorch file names something beyond tensors.
+    #[error(
+        "{path}: it names `{name}`, which loading it in Python might run, and only tensors are read here; do not trust this file, or save the model's state_dict() alone; give another to {flag}",
+        path = path.display()
+    )]
+    PickledCode {
+        /// The file.
+        path: PathBuf,
+        /// The flag that named it.
+        flag: &'static str,
+        /// The function or class, with its module.
+        name: String,
+    },
+    /// Meta's `params.json` or its shards are not usable.
+    #[error("{path}: not a usable model in Meta's form: {message}; download it again, or give another to {flag}", path = path.display())]
+    Meta {
+        /// The file or folder.
+        path: PathBuf,
+        /// The flag that named it.
+        flag: &'static str,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A tensor changes what the model computes, and is none of Llama's.
+    #[error(
+        "{path}: tensor `{tensor}` {message}; only Llama 2's architecture is supported: give another checkpoint to --model",
+        path = path.display()
+    )]
+    ForeignTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Why it has no place.
+        message: String,
+    },
+    /// A checkpoint is quantized in a way that is not supported.
+    #[error(
+        "{path}: the weights are quantized by `{method}`, and only bitsandbytes' nf4 can be used as stored; give a checkpoint in nf4, or one that is not quantized, to --model",
+        path = path.display()
+    )]
+    QuantizedBy {
+        /// The configuration.
+        path: PathBuf,
+        /// The method as the configuration names it.
+        method: String,
     },
     /// The file ends before its last tensor does.
     #[error(
@@ -193,9 +250,9 @@ pub enum WeightsError {
         /// What it is.
         value: f32,
     },
-    /// A 4-bit tensor is not stored in the one form that is supported.
+    /// A quantized tensor is not stored in the one form that is supported.
     #[error(
-        "{path}: 4-bit tensor `{tensor}`: {message}; give {flag} a bitsandbytes checkpoint in nf4 with block size 64, or one that is not quantized",
+        "{path}: quantized tensor `{tensor}`: {message}; give {flag} a bitsandbytes checkpoint in nf4 with block size 64, or one that is not quantized",
         path = path.display()
     )]
     Quantized {
@@ -321,6 +378,18 @@ impl Place<'_> {
 
     pub(crate) fn header(self, message: impl fmt::Display) -> WeightsError {
         WeightsError::Header { path: self.path.to_owned(), flag: self.flag, message: message.to_string() }
+    }
+
+    pub(crate) fn pytorch(self, message: String) -> WeightsError {
+        WeightsError::PyTorch { path: self.path.to_owned(), flag: self.flag, message }
+    }
+
+    pub(crate) fn index(self, message: String) -> WeightsError {
+        WeightsError::Index { path: self.path.to_owned(), flag: self.flag, message }
+    }
+
+    pub(crate) fn meta(self, message: String) -> WeightsError {
+        WeightsError::Meta { path: self.path.to_owned(), flag: self.flag, message }
     }
 
     pub(crate) fn entry(self, tensor: &str, message: String) -> WeightsError {

@@ -1,17 +1,22 @@
 //! Checkpoints and adapters in and out.
 //!
-//! The lower half of this crate turns files into plain host numbers and back: [`Checkpoint`] reads Hugging Face
-//! safetensors, [`Nf4Stored`] one bitsandbytes weight, [`Adapter`] a PEFT directory, and [`write_atomic`] with its kin
-//! writes. Every file is taken for hostile until its header has been checked. What it trades: mapped files instead of
-//! read ones, for checkpoints larger than memory. What it refuses: pickles, silent conversions of shape, anything in an
-//! adapter that is not plain LoRA, and half-written files.
+//! The lower half of this crate turns files into plain host numbers and back: [`Checkpoint`] reads safetensors, PyTorch's
+//! files and Meta's shards, [`Nf4Stored`] one bitsandbytes weight, [`Adapter`] a PEFT directory, and [`write_atomic`]
+//! with its kin writes. Every file is taken for hostile until its header has been checked. What it trades: mapped files
+//! instead of read ones, for checkpoints larger than memory. What it refuses: to run a pickle, silent conversions of
+//! shape, anything in an adapter that is not LoRA on Llama's linears, and half-written files.
 
 mod adapter;
 mod bnb;
 mod checkpoint;
 mod error;
 mod header;
+mod layout;
 mod load;
+mod mapped;
+mod meta;
+mod open;
+mod pytorch;
 mod write;
 
 pub use adapter::{Adapter, AdapterConfig, Factors, describe};

@@ -1,7 +1,8 @@
 //! Files into models and models into files: the glue between plain host numbers and tensors on a device.
 //!
-//! A checkpoint is read one tensor at a time and quantized as it is read, so at most one dense linear exists at a time. What it refuses: a tensor that is missing, of another shape than the configuration says, or with a
-//! value that is no number; and an adapter that belongs to another model.
+//! A checkpoint is read one tensor at a time and quantized as it is read, so at most one dense linear exists at a time.
+//! What it refuses: a tensor that is missing, of another shape than the configuration says, with a value that is no
+//! number, or that has no place in Llama's blocks; and an adapter that belongs to another model.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,8 +14,15 @@ use burn::tensor::{DType, Tensor, TensorData};
 use buzzer_kernels::nf4::{DoubleQuant, Nf4Host, dynamic_code};
 use buzzer_kernels::{KernelBackend, Nf4Tensor};
 use buzzer_model::{Block, Llama, LlamaConfig, Lora, LoraSettings, Target, Weight, block_tensor};
+use serde_json::Value;
 
-use crate::{Absmax, Adapter, AdapterConfig, Checkpoint, Factors, Nf4Stored, TensorToWrite, WeightsError};
+use crate::error::Place;
+use crate::{
+    Absmax, Adapter, AdapterConfig, Checkpoint, Factors, Nf4Stored, TensorToWrite, WeightsError, meta,
+};
+
+/// The flag that names a model's folder.
+const FLAG: &str = "--model";
 
 /// How the linears of the blocks are held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,26 +36,44 @@ pub enum Quantization {
     Nf4Double,
 }
 
-/// Reads the `config.json` of a model's folder.
+/// Reads the `config.json` of a model's folder or, where there is none, Meta's `params.json` and shards.
 ///
 /// # Errors
-/// If it cannot be read, or describes a model that is not run here.
+/// If it cannot be read, describes a model that is not run here, or names a quantization that is not bitsandbytes'.
 pub fn read_config(dir: &Path) -> Result<LlamaConfig, WeightsError> {
     let path = dir.join("config.json");
-    let text = fs::read_to_string(&path).map_err(|source| WeightsError::Read {
-        path: path.clone(),
-        flag: "--model",
-        source,
-    })?;
-    Ok(LlamaConfig::from_hugging_face(&text, &path.display().to_string())?)
+    if !path.exists() && meta::is_folder(dir) {
+        return meta::read_config(Place { path: dir, flag: FLAG });
+    }
+    let place = Place { path: &path, flag: FLAG };
+    let text = fs::read_to_string(&path).map_err(|source| place.read(source))?;
+    let config = LlamaConfig::from_hugging_face(&text, &path.display().to_string())?;
+    match quantized_by(&text) {
+        Some(method) if method != "bitsandbytes" => Err(WeightsError::QuantizedBy { path, method }),
+        _ => Ok(config),
+    }
+}
+
+/// The method of quantization that a configuration names.
+fn quantized_by(config: &str) -> Option<String> {
+    let config: Value = serde_json::from_str(config).ok()?;
+    let quantization = config.get("quantization_config").filter(|value| !value.is_null())?;
+    match &quantization["quant_method"] {
+        Value::String(method) => Some(method.clone()),
+        // bitsandbytes is older than the key.
+        Value::Null if quantization.get("load_in_4bit").is_some() => Some("bitsandbytes".into()),
+        other => Some(other.to_string()),
+    }
 }
 
 /// Reads a model's folder onto a device; embedding, norms and head in `dtype`.
 ///
-/// Weights that the checkpoint holds in bitsandbytes' NF4 are used as they are, whatever `quantization` says.
+/// A checkpoint that bitsandbytes wrote is used as it is, whatever `quantization` says: what it holds in NF4 stays so, and
+/// the linears that it left out stay dense. A head in NF4 is unpacked, because heads are dense here.
 ///
 /// # Errors
-/// If a file or tensor is missing or damaged, has another shape than the configuration says, or holds a NaN.
+/// If a file or tensor is missing or damaged, has another shape than the configuration says, or holds a NaN; and if the
+/// blocks have tensors that are none of Llama's.
 pub fn load_llama<B: KernelBackend>(
     dir: &Path,
     quantization: Quantization,
@@ -56,6 +82,8 @@ pub fn load_llama<B: KernelBackend>(
 ) -> Result<Llama<B>, WeightsError> {
     let config = read_config(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
+    refuse_foreign(&checkpoint, &config)?;
+    let quantization = if Nf4Stored::any_stored(&checkpoint) { Quantization::None } else { quantization };
     let mut loader = Loader { checkpoint: &checkpoint, quantization, dtype, device, buffer: Vec::new() };
     let table = [config.vocab_size, config.hidden_size];
     let embedding = loader.table("model.embed_tokens.weight", table)?;
@@ -66,6 +94,40 @@ pub fn load_llama<B: KernelBackend>(
     // Checkpoints of tied models may leave the head out or hold a copy of the embedding.
     let head = (!config.tie_word_embeddings).then(|| loader.table("lm_head.weight", table)).transpose()?;
     Ok(Llama::new(&config, embedding, blocks, norm, head))
+}
+
+/// Refuses what would be left out of the computation: biases, other tensors of a block, blocks beyond the last.
+fn refuse_foreign(checkpoint: &Checkpoint, config: &LlamaConfig) -> Result<(), WeightsError> {
+    for name in checkpoint.names() {
+        let Some((number, rest)) = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'))
+        else {
+            continue;
+        };
+        let message = if !is_of_block(rest) {
+            "is none of Llama's".to_owned()
+        } else if number.parse::<usize>().is_ok_and(|layer| layer < config.num_hidden_layers) {
+            continue;
+        } else {
+            format!("is beyond the {} layers of the configuration", config.num_hidden_layers)
+        };
+        let path = checkpoint.file_of(name)?.to_owned();
+        return Err(WeightsError::ForeignTensor { path, tensor: name.to_owned(), message });
+    }
+    Ok(())
+}
+
+/// Whether a name inside a block is a linear's weight, with whatever bitsandbytes keeps for it, a norm's, or the table
+/// of frequencies that old checkpoints carry.
+fn is_of_block(name: &str) -> bool {
+    let linear = |target: &Target| {
+        let rest = name.strip_prefix(target.hf_path());
+        rest.is_some_and(|rest| {
+            rest == ".weight" || rest.starts_with(".weight.") || Nf4Stored::is_of_int8(rest)
+        })
+    };
+    ["input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.rotary_emb.inv_freq"]
+        .contains(&name)
+        || Target::ALL.iter().any(linear)
 }
 
 struct Loader<'a, B: Backend> {
@@ -101,6 +163,10 @@ impl<B: KernelBackend> Loader<'_, B> {
     }
 
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<B, 2>>, WeightsError> {
+        if Nf4Stored::is_stored(self.checkpoint, name) {
+            let stored = stored_weight(Nf4Stored::read(self.checkpoint, name, shape)?, name, self)?;
+            return Ok(Param::from_tensor(stored.dense(self.dtype)).set_require_grad(false));
+        }
         Ok(Param::from_tensor(self.tensor(name, shape)?).set_require_grad(false))
     }
 
@@ -158,17 +224,15 @@ pub fn attach_adapter<B: KernelBackend>(
 ) -> Result<(), WeightsError> {
     check_fits(model.config(), adapter, dir)?;
     let device = model.device();
-    let scale = adapter.config.scaling();
-    let rank = adapter.config.rank;
     for (layer, block) in model.blocks.iter_mut().enumerate() {
         for target in Target::ALL {
             block.linear_mut(target).lora = adapter.tensors.get(&(layer, target)).map(|factors| {
                 let tensor = |values: &[f32], shape: [usize; 2]| {
                     Tensor::from_data(TensorData::new(values.to_vec(), shape), (&device, DType::F32))
                 };
-                let a = tensor(&factors.a, [rank, factors.in_features]);
-                let b = tensor(&factors.b, [factors.out_features, rank]);
-                Lora::new(a, b, scale)
+                let a = tensor(&factors.a, [factors.rank, factors.in_features]);
+                let b = tensor(&factors.b, [factors.out_features, factors.rank]);
+                Lora::new(a, b, adapter.config.scaling(factors))
             });
         }
     }
@@ -177,10 +241,6 @@ pub fn attach_adapter<B: KernelBackend>(
 
 fn check_fits(config: &LlamaConfig, adapter: &Adapter, dir: &Path) -> Result<(), WeightsError> {
     let refuse = |what: String| Err(WeightsError::AdapterMisfit { path: dir.to_owned(), what });
-    if adapter.layers() != config.num_hidden_layers {
-        let (theirs, ours) = (adapter.layers(), config.num_hidden_layers);
-        return refuse(format!("it has {theirs} layers, the model {ours}"));
-    }
     for ((layer, target), factors) in &adapter.tensors {
         let found = [factors.out_features, factors.in_features];
         let expected = config.linear_shape(*target);
@@ -189,6 +249,10 @@ fn check_fits(config: &LlamaConfig, adapter: &Adapter, dir: &Path) -> Result<(),
                 "its {target} in layer {layer} is for a weight {found:?}, the model's is {expected:?}"
             ));
         }
+    }
+    let (theirs, ours) = (adapter.layers(), config.num_hidden_layers);
+    if theirs > ours || adapter.config.every_layer && theirs < ours {
+        return refuse(format!("it has {theirs} layers, the model {ours}"));
     }
     Ok(())
 }
@@ -205,10 +269,10 @@ pub fn extract_adapter<B: KernelBackend>(
 ) -> Adapter {
     let host = |tensor: Tensor<B, 2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
     let factors = |(layer, target, lora): (usize, Target, &Lora<B>)| {
-        let [_, in_features] = lora.a.val().dims();
+        let [rank, in_features] = lora.a.val().dims();
         let [out_features, _] = lora.b.val().dims();
         let (a, b) = (host(lora.a.val()), host(lora.b.val()));
-        ((layer, target), Factors { a, b, in_features, out_features })
+        ((layer, target), Factors { a, b, rank, alpha: settings.alpha, in_features, out_features })
     };
     let tensors: BTreeMap<_, _> = model.loras().map(factors).collect();
     let config = AdapterConfig {
@@ -217,12 +281,13 @@ pub fn extract_adapter<B: KernelBackend>(
         alpha: settings.alpha,
         dropout,
         targets: settings.targets.iter().copied().collect(),
+        every_layer: true,
         use_rslora: settings.rslora,
     };
     Adapter { config, tensors }
 }
 
-/// The settings that an adapter was made with.
+/// The settings that an adapter was made with, less what patterns say about single modules.
 #[must_use]
 pub fn adapter_settings(config: &AdapterConfig) -> LoraSettings {
     LoraSettings {

@@ -7,12 +7,12 @@ use serde_json::Value;
 
 use crate::support::{llama, shared};
 
-struct Prompt {
-    text: String,
-    ids: Vec<u32>,
+pub(crate) struct Prompt {
+    pub(crate) text: String,
+    pub(crate) ids: Vec<u32>,
 }
 
-fn prompts() -> Option<Vec<Prompt>> {
+pub(crate) fn prompts() -> Option<Vec<Prompt>> {
     let path = shared("tokenizer/golden_prompts_499.jsonl")?;
     let prompt = |line: &str| {
         let value: Value = serde_json::from_str(line).unwrap();

@@ -8,6 +8,7 @@
 mod golden;
 mod loading;
 mod rendering;
+mod sentencepiece;
 mod streaming;
 mod support;
 mod training;

@@ -24,10 +24,10 @@ type Part<'a> = (&'a str, &'a [usize], Vec<u8>);
 
 #[test]
 fn a_folder_without_weights_says_what_is_there() {
-    let folder = folder_with(&[("pytorch_model.bin", b"x")]);
+    let folder = folder_with(&[("model.gguf", b"x")]);
     expect(
         Checkpoint::open(folder.path()),
-        &["model.safetensors.index.json", "pytorch_model.bin", "--model"],
+        &["model.safetensors", "pytorch_model.bin", "consolidated.00.pth", "there is model.gguf", "--model"],
     );
     expect(Checkpoint::open(&folder.path().join("nowhere")), &["nowhere", "--model"]);
     expect(Checkpoint::open_for(&folder.path().join("x"), "--golden"), &["--golden"]);
@@ -216,7 +216,7 @@ fn small_adapter() -> Adapter {
     let keys = (0..2).flat_map(|layer| [(layer, Target::Q, 3), (layer, Target::Up, 5)]);
     let tensors = keys.map(|(layer, target, out_features)| {
         let (a, b) = (values(rank * in_features, layer), values(out_features * rank, layer + 1));
-        ((layer, target), Factors { a, b, in_features, out_features })
+        ((layer, target), Factors { a, b, rank, alpha: 16.0, in_features, out_features })
     });
     let config = AdapterConfig {
         base_model: Some("some/base".into()),
@@ -224,6 +224,7 @@ fn small_adapter() -> Adapter {
         alpha: 16.0,
         dropout: 0.1,
         targets,
+        every_layer: true,
         use_rslora: false,
     };
     Adapter { config, tensors: tensors.collect() }
@@ -265,9 +266,35 @@ fn an_adapter_comes_back_bit_for_bit() {
     adapter.config.base_model = None;
     adapter.config.alpha = 0.5;
     adapter.config.use_rslora = true;
+    adapter.tensors.values_mut().for_each(|factors| factors.alpha = 0.5);
     adapter.write(&dir).unwrap();
     assert_eq!(Adapter::read(&dir).unwrap(), adapter);
-    assert!((adapter.config.scaling() - 0.5 / 2.0_f64.sqrt()).abs() < 1e-15);
+    let factors = &adapter.tensors[&(1, Target::Up)];
+    assert!((adapter.config.scaling(factors) - 0.5 / 2.0_f64.sqrt()).abs() < 1e-15);
+}
+
+#[test]
+fn numbers_of_single_modules_and_missing_layers_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut adapter = small_adapter();
+    let up = adapter.tensors.get_mut(&(1, Target::Up)).unwrap();
+    (up.alpha, up.rank) = (2.5, 1);
+    up.a.truncate(3);
+    up.b.truncate(5);
+    adapter.write(folder.path()).unwrap();
+    let read = Adapter::read(folder.path()).unwrap();
+    assert_eq!(read, adapter);
+    assert_eq!(read.config.scaling(&read.tensors[&(1, Target::Up)]), 2.5);
+    assert_eq!(
+        describe(&read),
+        "LoRA of some/base: rank 1 to 2, scaling 2.5 to 8, q_proj up_proj in 2 layers, 48 parameters"
+    );
+    adapter.tensors.remove(&(0, Target::Q));
+    adapter.config.every_layer = false;
+    adapter.write(folder.path()).unwrap();
+    let read = Adapter::read(folder.path()).unwrap();
+    assert_eq!(read, adapter);
+    assert!(describe(&read).contains("q_proj up_proj in some of layers 0 to 1, 36 parameters"));
 }
 
 #[test]
@@ -285,7 +312,7 @@ fn an_adapter_that_contradicts_itself_is_not_written() {
     refuse(&|adapter| adapter.config.rank = 0, &["no factors"]);
     refuse(
         &|adapter| adapter.config.targets.retain(|&target| target == Target::Q),
-        &["up_proj is not among"],
+        &["up_proj of layer 0 is not among"],
     );
     refuse(
         &|adapter| adapter.tensors.get_mut(&up).unwrap().a.truncate(5),
@@ -301,13 +328,14 @@ fn an_adapter_that_contradicts_itself_is_not_written() {
         adapter.tensors.insert((usize::MAX, Target::Up), factors);
     };
     refuse(&far, &["layers.1.mlp.up_proj.lora_A", "missing"]);
+    let of_another_rank = |adapter: &mut Adapter| adapter.tensors.get_mut(&up).unwrap().rank = 3;
+    refuse(&of_another_rank, &["layers.1.mlp.up_proj.lora_A", "6 elements", "[3, 3]"]);
 }
 
 #[test]
-fn only_plain_lora_is_read() {
+fn keys_that_change_what_an_adapter_computes_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();
-    small_adapter().write(dir).unwrap();
     let refused = [
         ("peft_type", json!("IA3")),
         ("peft_type", Value::Null),
@@ -316,11 +344,6 @@ fn only_plain_lora_is_read() {
         ("init_lora_weights", json!("olora")),
         ("use_dora", json!(true)),
         ("modules_to_save", json!(["lm_head"])),
-        ("alpha_pattern", json!({"q_proj": 3})),
-        ("rank_pattern", json!({"q_proj": 3})),
-        ("fan_in_fan_out", json!(true)),
-        ("layers_to_transform", json!(0)),
-        ("layers_to_transform", json!([0, 1])),
         ("layer_replication", json!([[0, 1]])),
         ("lora_bias", json!(true)),
         ("trainable_token_indices", json!([1])),
@@ -331,6 +354,21 @@ fn only_plain_lora_is_read() {
         set(dir, &json!({ field: value }));
         expect(Adapter::read(dir), &["adapter_config.json", &format!("`{field}`"), "--adapter"]);
     }
+    small_adapter().write(dir).unwrap();
+    let names = json!(["model.layers.self_attn.q_proj", "mlp.up_proj", "q_proj"]);
+    let harmless = json!({"from_the_future": {"x": 1}, "eva_config": null, "target_modules": names,
+        "init_lora_weights": "gaussian", "use_rslora": true, "bias": null, "layers_pattern": [],
+        "fan_in_fan_out": true, "layers_to_transform": [], "exclude_modules": ""});
+    set(dir, &harmless);
+    let mut adapter = small_adapter();
+    adapter.config.use_rslora = true;
+    assert_eq!(Adapter::read(dir).unwrap(), adapter);
+}
+
+#[test]
+fn values_of_the_wrong_kind_are_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
     let unusable = [
         ("r", json!("eight"), "`r` is \"eight\""),
         ("r", json!(0), "no rank"),
@@ -338,9 +376,19 @@ fn only_plain_lora_is_read() {
         ("lora_alpha", json!([]), "`lora_alpha`"),
         ("base_model_name_or_path", json!(7), "`base_model_name_or_path`"),
         ("target_modules", json!(["q_proj", "lm_head"]), "lm_head"),
-        ("target_modules", json!(".*q_proj"), "pattern"),
-        ("target_modules", json!("q_proj"), "pattern"),
+        ("target_modules", json!(["q_proj", 3]), "no name"),
+        ("target_modules", json!("(?!x).*_proj"), "`(?!x).*_proj` cannot be matched"),
+        ("target_modules", json!("("), "cannot be matched"),
         ("target_modules", json!(3), "neither"),
+        ("exclude_modules", json!({"a": 1}), "`exclude_modules`"),
+        ("alpha_pattern", json!({"q_proj": "high"}), "`alpha_pattern` holds \"high\""),
+        ("alpha_pattern", json!({"(": 3}), "`alpha_pattern`: the pattern `(`"),
+        ("alpha_pattern", json!([3]), "entry per tensor"),
+        ("rank_pattern", json!({"q_proj": 0}), "no rank"),
+        ("rank_pattern", json!({"q_proj": 1.5}), "wrong type"),
+        ("layers_to_transform", json!(-1), "`layers_to_transform`"),
+        ("layers_to_transform", json!(["0"]), "`layers_to_transform`"),
+        ("layers_pattern", json!("blocks"), "`layers_pattern` is \"blocks\""),
     ];
     for (field, value, piece) in unusable {
         small_adapter().write(dir).unwrap();
@@ -348,13 +396,36 @@ fn only_plain_lora_is_read() {
         expect(Adapter::read(dir), &["adapter_config.json", piece, "--adapter"]);
     }
     small_adapter().write(dir).unwrap();
-    let names = json!(["model.layers.self_attn.q_proj", "mlp.up_proj", "q_proj"]);
-    let harmless = json!({"from_the_future": {"x": 1}, "eva_config": null, "target_modules": names,
-        "init_lora_weights": "gaussian", "use_rslora": true, "bias": null, "layers_pattern": []});
-    set(dir, &harmless);
-    let mut adapter = small_adapter();
-    adapter.config.use_rslora = true;
-    assert_eq!(Adapter::read(dir).unwrap(), adapter);
+    set(dir, &json!({"target_modules": ".*", "layers_to_transform": 0}));
+    expect(Adapter::read(dir), &["`layers_to_transform` stands beside a pattern"]);
+}
+
+#[test]
+fn factors_that_are_not_the_announced_ones_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let contradictions = [
+        ("rank_pattern", json!({"mlp.up_proj": 3}), "[2, 3], expected [3, 3] (rank_pattern is 3 in"),
+        ("r", json!(4), "[2, 3], expected [4, 3] (r is 4 in"),
+        (
+            "layers_to_transform",
+            json!(0),
+            "layers.1.self_attn.q_proj.lora_A.weight`: q_proj of layer 1 is not among",
+        ),
+        ("exclude_modules", json!(["mlp.up_proj"]), "up_proj of layer 0 is not among"),
+        ("target_modules", json!("all-linear"), "layers.0.self_attn.k_proj.lora_A.weight`: it is missing"),
+        (
+            "target_modules",
+            json!(".*(q|v|up)_proj"),
+            "layers.0.self_attn.v_proj.lora_A.weight`: it is missing",
+        ),
+        ("target_modules", json!("q_proj"), "q_proj of layer 0 is not among"),
+    ];
+    for (field, value, piece) in contradictions {
+        small_adapter().write(dir).unwrap();
+        set(dir, &json!({ field: value }));
+        expect(Adapter::read(dir), &["adapter_model.safetensors", piece, "--adapter"]);
+    }
 }
 
 #[test]
@@ -402,11 +473,17 @@ fn damaged_adapters_name_key_file_and_shapes() {
     let far: [(String, Raw<'_>); 2] =
         [(format!("{far}.lora_A.weight"), good_a), (format!("{far}.lora_B.weight"), good_b)];
     let far: Vec<Raw<'_>> = far.iter().map(|(key, raw)| (key.as_str(), raw.1, raw.2, raw.3)).collect();
+    expect(read(&[good_a, good_b, far[0], far[1]]), &["layers.18446744073709551615.", "no LoRA factor"]);
+    let far = Q.replace('0', "999");
+    let far: [(String, Raw<'_>); 2] =
+        [(format!("{far}.lora_A.weight"), good_a), (format!("{far}.lora_B.weight"), good_b)];
+    let far: Vec<Raw<'_>> = far.iter().map(|(key, raw)| (key.as_str(), raw.1, raw.2, raw.3)).collect();
     expect(read(&[good_a, good_b, far[0], far[1]]), &["layers.1.", "missing"]);
     expect(read(&[]), &["no factors"]);
     fs::remove_file(dir.join(file)).unwrap();
-    fs::write(dir.join("adapter_model.bin"), "pickle").unwrap();
-    expect(Adapter::read(dir), &["adapter_model.bin", "--adapter"]);
+    expect(Adapter::read(dir), &["adapter_model.safetensors or adapter_model.bin", "--adapter"]);
+    fs::write(dir.join("adapter_model.bin"), b"PK\x03\x04").unwrap();
+    expect(Adapter::read(dir), &["adapter_model.bin", "PyTorch", "--adapter"]);
     expect(Adapter::read(&dir.join("nowhere")), &["adapter_config.json", "--adapter"]);
 }
 
@@ -454,7 +531,8 @@ fn a_four_bit_weight_must_be_whole() {
         expect(Nf4Stored::read_any_shape(&checkpoint, "q.weight"), pieces);
     };
     refuse(("", Some(("U8", &[63, 1], vec![0; 63]))), &["63 bytes", "2 x 64", "--model"]);
-    refuse(("", Some(("BF16", &[32, 1], vec![0; 64]))), &["BF16", "U8"]);
+    let (_folder, checkpoint) = quantized(("", Some(("BF16", &[32, 1], vec![0xF0; 64]))));
+    assert_eq!(Nf4Stored::read_any_shape(&checkpoint, "q.weight").unwrap(), stored, "only the bytes count");
     refuse((".absmax", None), &["`q.weight.absmax`"]);
     refuse((".absmax", Some(("F32", &[3], floats(&[1.0; 3])))), &["[3]", "[2]"]);
     refuse((".absmax", Some(("F32", &[2], floats(&[1.0, f32::INFINITY])))), &["absmax", "inf", "element 1 "]);

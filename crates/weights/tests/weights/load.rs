@@ -19,15 +19,15 @@ use crate::support::{INDEX, Raw, expect, floats, folder_with, index, raw_file, s
 
 const IDS: [i32; 9] = [1, 5, 30, 7, 7, 2, 49, 0, 11];
 
-fn load(dir: &Path, quantization: Quantization) -> Result<Llama<Flex>, WeightsError> {
+pub(crate) fn load(dir: &Path, quantization: Quantization) -> Result<Llama<Flex>, WeightsError> {
     load_llama(dir, quantization, DType::F32, &Default::default())
 }
 
-fn line(ids: &[i32]) -> Tensor<Flex, 2, Int> {
+pub(crate) fn line(ids: &[i32]) -> Tensor<Flex, 2, Int> {
     Tensor::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), &Default::default())
 }
 
-fn host<const D: usize>(tensor: Tensor<Flex, D>) -> Vec<f32> {
+pub(crate) fn host<const D: usize>(tensor: Tensor<Flex, D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
 
@@ -43,12 +43,12 @@ fn context(config: &LlamaConfig, tokens: usize) -> BlockContext<Flex> {
 }
 
 /// Logits `[t, v]` of one text.
-fn logits(model: &Llama<Flex>, ids: &[i32]) -> Vec<f32> {
+pub(crate) fn logits(model: &Llama<Flex>, ids: &[i32]) -> Vec<f32> {
     host(model.logits(model.hidden(line(ids), &context(model.config(), ids.len()), None)))
 }
 
 #[track_caller]
-fn close(found: &[f32], expected: &[f32], bound: f32) {
+pub(crate) fn close(found: &[f32], expected: &[f32], bound: f32) {
     assert_eq!(found.len(), expected.len());
     for (place, (found, expected)) in found.iter().zip(expected).enumerate() {
         let error = (found - expected).abs();

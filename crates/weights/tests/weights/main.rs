@@ -5,5 +5,6 @@
 #![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
 
 mod files;
+mod forms;
 mod load;
 mod support;

@@ -1,0 +1,138 @@
+//! Which files make a checkpoint, and which tensors of them count.
+//!
+//! What it trades: a folder with several forms of one model is taken in a fixed order and not compared. What it refuses:
+//! an index that leads out of its folder, names a tensor twice, or does not agree with its shards.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use safetensors::tensor::TensorInfo;
+use serde::Deserialize;
+
+use crate::checkpoint::Entry;
+use crate::error::Place;
+use crate::header::Pairs;
+use crate::layout::Layout;
+use crate::mapped::{MappedFile, Tensors};
+use crate::{WeightsError, meta};
+
+/// Hugging Face's file names, in the order in which they are looked for.
+const FILES: [&str; 4] = [
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+];
+const WANTED: &str = "model.safetensors or pytorch_model.bin (or the .index.json of either), \
+    or params.json with consolidated.00.pth,";
+
+/// A checkpoint's files and the tensors in them.
+pub(crate) struct Opened {
+    /// What names the checkpoint: the single file, the index, or Meta's folder.
+    pub(crate) path: PathBuf,
+    pub(crate) files: Vec<MappedFile>,
+    pub(crate) entries: BTreeMap<String, Entry>,
+}
+
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: Pairs<String>,
+}
+
+pub(crate) fn open(path: &Path, flag: &'static str) -> Result<Opened, WeightsError> {
+    if !path.is_dir() {
+        return open_file(Place { path, flag });
+    }
+    if let Some(file) = FILES.iter().map(|name| path.join(name)).find(|file| file.is_file()) {
+        return open_file(Place { path: &file, flag });
+    }
+    if meta::is_folder(path) {
+        return meta::open(Place { path, flag });
+    }
+    Err(no_weights(Place { path, flag }, WANTED))
+}
+
+fn open_file(place: Place<'_>) -> Result<Opened, WeightsError> {
+    if place.path.to_string_lossy().ends_with(".index.json") {
+        return sharded(place);
+    }
+    let (file, tensors) = MappedFile::open(place)?;
+    let entries = tensors.into_iter().map(|(name, info)| (name, Entry::run(0, info))).collect();
+    Ok(Opened { path: place.path.to_owned(), files: vec![file], entries })
+}
+
+impl Entry {
+    /// A tensor in one run.
+    pub(crate) fn run(file: usize, info: TensorInfo) -> Self {
+        let (start, end) = info.data_offsets;
+        Self { dtype: info.dtype, shape: info.shape, layout: Layout::Run { file, bytes: start..end } }
+    }
+}
+
+fn sharded(place: Place<'_>) -> Result<Opened, WeightsError> {
+    let index = || place.path.to_owned();
+    let json = fs::read(place.path).map_err(|source| place.read(source))?;
+    let ShardIndex { weight_map } =
+        serde_json::from_slice(&json).map_err(|error| place.index(error.to_string()))?;
+    let mut shards: HashMap<String, usize> = HashMap::new();
+    let (mut files, mut headers, mut entries) = (Vec::new(), Vec::new(), BTreeMap::new());
+    for (tensor, shard) in weight_map.0 {
+        let file = match shards.get(&shard) {
+            Some(&file) => file,
+            None => {
+                let (file, header) = open_shard(place, &tensor, &shard)?;
+                files.push(file);
+                headers.push(header);
+                shards.insert(shard.clone(), files.len() - 1);
+                files.len() - 1
+            }
+        };
+        if entries.contains_key(&tensor) {
+            return Err(place.index(format!("tensor `{tensor}` stands in it twice")));
+        }
+        let Some(info) = headers[file].remove(&tensor) else {
+            return Err(WeightsError::NotInShard { path: index(), flag: place.flag, tensor, shard });
+        };
+        entries.insert(tensor, Entry::run(file, info));
+    }
+    Ok(Opened { path: index(), files, entries })
+}
+
+/// Opens a file that an index names, which must be inside the index's folder.
+fn open_shard(index: Place<'_>, tensor: &str, shard: &str) -> Result<(MappedFile, Tensors), WeightsError> {
+    let (path, flag) = (index.path.to_owned(), index.flag);
+    let inside = Path::new(shard).components().all(|part| matches!(part, Component::Normal(_)));
+    if shard.is_empty() || !inside {
+        return Err(WeightsError::ShardOutside {
+            path,
+            flag,
+            tensor: tensor.to_owned(),
+            shard: shard.to_owned(),
+        });
+    }
+    let file = index.path.with_file_name(shard);
+    if !file.exists() {
+        return Err(WeightsError::ShardMissing { path, flag, shard: shard.to_owned() });
+    }
+    MappedFile::open(Place { path: &file, flag })
+}
+
+/// Says what was looked for in a folder, and what is there instead.
+pub(crate) fn no_weights(place: Place<'_>, wanted: &'static str) -> WeightsError {
+    let foreign = |name: &String| {
+        [".bin", ".pt", ".pth", ".gguf", ".safetensors", ".msgpack", ".h5"]
+            .iter()
+            .any(|end| name.ends_with(end))
+    };
+    let names = fs::read_dir(place.path).into_iter().flatten().flatten();
+    let mut found: Vec<String> =
+        names.map(|entry| entry.file_name().to_string_lossy().into_owned()).filter(foreign).collect();
+    found.sort();
+    found.truncate(3);
+    let found = match found.as_slice() {
+        [] => String::new(),
+        names => format!(" (there is {})", names.join(", ")),
+    };
+    WeightsError::NoWeights { path: place.path.to_owned(), flag: place.flag, wanted, found }
+}
