@@ -14,6 +14,7 @@ use buzzer_kernels::nf4::{DoubleQuant, Nf4Host, dynamic_code};
 use buzzer_kernels::{KernelBackend, Nf4Tensor};
 use buzzer_model::{Block, Llama, LlamaConfig, Lora, LoraSettings, Target, Weight, block_tensor};
 
+use crate::gguf::{gguf_file, load_gguf, read_gguf_config};
 use crate::{Absmax, Adapter, AdapterConfig, Checkpoint, Factors, Nf4Stored, TensorToWrite, WeightsError};
 
 /// How the linears of the blocks are held.
@@ -28,11 +29,14 @@ pub enum Quantization {
     Nf4Double,
 }
 
-/// Reads the `config.json` of a model's folder.
+/// Reads the `config.json` of a model's folder, or the sizes in a GGUF file.
 ///
 /// # Errors
 /// If it cannot be read, or describes a model that is not run here.
 pub fn read_config(dir: &Path) -> Result<LlamaConfig, WeightsError> {
+    if let Some(file) = gguf_file(dir) {
+        return read_gguf_config(&file);
+    }
     let path = dir.join("config.json");
     let text = fs::read_to_string(&path).map_err(|source| WeightsError::Read {
         path: path.clone(),
@@ -42,7 +46,7 @@ pub fn read_config(dir: &Path) -> Result<LlamaConfig, WeightsError> {
     Ok(LlamaConfig::from_hugging_face(&text, &path.display().to_string())?)
 }
 
-/// Reads a model's folder onto a device; embedding, norms and head in `dtype`.
+/// Reads a model's folder, or a GGUF file, onto a device; embedding, norms and head in `dtype`.
 ///
 /// Weights that the checkpoint holds in bitsandbytes' NF4 are used as they are, whatever `quantization` says.
 ///
@@ -54,6 +58,9 @@ pub fn load_llama<B: KernelBackend>(
     dtype: DType,
     device: &B::Device,
 ) -> Result<Llama<B>, WeightsError> {
+    if let Some(file) = gguf_file(dir) {
+        return load_gguf(&file, quantization, dtype, device);
+    }
     let config = read_config(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let mut loader = Loader { checkpoint: &checkpoint, quantization, dtype, device, buffer: Vec::new() };
@@ -175,7 +182,7 @@ pub fn attach_adapter<B: KernelBackend>(
     Ok(())
 }
 
-fn check_fits(config: &LlamaConfig, adapter: &Adapter, dir: &Path) -> Result<(), WeightsError> {
+pub(crate) fn check_fits(config: &LlamaConfig, adapter: &Adapter, dir: &Path) -> Result<(), WeightsError> {
     let refuse = |what: String| Err(WeightsError::AdapterMisfit { path: dir.to_owned(), what });
     if adapter.layers() != config.num_hidden_layers {
         let (theirs, ours) = (adapter.layers(), config.num_hidden_layers);
