@@ -158,6 +158,8 @@ fn decode_blocks<const BYTES: usize>(bytes: &[u8], out: &mut [f32], decode: impl
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     fn encode(kind: BlockType, values: &[f32]) -> Result<Vec<u8>, usize> {
@@ -196,6 +198,24 @@ mod tests {
             values[40] = value;
             let refused = BlockType::ALL.iter().filter(|&&kind| encode(kind, &values) == Err(40)).count();
             assert_eq!(refused, unstorable, "{value}");
+        }
+    }
+
+    #[test]
+    fn blocks_are_those_of_the_gguf_package() {
+        let golden: Value = serde_json::from_str(include_str!("golden/blocks.json")).unwrap();
+        let bits = |list: &Value| -> Vec<u32> {
+            list.as_array().unwrap().iter().map(|bits| bits.as_u64().unwrap() as u32).collect()
+        };
+        let values: Vec<f32> = bits(&golden["values"]).into_iter().map(f32::from_bits).collect();
+        for (kind, name) in [(BlockType::Q8_0, "Q8_0"), (BlockType::Q4_0, "Q4_0")] {
+            let bytes = encode(kind, &values).unwrap();
+            let found: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(found, golden[name]["blocks"].as_str().unwrap(), "{name}");
+            let mut back = vec![0.0; values.len()];
+            assert_eq!(kind.decode(&bytes, &mut back), None);
+            let restored: Vec<u32> = back.iter().map(|value| value.to_bits()).collect();
+            assert_eq!(restored, bits(&golden[name]["restored"]), "{name}");
         }
     }
 

@@ -17,9 +17,9 @@ use tempfile::TempDir;
 
 use crate::support::{INDEX, Raw, expect, floats, folder_with, index, raw_file, shared};
 
-const IDS: [i32; 9] = [1, 5, 30, 7, 7, 2, 49, 0, 11];
+pub(crate) const IDS: [i32; 9] = [1, 5, 30, 7, 7, 2, 49, 0, 11];
 
-fn load(dir: &Path, quantization: Quantization) -> Result<Llama<Flex>, WeightsError> {
+pub(crate) fn load(dir: &Path, quantization: Quantization) -> Result<Llama<Flex>, WeightsError> {
     load_llama(dir, quantization, DType::F32, &Default::default())
 }
 
@@ -43,12 +43,12 @@ fn context(config: &LlamaConfig, tokens: usize) -> BlockContext<Flex> {
 }
 
 /// Logits `[t, v]` of one text.
-fn logits(model: &Llama<Flex>, ids: &[i32]) -> Vec<f32> {
+pub(crate) fn logits(model: &Llama<Flex>, ids: &[i32]) -> Vec<f32> {
     host(model.logits(model.hidden(line(ids), &context(model.config(), ids.len()), None)))
 }
 
 #[track_caller]
-fn close(found: &[f32], expected: &[f32], bound: f32) {
+pub(crate) fn close(found: &[f32], expected: &[f32], bound: f32) {
     assert_eq!(found.len(), expected.len());
     for (place, (found, expected)) in found.iter().zip(expected).enumerate() {
         let error = (found - expected).abs();
@@ -78,23 +78,23 @@ fn small_config() -> LlamaConfig {
     LlamaConfig::new(50, 24, 40, 2, 4, 2, 6)
 }
 
-fn small(config: &LlamaConfig) -> Llama<Flex> {
+pub(crate) fn small(config: &LlamaConfig) -> Llama<Flex> {
     Llama::<Flex>::init(config, 0, &Default::default()).map(&mut Roughen(0.0))
 }
 
-fn written(model: &Llama<Flex>, float_type: FloatType) -> TempDir {
+pub(crate) fn written(model: &Llama<Flex>, float_type: FloatType) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let config = model.config().to_hugging_face(1, 2, "?");
     write_model(folder.path(), &config, &model_tensors(model), float_type).unwrap();
     folder
 }
 
-fn lora(rank: usize, targets: &[Target]) -> LoraSettings {
+pub(crate) fn lora(rank: usize, targets: &[Target]) -> LoraSettings {
     LoraSettings { rank, alpha: 6.0, rslora: false, targets: targets.to_vec() }
 }
 
 /// Gives a model corrections that do something.
-fn correct(model: &mut Llama<Flex>, settings: &LoraSettings) {
+pub(crate) fn correct(model: &mut Llama<Flex>, settings: &LoraSettings) {
     model.add_lora(settings, 3);
     let mut roughen = Roughen(0.5);
     for block in &mut model.blocks {

@@ -4,6 +4,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
 
+mod external;
 mod files;
+mod gguf;
 mod load;
+mod merge;
 mod support;
