@@ -1,8 +1,8 @@
 """Our GGUF files in llama.cpp: tokens of the golden prompts, and 16 greedy tokens after each, against ours.
 
-usage: gguf.py OUR_DIR GOLDEN_DIR
+usage: gguf.py OUR_DIR GOLDEN_DIR TOKENIZER_DIR
 
-Exit status 1 if prompts are cut differently, or an F16 file's continuations are equal for fewer than 7 of 8 prompts.
+The last directory holds texts with the tokens that Llama 2's tokenizer has for them. Exit status 1 if prompts are cut differently, or an F16 file's continuations are equal for fewer than 7 of 8 prompts.
 """
 import importlib.metadata
 import itertools
@@ -11,7 +11,7 @@ import sys
 
 from llama_cpp import Llama
 
-ours, golden = sys.argv[1:3]
+ours, golden, tokenizer = sys.argv[1:4]
 continuations = json.load(open(f"{ours}/continuations.json"))
 prompts = json.load(open(f"{golden}/greedy_base.json"))
 failed = 0
@@ -31,5 +31,10 @@ for name, expected in continuations.items():
         over = "  FAILED"
         failed += 1
     print(f"{name:<20} prompts cut alike {cut}/{len(prompts)}  16 greedy tokens alike {equal}/{len(prompts)}  equal tokens at the start {first}{over}")
+model = Llama(f"{ours}/llama2-vocabulary/model.gguf", vocab_only=True, verbose=False)
+texts = [json.loads(line) for line in open(f"{tokenizer}/golden_prompts_499.jsonl")]
+cut = sum(model.tokenize(text["text"].encode(), add_bos=True, special=False) == text["ids"] for text in texts)
+failed += cut < len(texts)
+print(f"Llama 2's vocabulary  texts cut alike {cut}/{len(texts)}")
 print("failed" if failed else "all passed")
 sys.exit(bool(failed))

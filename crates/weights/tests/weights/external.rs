@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Int, Tensor, TensorData};
 use burn_flex::Flex;
-use buzzer_model::{BlockContext, Llama};
+use buzzer_model::{BlockContext, Llama, LlamaConfig};
 use buzzer_weights::{
     Adapter, BlockType, Checkpoint, FloatType, GgufFormat, Merge, Nf4Format, Quantization, TensorToWrite,
     adapter_settings, attach_adapter, extract_adapter, write_gguf, write_json, write_merged, write_nf4,
@@ -15,7 +15,7 @@ use buzzer_weights::{
 };
 use serde_json::Value;
 
-use crate::load::load;
+use crate::load::{load, small, written};
 use crate::support::shared;
 
 /// Tokens that greedy continuations have.
@@ -67,6 +67,13 @@ fn files_for_other_libraries() {
     }
     dump_logits(&golden, &out, &models);
     dump_continuations(&golden, &out);
+    if let Some(tokenizer) = shared("tokenizer/llama2/tokenizer.json") {
+        // The smallest model with as many rows as Llama 2 has tokens.
+        let small = written(&small(&LlamaConfig::new(32_000, 32, 32, 1, 1, 1, 32)), FloatType::F32);
+        let merge = Merge::open(small.path(), None, Quantization::None).unwrap();
+        let format = GgufFormat { block_type: BlockType::Q8_0, tokenizer: &tokenizer, name: "vocabulary" };
+        write_gguf(&folder("llama2-vocabulary").join("model.gguf"), &merge, format, || {}).unwrap();
+    }
 }
 
 /// Logits of the golden run's four rows, plain causal.
