@@ -18,7 +18,7 @@ pub(crate) const TINY_LLAMA: &str = "datasets/tiny-llama";
 /// Which model to use.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
-    /// Folder of a Hugging Face Llama 2 model (config.json, safetensors, tokenizer.json)
+    /// Folder of a Hugging Face Llama 2 model (config.json, safetensors, tokenizer.json), or a GGUF file
     #[arg(long, value_name = "DIR", default_value = TINY_LLAMA)]
     pub model: PathBuf,
     /// A tokenizer.json or its folder, if it does not lie beside the model
@@ -91,7 +91,10 @@ impl ModelArgs {
     /// # Errors
     /// If it cannot be read.
     pub fn open_tokenizer(&self) -> Result<Tokenizer, Failure> {
-        Ok(Tokenizer::from_file(self.tokenizer.as_deref().unwrap_or(&self.model))?)
+        // A GGUF file's tokenizer is looked for beside it.
+        let is_gguf = self.model.extension().is_some_and(|extension| extension == "gguf");
+        let beside = if is_gguf { self.model.with_file_name("tokenizer.json") } else { self.model.clone() };
+        Ok(Tokenizer::from_file(self.tokenizer.as_deref().unwrap_or(&beside))?)
     }
 
     /// Whether this is the model that ships with the project.

@@ -6,7 +6,6 @@
 //! plain LoRA of one rank on the same linears of every layer of a Llama model, and pickled `adapter_model.bin` files.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::Path;
 
 use buzzer_model::Target;
@@ -14,7 +13,7 @@ use buzzer_model::Target;
 use crate::checkpoint::no_weights;
 use crate::error::Place;
 use crate::write::{TensorToWrite, pytorch_metadata};
-use crate::{Checkpoint, FloatType, WeightsError, write_json, write_safetensors};
+use crate::{Checkpoint, FloatType, NewFolder, WeightsError, write_json, write_safetensors};
 
 mod config;
 
@@ -123,8 +122,8 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Writes a directory that PEFT 0.13 and later load, the factors as f32; the directory is created. The tensors
-    /// come first, the configuration last, each whole or not at all.
+    /// Writes a directory that PEFT 0.13 and later load, the factors as f32. It appears whole or not at all, in place of
+    /// an older one, whose other files it keeps.
     ///
     /// # Errors
     /// If the factors do not agree with the configuration or hold NaN or infinity, or if a file cannot be written.
@@ -144,9 +143,10 @@ impl Adapter {
                 values: values.into(),
             }));
         }
-        fs::create_dir_all(dir).map_err(|source| WeightsError::write(dir, source))?;
-        write_safetensors(&path, &tensors, FloatType::F32, &pytorch_metadata())?;
-        write_json(&dir.join(CONFIG), &self.config.to_json())
+        let folder = NewFolder::begin(dir)?;
+        write_safetensors(&folder.path().join(TENSORS), &tensors, FloatType::F32, &pytorch_metadata())?;
+        write_json(&folder.path().join(CONFIG), &self.config.to_json())?;
+        folder.replace()
     }
 
     /// How many layers have factors.

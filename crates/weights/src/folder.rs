@@ -1,8 +1,9 @@
 //! Folders that appear whole or not at all.
 //!
-//! A folder is filled beside its place, as `NAME.partial-PID`, forced to the disk and renamed in one step: whoever looks
-//! at the name sees nothing or everything. What it trades: nothing is ever replaced, because two renames are not one step.
-//! What it refuses: a place where something stands already, unless it is an empty folder.
+//! A folder is filled beside its place, as `NAME.partial-PID`, forced to the disk and renamed in one step: whoever looks at
+//! the name sees the old content or the new. What it trades: room for both at once, and rights to write in the parent. What it
+//! refuses: [`NewFolder::create`] takes no place where something stands already, unless it is an empty folder. Folders of this
+//! crate's own making (an adapter, a small model) are replaced, files of others in them come along.
 //!
 //! A process that is killed leaves its part-filled folder behind. The next start for the same place removes it: a part
 //! whose lock can be taken belongs to nobody.
@@ -40,11 +41,18 @@ impl NewFolder {
             Err(error) if error.kind() == ErrorKind::NotADirectory => return Err(occupied()),
             Err(error) => return Err(WeightsError::write(target, error)),
         }
+        Self::begin(target)
+    }
+
+    /// [`Self::create`] for a place where an older folder may stand, to be ended with [`Self::replace`].
+    pub(crate) fn begin(target: &Path) -> Result<Self, WeightsError> {
+        // A link keeps its place, and what it leads to is written.
+        let target = fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
         let Some(name) = target.file_name() else {
-            return Err(WeightsError::write(target, ErrorKind::InvalidFilename));
+            return Err(WeightsError::write(&target, ErrorKind::InvalidFilename));
         };
         let prefix = format!("{}.partial-", name.to_string_lossy());
-        let parent = parent_of(target);
+        let parent = parent_of(&target);
         fs::create_dir_all(parent).map_err(|error| WeightsError::write(parent, error))?;
         remove_abandoned(parent, &prefix);
         let staging = parent.join(format!("{prefix}{}", std::process::id()));
@@ -52,7 +60,7 @@ impl NewFolder {
         fs::create_dir(&staging).map_err(fault)?;
         let lock = File::open(&staging).map_err(fault)?;
         lock.try_lock().map_err(|error| fault(error.into()))?;
-        Ok(Self { target: target.to_owned(), staging, lock })
+        Ok(Self { target, staging, lock })
     }
 
     /// Where to write meanwhile.
@@ -78,6 +86,19 @@ impl NewFolder {
         sync_folder(parent_of(&self.target));
         Ok(())
     }
+
+    /// [`Self::finish`] in place of an older folder; files in that one which this one does not have come along.
+    pub(crate) fn replace(self) -> Result<(), WeightsError> {
+        if !self.target.is_dir() {
+            return self.finish();
+        }
+        let fault = |error: std::io::Error| WeightsError::write(&self.target, error);
+        bring_along(&self.target, &self.staging).map_err(fault)?;
+        self.lock.sync_all().map_err(fault)?;
+        exchange(&self.staging, &self.target).map_err(fault)?;
+        sync_folder(parent_of(&self.target));
+        Ok(())
+    }
 }
 
 impl Drop for NewFolder {
@@ -89,6 +110,40 @@ impl Drop for NewFolder {
 
 fn parent_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Gives a folder what another has and it has not, by links where the file system knows them.
+fn bring_along(from: &Path, to: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            match fs::create_dir(&target) {
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
+                _ => bring_along(&entry.path(), &target)?,
+            }
+        } else if !target.exists() && fs::hard_link(entry.path(), &target).is_err() {
+            fs::copy(entry.path(), &target)?;
+        }
+    }
+    Ok(())
+}
+
+/// Lets two folders change places: in one step on Linux, and in three where the system cannot, between the first and the
+/// second of which nothing stands at the second place.
+fn exchange(new: &Path, old: &Path) -> std::io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        if renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE).is_ok() {
+            return Ok(());
+        }
+    }
+    let aside = new.with_extension("old");
+    fs::rename(old, &aside)?;
+    fs::rename(new, old)?;
+    fs::rename(&aside, new)
 }
 
 /// Removes part-filled folders whose process is gone.
@@ -141,6 +196,36 @@ mod tests {
         assert!(NewFolder::create(&target).unwrap_err().to_string().contains("not empty"));
         assert_eq!(fs::read(target.join("y")).unwrap(), b"came meanwhile");
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn an_older_folder_is_replaced_and_keeps_what_is_not_ours() {
+        let parent = tempfile::tempdir().unwrap();
+        let target = parent.path().join("adapter");
+        for (round, content) in ["1", "2"].into_iter().enumerate() {
+            let folder = NewFolder::begin(&target).unwrap();
+            fs::write(folder.path().join("weights"), content).unwrap();
+            assert_eq!(target.exists(), round > 0);
+            folder.replace().unwrap();
+            assert_eq!(fs::read_to_string(target.join("weights")).unwrap(), content);
+            fs::create_dir_all(target.join("notes")).unwrap();
+            fs::write(target.join("notes/README"), "of the user").unwrap();
+        }
+        let unfinished = NewFolder::begin(&target).unwrap();
+        fs::write(unfinished.path().join("weights"), "3").unwrap();
+        drop(unfinished);
+        assert_eq!(fs::read_to_string(target.join("weights")).unwrap(), "2");
+        assert_eq!(fs::read_to_string(target.join("notes/README")).unwrap(), "of the user");
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn where_folders_cannot_change_places_they_are_renamed() {
+        let parent = tempfile::tempdir().unwrap();
+        let [new, old] = ["new", "old"].map(|name| parent.path().join(name));
+        fs::create_dir(&new).unwrap();
+        assert!(exchange(&new, &old).is_err());
+        assert!(new.exists() && !old.exists());
     }
 
     #[test]

@@ -18,7 +18,7 @@ use safetensors::tensor::TensorInfo;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 
-use crate::WeightsError;
+use crate::{NewFolder, WeightsError};
 
 /// Elements that are converted before they are written.
 const BLOCK: usize = 1 << 16;
@@ -300,8 +300,8 @@ impl TensorSink<'_, '_> {
     }
 }
 
-/// Writes a Hugging Face model folder: `model.safetensors` and then `config.json`, in which `torch_dtype` becomes the
-/// type written. The folder is created.
+/// Writes a Hugging Face model folder: `model.safetensors` and `config.json`, in which `torch_dtype` becomes the type
+/// written. The folder appears whole or not at all, in place of an older one, whose other files it keeps.
 ///
 /// # Errors
 /// As [`write_safetensors`].
@@ -311,13 +311,14 @@ pub fn write_model(
     tensors: &[TensorToWrite<'_>],
     float_type: FloatType,
 ) -> Result<(), WeightsError> {
-    fs::create_dir_all(dir).map_err(|source| WeightsError::write(dir, source))?;
-    write_safetensors(&dir.join("model.safetensors"), tensors, float_type, &pytorch_metadata())?;
+    let folder = NewFolder::begin(dir)?;
+    write_safetensors(&folder.path().join("model.safetensors"), tensors, float_type, &pytorch_metadata())?;
     let mut config = config.clone();
     if let Some(fields) = config.as_object_mut() {
         fields.insert("torch_dtype".into(), float_type.to_string().into());
     }
-    write_json(&dir.join("config.json"), &config)
+    write_json(&folder.path().join("config.json"), &config)?;
+    folder.replace()
 }
 
 /// What Hugging Face's loaders want to see in a file of PyTorch tensors.
