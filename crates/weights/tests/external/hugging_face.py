@@ -53,6 +53,8 @@ for package in ("torch", "transformers", "peft", "bitsandbytes"):
     print(f"{package} {importlib.metadata.version(package)}")
 base = load(f"{golden}/model")
 check("PEFT: our adapter on the base", PeftModel.from_pretrained(base, f"{ours}/adapter"), "live", 2e-3)
+base = load(f"{golden}/model")
+check("PEFT: rsLoRA on two targets", PeftModel.from_pretrained(base, f"{ours}/adapter-rslora"), "rslora", 2e-3)
 check("transformers: merged, f16 in 3 files", load(f"{ours}/merged-f16"), "merged-f16", 2e-3)
 check("transformers: merged, bf16", load(f"{ours}/merged-bf16"), "merged-bf16", 2e-3)
 check("control: bitsandbytes' own folder, its logits on a card", load(f"{golden}/bnb-nf4"), "logits_nf4", 2e-3)

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Int, Tensor, TensorData};
 use burn_flex::Flex;
-use buzzer_model::{BlockContext, Llama, LlamaConfig};
+use buzzer_model::{BlockContext, Llama, LlamaConfig, LoraSettings, Target};
 use buzzer_weights::{
     Adapter, BlockType, Checkpoint, FloatType, GgufFormat, Merge, Nf4Format, Quantization, TensorToWrite,
     adapter_settings, attach_adapter, extract_adapter, write_gguf, write_json, write_merged, write_nf4,
@@ -15,7 +15,7 @@ use buzzer_weights::{
 };
 use serde_json::Value;
 
-use crate::load::{load, small, written};
+use crate::load::{correct, load, lora, small, written};
 use crate::support::shared;
 
 /// Tokens that greedy continuations have.
@@ -61,7 +61,13 @@ fn files_for_other_libraries() {
         let format = GgufFormat { block_type, tokenizer: &tokenizer, name };
         write_gguf(&folder(name).join("model.gguf"), merge, format, || {}).unwrap();
     }
-    let mut models = vec![("live", live)];
+    // Another kind of adapter: few targets, and scaled by the root of the rank.
+    let settings = LoraSettings { rslora: true, ..lora(3, &[Target::Q, Target::Down]) };
+    let mut few = load(&base, Quantization::None).unwrap();
+    correct(&mut few, &settings);
+    extract_adapter(&few, &settings, 0.0, None).write(&folder("adapter-rslora")).unwrap();
+
+    let mut models = vec![("live", live), ("rslora", few)];
     for name in ["merged-f16", "merged-bf16", "nf4", "nf4-double", "nf4-double-bf16"] {
         models.push((name, load(&out.join(name), Quantization::None).unwrap()));
     }
