@@ -7,6 +7,7 @@
 //! the contract: 1 a check failed, 2 bad arguments or input, 3 the plan does not fit.
 
 mod answer;
+mod compare;
 mod corpus;
 mod failure;
 mod model;
@@ -17,6 +18,7 @@ mod recipe;
 pub mod programs;
 
 pub use answer::{AnswerArgs, Answered, answer_clues, judge_answers};
+pub use compare::{Answers, Comparison, Probe, Record, Spread};
 pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, build as build_corpus};
 pub use failure::{Failure, finish};
 pub use model::{AnswererArgs, Base, ModelArgs, QuantizationArg, load_base};

@@ -19,7 +19,7 @@ pub(crate) const TINY_LLAMA: &str = "datasets/tiny-llama";
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
     /// Folder of a Llama 2 model: Hugging Face's (config.json with safetensors or PyTorch files, bitsandbytes' 4 bits
-    /// too) or Meta's (params.json, consolidated.*.pth)
+    /// too) or Meta's (params.json, consolidated.*.pth); or a GGUF file
     #[arg(long, value_name = "DIR", default_value = TINY_LLAMA)]
     pub model: PathBuf,
     /// A tokenizer.json, a tokenizer.model, or the folder of one, if it does not lie beside the model
@@ -92,7 +92,10 @@ impl ModelArgs {
     /// # Errors
     /// If it cannot be read.
     pub fn open_tokenizer(&self) -> Result<Tokenizer, Failure> {
-        Ok(Tokenizer::from_file(self.tokenizer.as_deref().unwrap_or(&self.model))?)
+        // A GGUF file's tokenizer is looked for beside it.
+        let is_gguf = self.model.extension().is_some_and(|extension| extension == "gguf");
+        let beside = if is_gguf { self.model.with_file_name("tokenizer.json") } else { self.model.clone() };
+        Ok(Tokenizer::from_file(self.tokenizer.as_deref().unwrap_or(&beside))?)
     }
 
     /// Whether this is the model that ships with the project.

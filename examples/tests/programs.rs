@@ -16,9 +16,13 @@ fn root() -> PathBuf {
 }
 
 /// A program built beside this test. Cargo builds the examples of a package before it runs the package's tests.
-fn program(name: &str, args: &[&str]) -> Output {
+fn path_of(name: &str) -> PathBuf {
     let here = std::env::current_exe().unwrap();
-    let path = here.parent().unwrap().parent().unwrap().join("examples").join(name);
+    here.parent().unwrap().parent().unwrap().join("examples").join(name)
+}
+
+fn program(name: &str, args: &[&str]) -> Output {
+    let path = path_of(name);
     let mut command = Command::new(&path);
     command.args(args).current_dir(root());
     command.output().unwrap_or_else(|error| panic!("{}: {error}; build the examples first", path.display()))
@@ -144,9 +148,7 @@ fn an_interrupted_run_saves_its_adapter_and_ends_well() {
     use std::io::{BufRead, BufReader};
     use std::process::Stdio;
     let dir = tempfile::tempdir().unwrap();
-    let finetune =
-        std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("examples/finetune");
-    let mut run = Command::new(finetune)
+    let mut run = Command::new(path_of("finetune"))
         .args(["--epochs", "1000", "--eval-limit", "4", "--evaluations", "0", "--out", text(dir.path())])
         .current_dir(root())
         .stdout(Stdio::piped())
@@ -162,6 +164,166 @@ fn an_interrupted_run_saves_its_adapter_and_ends_well() {
     assert_eq!(json(&dir.path().join("report.json"))["interrupted"], true);
     let loaded = ["--adapter", text(&dir.path().join("adapter")), "--eval-limit", "4"].map(str::to_owned);
     succeeds("evaluate", &loaded.iter().map(String::as_str).collect::<Vec<_>>());
+}
+
+/// An adapter after two steps, for the model that ships here.
+fn short_adapter(dir: &Path) -> PathBuf {
+    let out = dir.join("run");
+    let mut args = SHORT.to_vec();
+    args.extend(["--eval-limit", "0", "--evaluations", "0", "--lr", "0.02", "--out", text(&out)]);
+    args.drain(2..6);
+    succeeds("finetune", &args);
+    out.join("adapter")
+}
+
+#[test]
+fn merged_models_answer_like_base_and_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapter = short_adapter(dir.path());
+    // Format, and the mean divergence from base and live adapter that its rounding may cause.
+    let cases = [
+        ("safetensors-f16", 1e-6),
+        ("safetensors-bf16", 1e-4),
+        ("nf4", 0.5),
+        ("nf4-double", 0.5),
+        ("gguf-f16", 1e-6),
+        ("gguf-q8_0", 1e-3),
+        ("gguf-q4_0", 0.5),
+    ];
+    for (format, bound) in cases {
+        let out = dir.path().join(format);
+        let args =
+            ["--adapter", text(&adapter), "--format", format, "--eval-limit", "6", "--out", text(&out)];
+        let said = succeeds("merge", &args);
+        assert!(said.contains("rounded to NF4") && said.contains("base in NF4 + adapter"), "{said}");
+        let report = json(&out.join("report.json"));
+        let [live, trained] = [0, 1].map(|row| report["parity"][row].clone());
+        let number = |row: &Value, path: &str| row.pointer(path).and_then(Value::as_f64).unwrap();
+        let divergence = number(&live, "/kl_divergence/mean");
+        assert!((0.0..bound).contains(&divergence), "{format}: {divergence}");
+        assert!(number(&live, "/logit_difference/largest") >= number(&live, "/logit_difference/mean"));
+        assert_eq!(number(&live, "/answers/n"), 6.0);
+        assert!(number(&trained, "/kl_divergence/mean") > 1e-4, "{format}: {trained}");
+        // The folder stands by itself: other programs take it.
+        succeeds("evaluate", &["--model", text(&out), "--quantization", "none", "--eval-limit", "2"]);
+        refuses("merge", &args, &[text(&out), "not empty", "--out"]);
+    }
+    let four_bits = dir.path().join("nf4");
+    let out = dir.path().join("again");
+    let args =
+        ["--base", text(&four_bits), "--adapter", text(&adapter), "--eval-limit", "4", "--out", text(&out)];
+    let said = succeeds("merge", &args);
+    assert!(said.contains("NF4 weights, restored"), "{said}");
+    let parity = json(&out.join("report.json"))["parity"].clone();
+    assert!(
+        parity.as_array().unwrap().len() == 1 && parity[0]["kl_divergence"]["mean"].as_f64().unwrap() < 1e-6
+    );
+}
+
+#[test]
+fn merges_that_make_no_sense_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let refused = |args: &[&str], words: &[&str]| {
+        refuses("merge", &[args, &["--out", text(&out)]].concat(), words);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{args:?}");
+    };
+    refused(&["--format", "onnx"], &["--format", "gguf-q8_0"]);
+    refused(&["--adapter", "no/such/adapter"], &["no/such/adapter", "--adapter"]);
+    refused(&["--shard-size", "0"], &["--shard-size"]);
+    refused(&["--base", "no/such/model"], &["no/such/model", "--model"]);
+    refused(&["--data", "no/such/clues.csv"], &["no/such/clues.csv", "--data"]);
+}
+
+/// What a full disk does: the system refuses to write on, here from 800 KiB in one file on.
+#[cfg(unix)]
+#[test]
+fn a_disk_that_fills_up_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    for format in ["safetensors-f16", "nf4", "gguf-q8_0"] {
+        let out = dir.path().join("out");
+        let limit = if format == "safetensors-f16" { 800 } else { 100 };
+        let command = format!(
+            "trap '' XFSZ; ulimit -f {}; exec \"$0\" --format {format} --eval-limit 0 --out \"$1\"",
+            2 * limit
+        );
+        let output = Command::new("sh")
+            .args(["-c", &command, text(&path_of("merge")), text(&out)])
+            .current_dir(root())
+            .output()
+            .unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains("cannot write") && message.contains("--out"), "{message}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{format}");
+    }
+}
+
+/// Every file of a folder but the report, which comes later, finished or not.
+fn weights_of(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = fs::read_dir(folder).unwrap().map(Result::unwrap);
+    let mut files: Vec<_> = entries
+        .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
+        .filter(|(name, _)| name != "report.json" && !name.ends_with(".partial"))
+        .collect();
+    files.sort();
+    files
+}
+
+/// `BUZZER_KILLS` sets how often; the moments are spread over the time that a merge takes, and past it.
+#[cfg(unix)]
+#[test]
+fn a_killed_merge_leaves_the_whole_folder_or_none() {
+    use std::time::{Duration, Instant};
+    let kills = std::env::var("BUZZER_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(5_u32);
+    let dir = tempfile::tempdir().unwrap();
+    let adapter = short_adapter(dir.path());
+    let (parent, out) = (dir.path().join("merged"), dir.path().join("merged/out"));
+    for format in ["safetensors-bf16", "nf4-double", "gguf-q8_0"] {
+        let whole = dir.path().join(format);
+        let args = |out: &Path| {
+            let args = [
+                "--adapter",
+                text(&adapter),
+                "--format",
+                format,
+                "--eval-limit",
+                "0",
+                "--shard-size",
+                "0.0002",
+            ];
+            [&args[..], &["--out", text(out)]].concat().iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>()
+        };
+        let started = Instant::now();
+        succeeds("merge", &args(&whole).iter().map(String::as_str).collect::<Vec<_>>());
+        let span = started.elapsed();
+        let expected = weights_of(&whole);
+        let mut appeared = 0;
+        for kill in 0..kills {
+            // The first half of the time goes by before anything is written.
+            let share = 0.3 + 0.8 * f64::from((kill * 7919 + 13) % kills.max(1)) / f64::from(kills);
+            let mut run = Command::new(path_of("merge"))
+                .args(args(&out))
+                .current_dir(root())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            std::thread::sleep(Duration::from_secs_f64(span.as_secs_f64() * share));
+            run.kill().unwrap();
+            run.wait().unwrap();
+            if out.exists() {
+                appeared += 1;
+                assert!(weights_of(&out) == expected, "{format}, kill {kill}");
+                fs::remove_dir_all(&out).unwrap();
+            }
+        }
+        println!("{format}: {kills} kills within {span:?}, and {appeared} folders were whole by then");
+        succeeds("merge", &args(&out).iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(weights_of(&out) == expected);
+        // What the killed ones had begun is gone.
+        assert_eq!(fs::read_dir(&parent).unwrap().count(), 1);
+        fs::remove_dir_all(&out).unwrap();
+    }
 }
 
 #[test]

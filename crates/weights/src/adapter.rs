@@ -7,7 +7,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs;
 use std::path::Path;
 
 use buzzer_model::Target;
@@ -15,7 +14,7 @@ use buzzer_model::Target;
 use crate::error::Place;
 use crate::open::no_weights;
 use crate::write::{TensorToWrite, pytorch_metadata};
-use crate::{Checkpoint, FloatType, WeightsError, write_json, write_safetensors};
+use crate::{Checkpoint, FloatType, NewFolder, WeightsError, write_json, write_safetensors};
 
 mod config;
 mod modules;
@@ -120,8 +119,8 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Writes a directory that PEFT 0.13 and later load, the factors as f32; the directory is created. The tensors
-    /// come first, the configuration last, each whole or not at all.
+    /// Writes a directory that PEFT 0.13 and later load, the factors as f32. It appears whole or not at all, in place of
+    /// an older one, whose other files it keeps.
     ///
     /// # Errors
     /// If the factors do not agree with the configuration or hold NaN or infinity, or if a file cannot be written.
@@ -141,9 +140,10 @@ impl Adapter {
                 values: values.into(),
             }));
         }
-        fs::create_dir_all(dir).map_err(|source| WeightsError::write(dir, source))?;
-        write_safetensors(&path, &tensors, FloatType::F32, &pytorch_metadata())?;
-        write_json(&dir.join(CONFIG), &config::to_json(self))
+        let folder = NewFolder::begin(dir)?;
+        write_safetensors(&folder.path().join(TENSORS), &tensors, FloatType::F32, &pytorch_metadata())?;
+        write_json(&folder.path().join(CONFIG), &config::to_json(self))?;
+        folder.replace()
     }
 
     /// The number of the last layer with factors, plus one.

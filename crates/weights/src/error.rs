@@ -354,6 +354,30 @@ pub enum WeightsError {
         /// What is wrong with it, and what to do.
         message: String,
     },
+    /// A folder that is to be made is there already.
+    #[error("{path}: is there already and not empty; give a folder that does not exist yet to --out", path = path.display())]
+    OutOccupied {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The file is no usable GGUF file.
+    #[error("{path}: not a usable GGUF file: {message}; give another to {flag}", path = path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// The flag that named it.
+        flag: &'static str,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A tokenizer cannot be told in the terms of a GGUF file.
+    #[error("{path}: {message}; give a Llama 2 tokenizer.json to --tokenizer, or choose another --format", path = path.display())]
+    Vocabulary {
+        /// The tokenizer's file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
 }
 
 impl WeightsError {

@@ -17,6 +17,7 @@ use buzzer_model::{Block, Llama, LlamaConfig, Lora, LoraSettings, Target, Weight
 use serde_json::Value;
 
 use crate::error::Place;
+use crate::gguf::{gguf_file, load_gguf, read_gguf_config};
 use crate::{
     Absmax, Adapter, AdapterConfig, Checkpoint, Factors, Nf4Stored, TensorToWrite, WeightsError, meta,
 };
@@ -36,11 +37,15 @@ pub enum Quantization {
     Nf4Double,
 }
 
-/// Reads the `config.json` of a model's folder or, where there is none, Meta's `params.json` and shards.
+/// Reads the `config.json` of a model's folder or, where there is none, Meta's `params.json` and shards; or the sizes in a
+/// GGUF file.
 ///
 /// # Errors
 /// If it cannot be read, describes a model that is not run here, or names a quantization that is not bitsandbytes'.
 pub fn read_config(dir: &Path) -> Result<LlamaConfig, WeightsError> {
+    if let Some(file) = gguf_file(dir) {
+        return read_gguf_config(&file);
+    }
     let path = dir.join("config.json");
     if !path.exists() && meta::is_folder(dir) {
         return meta::read_config(Place { path: dir, flag: FLAG });
@@ -66,7 +71,7 @@ fn quantized_by(config: &str) -> Option<String> {
     }
 }
 
-/// Reads a model's folder onto a device; embedding, norms and head in `dtype`.
+/// Reads a model's folder, or a GGUF file, onto a device; embedding, norms and head in `dtype`.
 ///
 /// A checkpoint that bitsandbytes wrote is used as it is, whatever `quantization` says: what it holds in NF4 stays so, and
 /// the linears that it left out stay dense. A head in NF4 is unpacked, because heads are dense here.
@@ -80,6 +85,9 @@ pub fn load_llama<B: KernelBackend>(
     dtype: DType,
     device: &B::Device,
 ) -> Result<Llama<B>, WeightsError> {
+    if let Some(file) = gguf_file(dir) {
+        return load_gguf(&file, quantization, dtype, device);
+    }
     let config = read_config(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     refuse_foreign(&checkpoint, &config)?;
@@ -239,7 +247,7 @@ pub fn attach_adapter<B: KernelBackend>(
     Ok(())
 }
 
-fn check_fits(config: &LlamaConfig, adapter: &Adapter, dir: &Path) -> Result<(), WeightsError> {
+pub(crate) fn check_fits(config: &LlamaConfig, adapter: &Adapter, dir: &Path) -> Result<(), WeightsError> {
     let refuse = |what: String| Err(WeightsError::AdapterMisfit { path: dir.to_owned(), what });
     for ((layer, target), factors) in &adapter.tensors {
         let found = [factors.out_features, factors.in_features];

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
@@ -18,7 +18,7 @@ use safetensors::tensor::TensorInfo;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 
-use crate::WeightsError;
+use crate::{NewFolder, WeightsError};
 
 /// Elements that are converted before they are written.
 const BLOCK: usize = 1 << 16;
@@ -56,8 +56,26 @@ pub struct TensorToWrite<'a> {
     pub values: Cow<'a, [f32]>,
 }
 
+/// A tensor that a safetensors file will hold.
+#[derive(Clone, Debug)]
+pub(crate) struct Planned {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+}
+
+/// Takes the tensors of one safetensors file in the order in which they were planned.
+pub(crate) struct TensorSink<'a, 'f> {
+    path: &'a Path,
+    file: &'a mut BufWriter<&'f File>,
+    planned: &'a mut [Planned],
+    next: usize,
+    scratch: Vec<u16>,
+    bytes: Vec<u8>,
+}
+
 impl FloatType {
-    fn dtype(self) -> Dtype {
+    pub(crate) fn dtype(self) -> Dtype {
         match self {
             Self::F32 => Dtype::F32,
             Self::Bf16 => Dtype::BF16,
@@ -65,12 +83,12 @@ impl FloatType {
         }
     }
 
-    fn element_bytes(self) -> usize {
+    pub(crate) fn element_bytes(self) -> usize {
         self.dtype().bitsize() / 8
     }
 
     /// Converts to little-endian bytes; the place of the first element that is not finite or does not fit.
-    fn encode(self, values: &[f32], scratch: &mut [u16], bytes: &mut Vec<u8>) -> Option<usize> {
+    pub(crate) fn encode(self, values: &[f32], scratch: &mut [u16], bytes: &mut Vec<u8>) -> Option<usize> {
         bytes.resize(values.len() * self.element_bytes(), 0);
         let halves = &mut scratch[..values.len()];
         // Both searches look at every element, which the compiler turns into many at once.
@@ -118,6 +136,14 @@ pub fn write_atomic<T>(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> Result<T, WeightsError>,
 ) -> Result<T, WeightsError> {
+    write_atomic_file(path, |file| fill(file))
+}
+
+/// [`write_atomic`] for writers that come back to what they have written.
+pub(crate) fn write_atomic_file<T>(
+    path: &Path,
+    fill: impl FnOnce(&mut BufWriter<&File>) -> Result<T, WeightsError>,
+) -> Result<T, WeightsError> {
     let fault = |source: std::io::Error| WeightsError::write(path, source);
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
@@ -135,10 +161,14 @@ pub fn write_atomic<T>(
     drop(buffered);
     temporary.as_file().sync_all().map_err(fault)?;
     temporary.persist(path).map_err(|error| fault(error.error))?;
-    // The rename itself reaches the disk with the folder. Not every file system can do this, and none needs it to keep
-    // the old file or the new one, so its failure is no error.
-    let _ = File::open(folder).and_then(|folder| folder.sync_all());
+    sync_folder(folder);
     Ok(answer)
+}
+
+/// Forces a rename in this folder to the disk. Not every file system can do this, and none needs it to keep the old
+/// file or the new one, so its failure is no error.
+pub(crate) fn sync_folder(folder: &Path) {
+    let _ = File::open(folder).and_then(|folder| folder.sync_all());
 }
 
 /// [`write_atomic`] of indented JSON with a line end.
@@ -184,34 +214,94 @@ pub fn write_safetensors_with<'a>(
     metadata: &BTreeMap<String, String>,
     mut values: impl FnMut(usize, &TensorSpec) -> Result<Cow<'a, [f32]>, WeightsError>,
 ) -> Result<(), WeightsError> {
-    let header = header_of(path, specs, float_type, metadata)?;
-    write_atomic(path, |file| {
-        let fault = |source: std::io::Error| WeightsError::write(path, source);
-        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(fault)?;
-        file.write_all(&header).map_err(fault)?;
-        let (mut scratch, mut bytes) = (vec![0; BLOCK], Vec::new());
-        for (place, spec) in specs.iter().enumerate() {
-            let values = values(place, spec)?;
-            if Some(values.len()) != elements_of(&spec.shape) {
-                let message = format!("{} elements do not fill the shape {:?}", values.len(), spec.shape);
-                return Err(unwritable(path, &spec.name, message));
-            }
-            for (block, part) in values.chunks(BLOCK).enumerate() {
-                if let Some(inside) = float_type.encode(part, &mut scratch, &mut bytes) {
-                    let (index, value) = (block * BLOCK + inside, part[inside]);
-                    let advice = "check the training's loss, or store it as float32";
-                    let message = format!("element {index} is {value}, no finite {float_type}: {advice}");
-                    return Err(unwritable(path, &spec.name, message));
-                }
-                file.write_all(&bytes).map_err(fault)?;
-            }
-        }
-        Ok(())
+    let dtype = float_type.dtype();
+    let plan = |spec: &TensorSpec| Planned { name: spec.name.clone(), dtype, shape: spec.shape.clone() };
+    write_tensors(path, specs.iter().map(plan).collect(), metadata, |sink| {
+        specs.iter().enumerate().try_for_each(|(place, spec)| sink.floats(&values(place, spec)?, float_type))
     })
 }
 
-/// Writes a Hugging Face model folder: `model.safetensors` and then `config.json`, in which `torch_dtype` becomes the
-/// type written. The folder is created.
+/// Writes a safetensors file of tensors of any type: `fill` gives all of them, in the order planned.
+pub(crate) fn write_tensors(
+    path: &Path,
+    mut planned: Vec<Planned>,
+    metadata: &BTreeMap<String, String>,
+    fill: impl FnOnce(&mut TensorSink<'_, '_>) -> Result<(), WeightsError>,
+) -> Result<(), WeightsError> {
+    let room = header_of(path, &planned, metadata)?.len();
+    write_atomic_file(path, |file| {
+        let fault = |source: std::io::Error| WeightsError::write(path, source);
+        // The header is written last: only then is it known how much of its room each text has taken.
+        file.write_all(&vec![b' '; size_of::<u64>() + room]).map_err(fault)?;
+        let (scratch, bytes) = (vec![0; BLOCK], Vec::new());
+        let mut sink = TensorSink { path, file, planned: &mut planned, next: 0, scratch, bytes };
+        fill(&mut sink)?;
+        let missing = sink.planned.get(sink.next);
+        if let Some(missing) = missing {
+            return Err(unwritable(path, &missing.name, "it was announced and never given".into()));
+        }
+        let mut header = header_of(path, &planned, metadata)?;
+        header.resize(room, b' ');
+        file.seek(SeekFrom::Start(0)).map_err(fault)?;
+        file.write_all(&(room as u64).to_le_bytes()).map_err(fault)?;
+        file.write_all(&header).map_err(fault)
+    })
+}
+
+impl TensorSink<'_, '_> {
+    /// The next tensor, from numbers.
+    pub(crate) fn floats(&mut self, values: &[f32], float_type: FloatType) -> Result<(), WeightsError> {
+        let Some(planned) = self.planned.get(self.next).filter(|planned| planned.dtype == float_type.dtype())
+        else {
+            return Err(self.unplanned());
+        };
+        if Some(values.len()) != elements_of(&planned.shape) {
+            let message = format!("{} elements do not fill the shape {:?}", values.len(), planned.shape);
+            return Err(unwritable(self.path, &planned.name, message));
+        }
+        for (block, part) in values.chunks(BLOCK).enumerate() {
+            if let Some(inside) = float_type.encode(part, &mut self.scratch, &mut self.bytes) {
+                let (index, value) = (block * BLOCK + inside, part[inside]);
+                let advice = "check the training's loss, or store it as float32";
+                let message = format!("element {index} is {value}, no finite {float_type}: {advice}");
+                return Err(unwritable(self.path, &planned.name, message));
+            }
+            self.file.write_all(&self.bytes).map_err(|error| WeightsError::write(self.path, error))?;
+        }
+        self.next += 1;
+        Ok(())
+    }
+
+    /// The next tensor, from bytes.
+    pub(crate) fn bytes(&mut self, bytes: &[u8]) -> Result<(), WeightsError> {
+        let Some(planned) = self.planned.get(self.next).filter(|planned| planned.dtype == Dtype::U8) else {
+            return Err(self.unplanned());
+        };
+        if elements_of(&planned.shape) != Some(bytes.len()) {
+            let message = format!("{} bytes do not fill the shape {:?}", bytes.len(), planned.shape);
+            return Err(unwritable(self.path, &planned.name, message));
+        }
+        self.next += 1;
+        self.file.write_all(bytes).map_err(|error| WeightsError::write(self.path, error))
+    }
+
+    /// The next tensor, from a text for which at most as many bytes as it has were planned.
+    pub(crate) fn text(&mut self, text: &str) -> Result<(), WeightsError> {
+        match self.planned.get_mut(self.next).map(|planned| planned.shape.as_mut_slice()) {
+            Some([length]) if *length >= text.len() => *length = text.len(),
+            _ => return Err(self.unplanned()),
+        }
+        self.bytes(text.as_bytes())
+    }
+
+    fn unplanned(&self) -> WeightsError {
+        let name = self.planned.get(self.next).map_or("", |planned| &planned.name);
+        unwritable(self.path, name, "something else was given in its place".into())
+    }
+}
+
+/// Writes a Hugging Face model folder: `model.safetensors` and `config.json`, in which `torch_dtype` becomes the type
+/// written. The folder appears whole or not at all, in place of an older one, whose other files it keeps.
 ///
 /// # Errors
 /// As [`write_safetensors`].
@@ -221,13 +311,14 @@ pub fn write_model(
     tensors: &[TensorToWrite<'_>],
     float_type: FloatType,
 ) -> Result<(), WeightsError> {
-    fs::create_dir_all(dir).map_err(|source| WeightsError::write(dir, source))?;
-    write_safetensors(&dir.join("model.safetensors"), tensors, float_type, &pytorch_metadata())?;
+    let folder = NewFolder::begin(dir)?;
+    write_safetensors(&folder.path().join("model.safetensors"), tensors, float_type, &pytorch_metadata())?;
     let mut config = config.clone();
     if let Some(fields) = config.as_object_mut() {
         fields.insert("torch_dtype".into(), float_type.to_string().into());
     }
-    write_json(&dir.join("config.json"), &config)
+    write_json(&folder.path().join("config.json"), &config)?;
+    folder.replace()
 }
 
 /// What Hugging Face's loaders want to see in a file of PyTorch tensors.
@@ -235,11 +326,11 @@ pub(crate) fn pytorch_metadata() -> BTreeMap<String, String> {
     BTreeMap::from([("format".to_owned(), "pt".to_owned())])
 }
 
-fn elements_of(shape: &[usize]) -> Option<usize> {
+pub(crate) fn elements_of(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1_usize, |product, &dim| product.checked_mul(dim))
 }
 
-fn unwritable(path: &Path, tensor: &str, message: String) -> WeightsError {
+pub(crate) fn unwritable(path: &Path, tensor: &str, message: String) -> WeightsError {
     WeightsError::Unwritable { path: path.to_owned(), tensor: tensor.to_owned(), message }
 }
 
@@ -265,20 +356,19 @@ impl Serialize for Header<'_> {
 /// The header's JSON, filled up with spaces so that the data begins at a multiple of 8.
 fn header_of(
     path: &Path,
-    specs: &[TensorSpec],
-    float_type: FloatType,
+    planned: &[Planned],
     metadata: &BTreeMap<String, String>,
 ) -> Result<Vec<u8>, WeightsError> {
     let (mut names, mut tensors, mut start) = (BTreeSet::from(["__metadata__"]), Vec::new(), 0);
-    for TensorSpec { name, shape } in specs {
+    for Planned { name, dtype, shape } in planned {
         if !names.insert(name) {
             return Err(unwritable(path, name, "its name is taken already".into()));
         }
-        let bytes = elements_of(shape).and_then(|elements| elements.checked_mul(float_type.element_bytes()));
+        let bytes = elements_of(shape).and_then(|elements| elements.checked_mul(dtype.bitsize() / 8));
         let Some(end) = bytes.and_then(|bytes| bytes.checked_add(start)) else {
             return Err(unwritable(path, name, format!("no file holds the shape {shape:?}")));
         };
-        let info = TensorInfo { dtype: float_type.dtype(), shape: shape.clone(), data_offsets: (start, end) };
+        let info = TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets: (start, end) };
         tensors.push((name.as_str(), info));
         start = end;
     }
@@ -307,8 +397,8 @@ mod tests {
     #[test]
     fn the_data_begins_at_a_multiple_of_eight() {
         for length in 1..20 {
-            let specs = [TensorSpec { name: "n".repeat(length), shape: vec![1] }];
-            let header = header_of(Path::new("x"), &specs, FloatType::F32, &pytorch_metadata()).unwrap();
+            let planned = [Planned { name: "n".repeat(length), dtype: Dtype::F32, shape: vec![1] }];
+            let header = header_of(Path::new("x"), &planned, &pytorch_metadata()).unwrap();
             assert_eq!(header.len() % 8, 0);
         }
     }

@@ -4,5 +4,6 @@ pub mod evaluate;
 pub mod finetune;
 pub mod generate;
 pub mod make_base;
+pub mod merge;
 pub mod parity;
 pub mod plan;

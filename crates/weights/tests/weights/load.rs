@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use crate::support::{INDEX, Raw, expect, floats, folder_with, index, raw_file, shared};
 
-const IDS: [i32; 9] = [1, 5, 30, 7, 7, 2, 49, 0, 11];
+pub(crate) const IDS: [i32; 9] = [1, 5, 30, 7, 7, 2, 49, 0, 11];
 
 pub(crate) fn load(dir: &Path, quantization: Quantization) -> Result<Llama<Flex>, WeightsError> {
     load_llama(dir, quantization, DType::F32, &Default::default())
@@ -78,23 +78,23 @@ fn small_config() -> LlamaConfig {
     LlamaConfig::new(50, 24, 40, 2, 4, 2, 6)
 }
 
-fn small(config: &LlamaConfig) -> Llama<Flex> {
+pub(crate) fn small(config: &LlamaConfig) -> Llama<Flex> {
     Llama::<Flex>::init(config, 0, &Default::default()).map(&mut Roughen(0.0))
 }
 
-fn written(model: &Llama<Flex>, float_type: FloatType) -> TempDir {
+pub(crate) fn written(model: &Llama<Flex>, float_type: FloatType) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let config = model.config().to_hugging_face(1, 2, "?");
     write_model(folder.path(), &config, &model_tensors(model), float_type).unwrap();
     folder
 }
 
-fn lora(rank: usize, targets: &[Target]) -> LoraSettings {
+pub(crate) fn lora(rank: usize, targets: &[Target]) -> LoraSettings {
     LoraSettings { rank, alpha: 6.0, rslora: false, targets: targets.to_vec() }
 }
 
 /// Gives a model corrections that do something.
-fn correct(model: &mut Llama<Flex>, settings: &LoraSettings) {
+pub(crate) fn correct(model: &mut Llama<Flex>, settings: &LoraSettings) {
     model.add_lora(settings, 3);
     let mut roughen = Roughen(0.5);
     for block in &mut model.blocks {

@@ -4,7 +4,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
 
+mod external;
 mod files;
 mod forms;
+mod gguf;
 mod load;
+mod merge;
 mod support;
