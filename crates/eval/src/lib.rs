@@ -23,5 +23,5 @@ mod metrics;
 mod normalize;
 
 pub use forms::{alternatives, strip_show_form};
-pub use metrics::{Scores, exact_match, f1, judge, triviaqa_exact_match, triviaqa_f1};
+pub use metrics::{Scores, exact_match, f1, judge, triviaqa_exact_match, triviaqa_f1, triviaqa_judge};
 pub use normalize::normalize;
