@@ -19,9 +19,12 @@
 //! ```
 
 mod forms;
+mod leak;
 mod metrics;
 mod normalize;
+mod random;
 
 pub use forms::{alternatives, strip_show_form};
+pub use leak::{ClueText, Leak, LeakKind, LeakOptions, find_leaks};
 pub use metrics::{Scores, exact_match, f1, judge, triviaqa_exact_match, triviaqa_f1, triviaqa_judge};
 pub use normalize::normalize;

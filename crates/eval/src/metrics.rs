@@ -43,7 +43,7 @@ pub fn triviaqa_f1(prediction: &str, references: &[impl AsRef<str>]) -> f64 {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
-fn token_f1(prediction: &str, gold: &str) -> f64 {
+pub(crate) fn token_f1(prediction: &str, gold: &str) -> f64 {
     let mut left: HashMap<&str, usize> = HashMap::new();
     for token in gold.split_whitespace() {
         *left.entry(token).or_default() += 1;
