@@ -18,13 +18,19 @@
 //! assert_eq!((scores.exact_match, scores.n), (0.5, 2));
 //! ```
 
+mod calibration;
 mod forms;
+mod interval;
 mod leak;
 mod metrics;
 mod normalize;
+mod paired;
 mod random;
 
+pub use calibration::{Bin, Calibration, Confident, Precision, PrecisionCurve, calibration, precision_curve};
 pub use forms::{alternatives, strip_show_form};
+pub use interval::{Interval, bootstrap_mean, wilson};
 pub use leak::{ClueText, Leak, LeakKind, LeakOptions, find_leaks};
 pub use metrics::{Scores, exact_match, f1, judge, triviaqa_exact_match, triviaqa_f1, triviaqa_judge};
 pub use normalize::normalize;
+pub use paired::{Comparison, Mark, compare, sign_test};
