@@ -18,6 +18,8 @@
 //! assert_eq!((scores.exact_match, scores.n), (0.5, 2));
 //! ```
 
+mod answer_type;
+mod breakdown;
 mod calibration;
 mod forms;
 mod interval;
@@ -27,6 +29,8 @@ mod normalize;
 mod paired;
 mod random;
 
+pub use answer_type::AnswerType;
+pub use breakdown::{Facet, Facts, Group, UnknownFacet, breakdown, worst};
 pub use calibration::{Bin, Calibration, Confident, Precision, PrecisionCurve, calibration, precision_curve};
 pub use forms::{alternatives, strip_show_form};
 pub use interval::{Interval, bootstrap_mean, wilson};
