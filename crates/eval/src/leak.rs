@@ -3,8 +3,8 @@
 //! A clue is known by its question's character shingles: the question in lower case, apostrophes left out, every other
 //! mark a space; each word with a space before and behind; all runs of four characters of that (a shorter word is one
 //! shingle itself). Shingles do not reach across words, so the order of words does not count, and one wrong letter
-//! touches at most four of them. Rare shingles weigh more: w = ln((1 + n) / df), where df of the n clues of both sides
-//! hold it. The similarity of two questions is their weighted Jaccard index, the weight of the shingles in both over
+//! touches at most four of them. Rare shingles weigh more: w = 1 + ln((1 + n) / df), where df of the n clues of both
+//! sides hold it. The similarity of two questions is their weighted Jaccard index, the weight of the shingles in both over
 //! that of the shingles in either, 0 to 1.
 //!
 //! Two answers agree if they are equal once normalised or their shingles, each of weight 1, have a Jaccard index of at
@@ -175,7 +175,7 @@ impl Weights {
         let all = (1 + eval.len() + train.len()) as f64;
         let weight = |count: AtomicU32| match count.into_inner() {
             0 => 0.0,
-            held => (all / f64::from(held)).ln(),
+            held => 1.0 + (all / f64::from(held)).ln(),
         };
         Self(counts.into_iter().map(weight).collect())
     }
