@@ -29,6 +29,8 @@ pub use output::{
 pub use planning::{
     Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype, run_on,
 };
-pub use predictions::{Compared, EarlierRun, Prediction, as_judged, read_predictions, write_predictions};
+pub use predictions::{
+    Compared, EarlierRun, FoundLeak, Prediction, as_judged, read_predictions, write_predictions,
+};
 pub use recipe::{OptimizerArg, Preset, Recipe, RecipeArgs};
 pub use verdict::{describe_assessment, describe_comparison};

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use buzzer::data::{Clue, Date};
-use buzzer::eval::{Answer, Comparison, Facts, Leak, LeakKind, Mark, compare, exact_match, f1};
+use buzzer::eval::{Answer, Comparison, Facts, LeakKind, Mark, compare, exact_match, f1};
 use buzzer::weights::{WeightsError, write_atomic};
 use serde::{Deserialize, Serialize};
 
@@ -43,18 +43,28 @@ pub struct Prediction {
     pub f1: f64,
     /// Natural logarithm of the answer's probability; none if the clue did not fit the model's context.
     pub log_prob: Option<f64>,
-    /// How the clue stands in the training clues.
-    pub leak: Option<LeakKind>,
+    /// How the clue stands in the training clues, if it does.
+    pub leak: Option<FoundLeak>,
+}
+
+/// The closest training clue.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FoundLeak {
+    /// Exact or near.
+    pub kind: LeakKind,
+    /// Similarity of the two questions, 0 to 1.
+    pub similarity: f64,
+    /// The training clue's row in its file, from 1.
+    pub train_row: u32,
 }
 
 impl Prediction {
     /// The prediction, judged.
     #[must_use]
-    pub fn new(answered: Answered, leak: Option<Leak>) -> Self {
+    pub fn new(answered: Answered, leak: Option<FoundLeak>) -> Self {
         let Answered { clue, answer, log_prob } = answered;
         let Clue { row, category, question, answer: expected, air_date, round, value } = clue;
         let (exact_match, f1) = (exact_match(&answer, &expected), f1(&answer, &expected));
-        let leak = leak.map(|leak| leak.kind);
         Self {
             row,
             category,

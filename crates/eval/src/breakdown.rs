@@ -22,8 +22,6 @@ const BOARD: [u32; 11] = [100, 200, 300, 400, 500, 600, 800, 1000, 1200, 1600, 2
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Facet {
-    /// The category as the file writes it.
-    Category,
     /// The round as the file writes it, in the order of the show.
     Round,
     /// The amount on the board.
@@ -32,6 +30,8 @@ pub enum Facet {
     Decade,
     /// [`AnswerType`].
     AnswerType,
+    /// The category as the file writes it.
+    Category,
 }
 
 impl Facet {
@@ -42,11 +42,11 @@ impl Facet {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::Category => "category",
             Self::Round => "round",
             Self::Value => "value",
             Self::Decade => "decade",
             Self::AnswerType => "answer_type",
+            Self::Category => "category",
         }
     }
 }
@@ -63,7 +63,7 @@ pub struct UnknownFacet(String);
 
 impl fmt::Display for UnknownFacet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "`{}` is nothing to group by; choose category, round, value, decade or answer_type", self.0)
+        write!(f, "`{}` is nothing to group by; choose round, value, decade, answer_type or category", self.0)
     }
 }
 

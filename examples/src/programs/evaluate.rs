@@ -10,8 +10,8 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::{
-    Answered, AnswererArgs, Compared, CorpusReport, DataArgs, EarlierRun, Failure, Prediction, answer_clues,
-    as_judged, bytes, create, describe_assessment, describe_comparison, finish, judge_answers,
+    Answered, AnswererArgs, Compared, CorpusReport, DataArgs, EarlierRun, Failure, FoundLeak, Prediction,
+    answer_clues, as_judged, bytes, create, describe_assessment, describe_comparison, finish, judge_answers,
     peak_device_bytes, run_on, write_predictions, write_report,
 };
 use buzzer::DeviceJob;
@@ -137,6 +137,16 @@ impl Clues {
         let seconds = started.elapsed().as_secs_f64();
         Some((leaks, LeakCheck { train: args.train.clone(), clues: self.train.len(), options, seconds }))
     }
+
+    /// The leak of every judged clue, with the training clue's row in its file.
+    fn found(&self, leaks: Option<&[Option<Leak>]>) -> Vec<Option<FoundLeak>> {
+        let found = |leak: &Leak| {
+            let &Leak { kind, train, similarity } = leak;
+            FoundLeak { kind, similarity, train_row: self.train[train].row }
+        };
+        let leak = |place: usize| leaks?[place].as_ref().map(found);
+        (0..self.judged.len()).map(leak).collect()
+    }
 }
 
 fn texts(clues: &[Clue]) -> Vec<ClueText<'_>> {
@@ -163,9 +173,9 @@ impl DeviceJob for Evaluate<'_> {
         let assessment = Assessment::of(&answers, leaks.as_deref(), &args.assess_options());
         println!("{}", describe_assessment(&assessment, args.worst_least));
         let eval = judge_answers(&answered);
-        let leaks = leaks.unwrap_or_else(|| vec![None; answered.len()]);
+        let found = clues.found(leaks.as_deref());
         let predictions: Vec<Prediction> =
-            answered.into_iter().zip(leaks).map(|(answered, leak)| Prediction::new(answered, leak)).collect();
+            answered.into_iter().zip(found).map(|(answered, leak)| Prediction::new(answered, leak)).collect();
         let compared: Vec<Compared> = earlier.iter().map(|run| run.compare(&predictions)).collect();
         compared.iter().for_each(|compared| println!("{}", describe_comparison(compared)));
         let (seconds, peak) = (started.elapsed().as_secs_f64(), peak_device_bytes::<B>(device));
