@@ -12,6 +12,7 @@ mod failure;
 mod model;
 mod output;
 mod planning;
+mod plots;
 mod predictions;
 mod recipe;
 mod verdict;
@@ -29,6 +30,7 @@ pub use output::{
 pub use planning::{
     Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype, run_on,
 };
+pub use plots::plot_confidence;
 pub use predictions::{
     Compared, EarlierRun, FoundLeak, Prediction, as_judged, read_predictions, write_predictions,
 };

@@ -1,8 +1,9 @@
 //! Answers held-out clues with a model, with or without an adapter, and judges the answers.
 //!
 //! It prints scores with their intervals, by group, with calibration and leaks, and can set the run beside earlier ones.
-//! With `--out` all of it goes into `report.json`, and every answer into `predictions.jsonl`. It refuses to check leaks
-//! against the file the clues are held out from, since every one of them stands in it.
+//! With `--out` all of it goes into `report.json`, every answer into `predictions.jsonl`, and what confidence is worth into
+//! `confidence.svg`. It refuses to check leaks against the file the clues are held out from, since every one of them
+//! stands in it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use std::time::Instant;
 use crate::{
     Answered, AnswererArgs, Compared, CorpusReport, DataArgs, EarlierRun, Failure, FoundLeak, Prediction,
     answer_clues, as_judged, bytes, create, describe_assessment, describe_comparison, finish, judge_answers,
-    peak_device_bytes, run_on, write_predictions, write_report,
+    peak_device_bytes, plot_confidence, run_on, write_predictions, write_report,
 };
 use buzzer::DeviceJob;
 use buzzer::data::Clue;
@@ -66,6 +67,7 @@ struct Report {
     leak_check: Option<LeakCheck>,
     compared: Vec<Compared>,
     predictions: PathBuf,
+    plot: Option<PathBuf>,
     peak_memory_bytes: u64,
     seconds: f64,
 }
@@ -181,6 +183,10 @@ impl DeviceJob for Evaluate<'_> {
         let (seconds, peak) = (started.elapsed().as_secs_f64(), peak_device_bytes::<B>(device));
         println!("done      in {seconds:.1} s, peak memory {}", bytes(peak));
         let Some(out) = &args.with.out else { return Ok(()) };
+        let plot = match (&assessment.calibration, &assessment.precision) {
+            (Some(calibration), Some(precision)) => Some(plot_confidence(out, calibration, precision)?),
+            _ => None,
+        };
         let report = Report {
             device: args.with.device.to_string(),
             model: args.with.model.model.clone(),
@@ -191,6 +197,7 @@ impl DeviceJob for Evaluate<'_> {
             leak_check,
             compared,
             predictions: write_predictions(out, &predictions)?,
+            plot,
             peak_memory_bytes: peak,
             seconds,
         };
