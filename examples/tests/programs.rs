@@ -146,6 +146,7 @@ fn an_evaluation_says_how_sure_it_is_and_compares_itself() {
     }
     assert_eq!(report["assessment"]["precision"]["at_70"]["n"], 28);
     assert_eq!(report["assessment"]["calibration"]["n"], 40);
+    assert!(fs::read_to_string(report["plot"].as_str().unwrap()).unwrap().starts_with("<svg"));
     let lines = fs::read_to_string(first.join("predictions.jsonl")).unwrap();
     let predictions: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let right = predictions.iter().filter(|prediction| prediction["exact_match"] == true).count();

@@ -14,8 +14,8 @@
 //! - **near** if the similarity is at least [`LeakOptions::near_same_answer`] and the answers agree, or at least
 //!   [`LeakOptions::near`] whatever they are.
 //!
-//! The condition on answers is there because the show asks after the same names again and again: "the first president
-//! to ..." and "the second president to ..." share most of their letters and are no copies.
+//! The condition on answers is there because clues follow patterns: "the largest lake in" some land and "the largest city
+//! in" it share most of their letters and are no copies.
 //!
 //! What it trades: shingles are kept as 22-bit hashes, so that tables are arrays; two that share a slot count as one.
 //! What it refuses: to miss a pair. Every training clue is looked at, and a pair is left out only where arithmetic forbids
@@ -374,15 +374,15 @@ mod tests {
         let train = [
             clue("This grey metal melts at 232 degrees Celsius and lines many cans", "tin"),
             clue("The Golden Lantern inn stands on this windy island", "Borrow"),
-            clue("A deer, a female deer", "doe"),
-            clue("Gerald Ford", "Spiro Agnew"),
+            clue("A lantern, a golden lantern", "inn sign"),
+            clue("Ann Other", "her brother"),
             clue("?!", "nothing"),
         ];
         let eval = [
             clue("this GREY metal melts at 232 degrees celsius & and lines many cans!", "Tin"),
             clue("On this windy island the Golden Lantern stands", "the Borrow"),
             clue("It orbits the sun every 88 days", "Mercury"),
-            clue("Gerald Ford", "Jimmy Carter"),
+            clue("Ann Other", "Borrow's mayor"),
             clue("?!", "nothing"),
             clue("Lines many grey cans", "zinc"),
         ];
