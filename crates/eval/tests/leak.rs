@@ -2,6 +2,7 @@
 //!
 //! A near copy is made in one of six ways, or in several at once (see [`near_copy`]). The real files are read where they
 //! lie beside the repository, and skipped with a line where they do not.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::path::PathBuf;
 use std::time::Instant;
