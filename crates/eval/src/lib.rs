@@ -5,13 +5,14 @@
 //! - [`triviaqa_exact_match`] and [`triviaqa_f1`] are the published script, for numbers that others can compare with;
 //! - [`exact_match`], [`f1`] and [`judge`] know the show as well: an answer may come as a question ("What is ...?"), and
 //!   a key may hold several answers ("(Thomas) Jefferson", "the sofa (or couch)"). They score as the published script
-//!   would that was given the answer without its phrasing and the key's answers as references, but for one thing: an
-//!   empty answer matches nothing.
+//!   would with the key's answers as references, the answer's first line taken with and without its phrasing, and the
+//!   better of the two counted; but an answer of nothing matches nothing, and what normalises to nothing ("A", "@") is
+//!   compared before its articles and marks are gone.
 //!
 //! The second judge trades strictness for what a host would rule: splitting a key at "or" can accept half of a name
 //! that holds the word.
 //!
-//! [`Assessment`] is all there is to say of one run: scores with intervals, by group ([`breakdown`]), phrasing,
+//! [`Assessment`] is all there is to say of one run: scores with intervals, by group ([`breakdown`](breakdown())), phrasing,
 //! [`calibration`](calibration()), [`precision_curve`] and what is left without leaked clues ([`find_leaks`]). [`compare`]
 //! tests two runs on the same clues.
 //!
