@@ -2,7 +2,7 @@
 
 use buzzer::data::Clue;
 use buzzer::eval::{Scores, judge};
-use buzzer::infer::{GenerateOptions, Sampling, generate};
+use buzzer::infer::{GenerateOptions, Sampling, generate_scored};
 use buzzer::kernels::KernelBackend;
 use buzzer::model::Llama;
 use buzzer::text::Renderer;
@@ -40,6 +40,8 @@ pub struct Answered {
     pub clue: Clue,
     /// The answer, trimmed; empty if the clue does not fit the model's context.
     pub answer: String,
+    /// Natural logarithm of its probability; none if the clue does not fit.
+    pub log_prob: Option<f64>,
 }
 
 impl AnswerArgs {
@@ -76,13 +78,14 @@ pub fn answer_clues<B: KernelBackend>(
     let mut places: Vec<usize> = (0..clues.len()).collect();
     places.retain(|&place| prompts[place].len() < model.config().max_position_embeddings);
     places.sort_by_key(|&place| prompts[place].len());
-    let empty = |clue: &Clue| Answered { clue: clue.clone(), answer: String::new() };
+    let empty = |clue: &Clue| Answered { clue: clue.clone(), answer: String::new(), log_prob: None };
     let mut answered: Vec<Answered> = clues.iter().map(empty).collect();
     let mut count = 0;
     for places in places.chunks(args.answer_batch as usize) {
         let batch: Vec<Vec<u32>> = places.iter().map(|&place| prompts[place].clone()).collect();
-        for (&place, ids) in places.iter().zip(generate(model, &batch, &options, |_, _| {})?) {
-            answered[place].answer = tokenizer.decode(&ids)?.trim().to_owned();
+        for (&place, said) in places.iter().zip(generate_scored(model, &batch, &options, |_, _| {})?) {
+            answered[place].answer = tokenizer.decode(&said.ids)?.trim().to_owned();
+            answered[place].log_prob = Some(said.log_prob);
         }
         count += places.len();
         done(count);

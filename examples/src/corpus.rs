@@ -5,11 +5,11 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use buzzer::data::{
-    Clue, Date, DropReason, Format, LossOn, PackOptions, PackReport, Packed, ReadOptions, Split, clean, pack,
-    read_clues, split,
+    CleanReport, Cleaned, Clue, Date, DropReason, Format, LossOn, PackOptions, PackReport, Packed,
+    ReadOptions, Split, clean, pack, read_clues, split,
 };
 use buzzer::text::{Fields, Renderer, show_masked};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use crate::Failure;
@@ -47,7 +47,10 @@ pub struct DataArgs {
     /// Hold out clues aired on this date or later (YYYY-MM-DD), instead of a share chosen by hash
     #[arg(long, value_name = "DATE", conflicts_with = "eval_fraction")]
     pub eval_from: Option<Date>,
-    /// Share of the clues to hold out, chosen by a hash of the question [default: 0.05; the sample is split by date]
+    /// How to choose the clues to hold out [default: hash; the sample is split by date]
+    #[arg(long, value_enum, conflicts_with = "eval_from")]
+    pub split: Option<SplitArg>,
+    /// Share of the clues to hold out [default: 0.05]
     #[arg(long, value_name = "SHARE")]
     pub eval_fraction: Option<f64>,
     /// Another seed holds out other clues
@@ -56,6 +59,15 @@ pub struct DataArgs {
     /// Judge at most so many of the clues held out
     #[arg(long, value_name = "N", default_value_t = 300)]
     pub eval_limit: usize,
+}
+
+/// A rule of [`Split`] that needs no date.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SplitArg {
+    /// By a hash of the question
+    Hash,
+    /// The clues aired last
+    AirDate,
 }
 
 /// How documents become rows.
@@ -86,6 +98,8 @@ pub struct CorpusReport {
     pub train: usize,
     /// Clues held out.
     pub held_out: usize,
+    /// The first air date among those held out, if they were chosen by date.
+    pub held_out_from: Option<Date>,
 }
 
 /// Packed rows, held-out clues, and the account.
@@ -116,13 +130,16 @@ impl DataArgs {
     }
 
     fn split(&self) -> Split {
+        let fraction = self.eval_fraction.unwrap_or(0.05);
         let sample_date = || {
-            let is_sample = self.data == Path::new(SAMPLE) && self.eval_fraction.is_none();
+            let is_sample =
+                self.data == Path::new(SAMPLE) && self.eval_fraction.is_none() && self.split.is_none();
             is_sample.then(|| SAMPLE_EVAL_FROM.parse().ok()).flatten()
         };
-        match self.eval_from.or_else(sample_date) {
-            Some(from) => Split::AirDate { from },
-            None => Split::Hash { fraction: self.eval_fraction.unwrap_or(0.05), seed: self.split_seed },
+        match (self.eval_from.or_else(sample_date), self.split) {
+            (Some(from), _) => Split::AirDate { from },
+            (None, Some(SplitArg::AirDate)) => Split::Latest { fraction },
+            (None, _) => Split::Hash { fraction, seed: self.split_seed },
         }
     }
 
@@ -131,17 +148,50 @@ impl DataArgs {
     /// # Errors
     /// If the file is missing or damaged, lacks a column, or cannot be split as asked.
     pub fn clues(&self) -> Result<(Vec<Clue>, Vec<Clue>, CorpusReport), Failure> {
-        let cleaned = clean(read_clues(&self.data, &self.read_options())?);
-        let (train, eval) = split(cleaned.clues, &self.split())?;
-        let report = CorpusReport {
-            file: self.data.clone(),
-            rows_read: cleaned.report.rows_read,
-            rows_kept: cleaned.report.rows_kept,
-            dropped: cleaned.report.dropped,
-            train: train.len(),
-            held_out: eval.len(),
-        };
+        let Cleaned { clues, report } = clean(read_clues(&self.data, &self.read_options())?);
+        let how = self.split();
+        let (train, eval) = split(clues, &how)?;
+        let by_date = !matches!(how, Split::Hash { .. } | Split::None);
+        let first_date = eval.iter().filter_map(|clue| clue.air_date).min();
+        let report = self.account(report, train.len(), eval.len(), first_date.filter(|_| by_date));
         Ok((train, eval, report))
+    }
+
+    /// Reads and cleans; every clue counts as held out.
+    ///
+    /// # Errors
+    /// If the file is missing or damaged, or lacks a column.
+    pub fn all_clues(&self) -> Result<(Vec<Clue>, CorpusReport), Failure> {
+        let Cleaned { clues, report } = clean(read_clues(&self.data, &self.read_options())?);
+        let report = self.account(report, 0, clues.len(), None);
+        Ok((clues, report))
+    }
+
+    /// All clues of another file, with the same names of columns.
+    ///
+    /// # Errors
+    /// As [`DataArgs::all_clues`].
+    pub fn clues_of(&self, file: &Path) -> Result<Vec<Clue>, Failure> {
+        let options = ReadOptions { format: None, limit: None, ..self.read_options() };
+        Ok(clean(read_clues(file, &options)?).clues)
+    }
+
+    fn account(
+        &self,
+        report: CleanReport,
+        train: usize,
+        held_out: usize,
+        held_out_from: Option<Date>,
+    ) -> CorpusReport {
+        CorpusReport {
+            file: self.data.clone(),
+            rows_read: report.rows_read,
+            rows_kept: report.rows_kept,
+            dropped: report.dropped,
+            train,
+            held_out,
+            held_out_from,
+        }
     }
 }
 
@@ -182,14 +232,16 @@ impl Corpus {
     /// The lines before every run: what was dropped, how rows came out, and one document with its loss mask.
     #[must_use]
     pub fn describe(&self, options: PackArgs) -> String {
-        let CorpusReport { file, rows_read, rows_kept, dropped, train, held_out } = &self.report;
+        let CorpusReport { file, rows_read, rows_kept, dropped, train, held_out, held_out_from } =
+            &self.report;
         let PackReport { rows, documents, tokens, loss_tokens, efficiency, longest, mean_len, .. } =
             self.train.report;
         let mut out = format!("data      {}: {rows_read} rows read, {rows_kept} kept", file.display());
         for (reason, count) in dropped {
             let _ = write!(out, ", {count} dropped ({reason})");
         }
-        let _ = writeln!(out, "; {train} train, {held_out} held out");
+        let since = held_out_from.map(|date| format!(", aired on {date} or later")).unwrap_or_default();
+        let _ = writeln!(out, "; {train} train, {held_out} held out{since}");
         let _ = writeln!(
             out,
             "packing   {}: {documents} documents in {rows} rows of {} ({:.1} % full), {tokens} tokens, {loss_tokens} of \

@@ -13,20 +13,28 @@ mod failure;
 mod model;
 mod output;
 mod planning;
+mod plots;
+mod predictions;
 mod recipe;
+mod verdict;
 
 pub mod programs;
 
 pub use answer::{AnswerArgs, Answered, answer_clues, judge_answers};
 pub use compare::{Answers, Comparison, Probe, Record, Spread};
-pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, build as build_corpus};
+pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, SplitArg, build as build_corpus};
 pub use failure::{Failure, finish};
 pub use model::{AnswererArgs, Base, ModelArgs, QuantizationArg, load_base};
 pub use output::{
-    available_memory_bytes, bytes, duration, next_run_dir, peak_device_bytes, peak_memory_bytes, read_json,
-    write_report,
+    available_memory_bytes, bytes, create, duration, next_run_dir, peak_device_bytes, peak_memory_bytes,
+    read_json, write_report,
 };
 pub use planning::{
     Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype, run_on,
 };
+pub use plots::plot_confidence;
+pub use predictions::{
+    Compared, EarlierRun, FoundLeak, Prediction, as_judged, read_predictions, write_predictions,
+};
 pub use recipe::{OptimizerArg, Preset, Recipe, RecipeArgs};
+pub use verdict::{describe_assessment, describe_comparison};

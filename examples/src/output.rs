@@ -53,7 +53,11 @@ pub fn next_run_dir(name: &str) -> Result<PathBuf, Failure> {
     Err(Failure::input("runs/ is full; choose a folder with --out"))
 }
 
-fn create(dir: &Path) -> Result<(), Failure> {
+/// Makes a folder for what a run writes, unless it is there.
+///
+/// # Errors
+/// If it cannot be made.
+pub fn create(dir: &Path) -> Result<(), Failure> {
     fs::create_dir_all(dir).map_err(|error| {
         Failure::input(format!("{}: {error}; choose another folder with --out", dir.display()))
     })

@@ -127,6 +127,93 @@ fn a_short_run_leaves_what_the_contract_promises() {
     succeeds("generate", &["--adapter", text(&adapter), "This city is the capital of France"]);
 }
 
+const JUDGED: [&str; 5] = ["--device", "cpu", "--eval-limit", "40", "--out"];
+
+#[test]
+fn an_evaluation_says_how_sure_it_is_and_compares_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let [first, second] = ["first", "second"].map(|name| dir.path().join(name));
+    let evaluate =
+        |out: &Path, more: &[&str]| succeeds("evaluate", &[&JUDGED[..], &[text(out)], more].concat());
+    let said = evaluate(&first, &[]);
+    for line in
+        ["result", "triviaqa", "phrasing", "leaks", "confident", "precision", "by round", "by category"]
+    {
+        assert!(said.lines().any(|said| said.starts_with(line)), "{line} is missing in {said}");
+    }
+    let report = json(&first.join("report.json"));
+    assert_eq!(report["eval"]["n"], 40);
+    assert_eq!(report["eval"]["exact_match"], report["assessment"]["all"]["exact_match"]);
+    for facet in ["round", "value", "decade", "answer_type", "category"] {
+        let groups = report["assessment"]["by"][facet].as_array().unwrap();
+        assert_eq!(groups.iter().map(|group| group["n"].as_u64().unwrap()).sum::<u64>(), 40, "{facet}");
+    }
+    assert_eq!(report["assessment"]["precision"]["at_70"]["n"], 28);
+    assert_eq!(report["assessment"]["calibration"]["n"], 40);
+    assert!(fs::read_to_string(report["plot"].as_str().unwrap()).unwrap().starts_with("<svg"));
+    let lines = fs::read_to_string(first.join("predictions.jsonl")).unwrap();
+    let predictions: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let right = predictions.iter().filter(|prediction| prediction["exact_match"] == true).count();
+    assert_eq!(predictions.len(), 40);
+    assert_eq!(report["eval"]["exact_match"].as_f64().unwrap(), right as f64 / 40.0);
+    assert!(predictions.iter().all(|prediction| prediction["log_prob"].as_f64().unwrap() < 0.0));
+    let leaked = predictions.iter().filter(|prediction| !prediction["leak"].is_null()).count() as u64;
+    let leaks = &report["assessment"]["leaks"];
+    assert_eq!(leaked, leaks["exact"].as_u64().unwrap() + leaks["near"].as_u64().unwrap());
+
+    let said = evaluate(&second, &["--by", "round", "--compare", text(&first)]);
+    assert!(said.contains("p = 1.0000") && !said.contains("by value"), "{said}");
+    let compared = &json(&second.join("report.json"))["compared"][0];
+    assert_eq!((&compared["n"], &compared["only_first"]), (&Value::from(40), &Value::from(0)));
+    assert_eq!(compared["both"].as_u64().unwrap(), right as u64);
+}
+
+#[test]
+fn clues_to_judge_may_come_from_a_file_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let sample = fs::read_to_string(root().join("datasets/sample/clues.csv")).unwrap();
+    let file = dir.path().join("own.csv");
+    fs::write(&file, sample.lines().take(9).collect::<Vec<_>>().join("\n")).unwrap();
+    let out = dir.path().join("out");
+    let all = ["--data", text(&file), "--all", "--device", "cpu"];
+    let said = succeeds("evaluate", &[&all[..], &["--out", text(&out)]].concat());
+    assert!(!said.contains("leaks"), "{said}");
+    assert_eq!(json(&out.join("report.json"))["eval"]["n"], 8);
+    let train = ["--train", "datasets/sample/clues.csv", "--out", text(&out)];
+    succeeds("evaluate", &[&all[..], &train].concat());
+    let report = json(&out.join("report.json"));
+    assert_eq!(report["assessment"]["leaks"]["exact"], 8);
+    assert_eq!(report["assessment"]["leaks"]["without_any"]["n"], 0);
+    assert_eq!(report["leak_check"]["clues"], 4056);
+}
+
+#[test]
+fn evaluations_that_make_no_sense_are_refused_before_any_answer() {
+    let sample = "datasets/sample/clues.csv";
+    refuses("evaluate", &["--train", sample], &["--train", sample, "not held out"]);
+    refuses("evaluate", &["--train", "no/such/file.csv"], &["no/such/file.csv"]);
+    refuses("evaluate", &["--by", "colour"], &["--by", "`colour`", "answer_type"]);
+    refuses("evaluate", &["--all", "--split", "air-date"], &["--all", "--split"]);
+    refuses("evaluate", &["--compare", "no/such/run"], &["predictions.jsonl", "--compare"]);
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("predictions.jsonl"), "{\"row\": 1}\n").unwrap();
+    refuses("evaluate", &["--compare", text(dir.path())], &["predictions.jsonl line 1", "category"]);
+    fs::write(dir.path().join("predictions.jsonl"), "").unwrap();
+    refuses("evaluate", &["--compare", text(dir.path())], &["no clue in common", "--eval-limit"]);
+}
+
+#[test]
+fn one_flag_holds_out_the_clues_aired_last() {
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["--split", "air-date", "--eval-fraction", "0.01", "--out", text(dir.path())];
+    succeeds("evaluate", &[&["--device", "cpu", "--eval-limit", "4"], &args[..]].concat());
+    let data = &json(&dir.path().join("report.json"))["data"];
+    let held_out = data["held_out"].as_u64().unwrap();
+    assert!((41..200).contains(&held_out), "{data}");
+    assert!(data["held_out_from"].as_str().unwrap() > "2006-06-01", "{data}");
+    refuses("evaluate", &["--split", "air-date", "--eval-from", "2006-01-01"], &["--split", "--eval-from"]);
+}
+
 #[test]
 fn the_same_seed_gives_the_same_adapter() {
     let dir = tempfile::tempdir().unwrap();

@@ -27,6 +27,11 @@ pub enum Split {
         /// First date of the held-out clues.
         from: Date,
     },
+    /// Clues of the latest dates are held out: whole days, as few of them as hold the fraction.
+    Latest {
+        /// From 0 up to, but not including, 1.
+        fraction: f64,
+    },
 }
 
 /// Training and evaluation clues, each in the order they came.
@@ -36,18 +41,15 @@ pub enum Split {
 /// training side always, the evaluation side when splitting by date.
 pub fn split(clues: Vec<Clue>, how: &Split) -> Result<(Vec<Clue>, Vec<Clue>), DataError> {
     let total = clues.len();
-    let (train, eval): (Vec<Clue>, Vec<Clue>) = match *how {
-        Split::None => return Ok((clues, Vec::new())),
+    let how = how.with_date(&clues)?;
+    let (train, eval): (Vec<Clue>, Vec<Clue>) = match how {
+        Split::None | Split::Latest { .. } => return Ok((clues, Vec::new())),
         Split::Hash { fraction, seed } => {
-            if !(0.0..1.0).contains(&fraction) {
-                return Err(DataError::BadFraction(fraction));
-            }
+            check(fraction)?;
             clues.into_iter().partition(|clue| unit(question_hash(&clue.question, seed)) >= fraction)
         }
         Split::AirDate { from } => {
-            if let Some(undated) = clues.iter().find(|clue| clue.air_date.is_none()) {
-                return Err(DataError::NoDate { row: undated.row });
-            }
+            dates(&clues)?;
             clues.into_iter().partition(|clue| clue.air_date.is_some_and(|date| date < from))
         }
     };
@@ -59,6 +61,30 @@ pub fn split(clues: Vec<Clue>, how: &Split) -> Result<(Vec<Clue>, Vec<Clue>), Da
         return empty("evaluation");
     }
     Ok((train, eval))
+}
+
+impl Split {
+    /// [`Split::Latest`] with its first date found, unless nothing is to be held out; anything else as it is.
+    fn with_date(self, clues: &[Clue]) -> Result<Self, DataError> {
+        let Self::Latest { fraction } = self else { return Ok(self) };
+        check(fraction)?;
+        let mut dates = dates(clues)?;
+        dates.sort_unstable();
+        let held_out = (fraction * dates.len() as f64).ceil() as usize;
+        let first = dates.len().checked_sub(held_out).and_then(|place| dates.get(place));
+        Ok(first.map_or(self, |&from| Self::AirDate { from }))
+    }
+}
+
+fn check(fraction: f64) -> Result<(), DataError> {
+    let possible = (0.0..1.0).contains(&fraction);
+    if possible { Ok(()) } else { Err(DataError::BadFraction(fraction)) }
+}
+
+/// The date of every clue.
+fn dates(clues: &[Clue]) -> Result<Vec<Date>, DataError> {
+    let dated = |clue: &Clue| clue.air_date.ok_or(DataError::NoDate { row: clue.row });
+    clues.iter().map(dated).collect()
 }
 
 /// FNV-1a over the question's letters and digits in lower case, then the finaliser of MurmurHash3.
@@ -135,11 +161,30 @@ mod tests {
     }
 
     #[test]
+    fn the_latest_days_are_held_out_whole() {
+        let latest = |fraction| split((0..100).map(clue).collect(), &Split::Latest { fraction });
+        // Ten clues a date, from 2000-01-01 to 2009-01-01.
+        for (fraction, held_out) in [(0.1, 10), (0.05, 10), (0.11, 20), (0.5, 50)] {
+            let (train, eval) = latest(fraction).unwrap();
+            assert_eq!((train.len(), eval.len()), (100 - held_out, held_out), "{fraction}");
+            let first = eval.iter().filter_map(|clue| clue.air_date).min().unwrap();
+            assert!(train.iter().all(|clue| clue.air_date < Some(first)));
+        }
+        assert_eq!(latest(0.0).unwrap().1.len(), 0);
+        assert!(latest(0.95).is_err(), "nothing is left to train on");
+        assert!(latest(1.0).is_err());
+    }
+
+    #[test]
     fn what_cannot_be_split_is_an_error() {
         let mut undated = clue(3);
         undated.air_date = None;
         let from = Date::new(2008, 1, 1).unwrap();
         let error = split(vec![clue(1), undated], &Split::AirDate { from }).unwrap_err();
+        assert!(error.to_string().contains("row 3"), "{error}");
+        let mut undated = clue(3);
+        undated.air_date = None;
+        let error = split(vec![clue(1), undated], &Split::Latest { fraction: 0.5 }).unwrap_err();
         assert!(error.to_string().contains("row 3"), "{error}");
         for fraction in [-0.1, 1.0, f64::NAN] {
             assert!(split(vec![clue(1)], &Split::Hash { fraction, seed: 0 }).is_err());

@@ -19,6 +19,13 @@ pub fn strip_show_form(answer: &str) -> &str {
     if body.is_empty() { line } else { body }
 }
 
+/// Whether an answer is phrased as the show asks for it: as a question about something ("What is gold?").
+#[must_use]
+pub fn in_show_form(answer: &str) -> bool {
+    let body = after_interrogative(first_line(answer));
+    body.is_some_and(|body| body.chars().any(char::is_alphanumeric))
+}
+
 /// The first line that holds anything, without white space around it.
 pub(crate) fn first_line(answer: &str) -> &str {
     answer.trim().lines().next().unwrap_or_default().trim_end()
@@ -264,6 +271,20 @@ mod tests {
         ];
         for (raw, want) in cases {
             assert_eq!(strip_show_form(raw), want, "{raw:?}");
+        }
+    }
+
+    #[test]
+    fn the_shows_form_is_told_from_others() {
+        for answer in
+            ["What is gold?", "who are The Beatles", "What's tin?", "Where is Peru?\nmore", "whats tin"]
+        {
+            assert!(in_show_form(answer), "{answer:?}");
+        }
+        for answer in
+            ["gold", "gold?", "What is ?", "Whose Line", "Who Framed Roger Rabbit", "", "tin\nWhat is tin?"]
+        {
+            assert!(!in_show_form(answer), "{answer:?}");
         }
     }
 

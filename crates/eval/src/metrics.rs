@@ -1,7 +1,8 @@
 //! Exact match and F1, each in the published form and in the show's.
 //!
-//! The published form takes one reference and gives an empty overlap 0, even of nothing with nothing. The show's form
-//! takes the best over what the key accepts. Both refuse partial credit for spelling. Scores are fractions, 0 to 1.
+//! Both take the best over several references: the published form over those it is given, the show's form over what a key
+//! accepts. The published F1 gives an empty overlap 0, even of nothing with nothing. Both refuse partial credit for
+//! spelling. Scores are fractions, 0 to 1, where the published script prints percent.
 
 use std::collections::HashMap;
 
@@ -21,23 +22,28 @@ pub struct Scores {
     pub n: usize,
 }
 
-/// Whether the two are equal once normalised: TriviaQA's exact match against one reference.
+/// Whether the prediction equals one of the references once both are normalised: TriviaQA's exact match.
+///
+/// With no reference nothing matches, where the published script fails.
 #[must_use]
-pub fn triviaqa_exact_match(prediction: &str, gold: &str) -> bool {
-    normalize(prediction) == normalize(gold)
+pub fn triviaqa_exact_match(prediction: &str, references: &[impl AsRef<str>]) -> bool {
+    let prediction = normalize(prediction);
+    references.iter().any(|reference| normalize(reference.as_ref()) == prediction)
 }
 
-/// Token F1 of the normalised texts, TriviaQA's against one reference: `2 p r / (p + r)`.
+/// The best token F1 of the normalised prediction over the references, TriviaQA's: `2 p r / (p + r)`.
 ///
 /// Tokens in common are counted as often as both hold them; precision p is their share of the prediction's tokens,
 /// recall r of the reference's. With none in common it is 0; so it is for two empty texts, which match exactly.
 #[must_use]
-pub fn triviaqa_f1(prediction: &str, gold: &str) -> f64 {
-    token_f1(&normalize(prediction), &normalize(gold))
+pub fn triviaqa_f1(prediction: &str, references: &[impl AsRef<str>]) -> f64 {
+    let prediction = normalize(prediction);
+    let score = |reference: &_| token_f1(&prediction, &normalize(AsRef::<str>::as_ref(reference)));
+    references.iter().map(score).fold(0.0, f64::max)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
-fn token_f1(prediction: &str, gold: &str) -> f64 {
+pub(crate) fn token_f1(prediction: &str, gold: &str) -> f64 {
     let mut left: HashMap<&str, usize> = HashMap::new();
     for token in gold.split_whitespace() {
         *left.entry(token).or_default() += 1;
@@ -98,12 +104,24 @@ pub fn f1(prediction: &str, gold: &str) -> f64 {
 }
 
 /// Judges pairs of (prediction, key) in the show's form and takes the means.
-#[expect(clippy::cast_precision_loss, reason = "the number of answers is far below 2^52")]
 pub fn judge<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Scores {
+    means(pairs.into_iter().map(|(prediction, gold)| (exact_match(prediction, gold), f1(prediction, gold))))
+}
+
+/// Judges pairs of (prediction, key) as TriviaQA's script would that knows the key as its only reference.
+pub fn triviaqa_judge<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Scores {
+    let score = |(prediction, gold): (&str, &str)| {
+        (triviaqa_exact_match(prediction, &[gold]), triviaqa_f1(prediction, &[gold]))
+    };
+    means(pairs.into_iter().map(score))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "the number of answers is far below 2^52")]
+fn means(scores: impl Iterator<Item = (bool, f64)>) -> Scores {
     let (mut matches, mut f1_sum, mut n) = (0_usize, 0.0, 0_usize);
-    for (prediction, gold) in pairs {
-        matches += usize::from(exact_match(prediction, gold));
-        f1_sum += f1(prediction, gold);
+    for (exact_match, f1) in scores {
+        matches += usize::from(exact_match);
+        f1_sum += f1;
         n += 1;
     }
     let count = n.max(1) as f64;
@@ -151,16 +169,30 @@ mod tests {
 
     #[test]
     fn f1_counts_tokens_as_often_as_both_hold_them() {
-        assert!((triviaqa_f1("new york new york", "new york") - 2.0 / 3.0).abs() < 1e-12);
-        assert!((triviaqa_f1("blue", "dark blue sea") - 0.5).abs() < 1e-12);
+        assert!((triviaqa_f1("new york new york", &["new york"]) - 2.0 / 3.0).abs() < 1e-12);
+        assert!((triviaqa_f1("blue", &["dark blue sea"]) - 0.5).abs() < 1e-12);
         assert!((f1("John Adams", "(John Quincy) Adams") - 0.8).abs() < 1e-12);
     }
 
     #[test]
     fn the_published_form_knows_no_show() {
-        assert!(!triviaqa_exact_match("What is the Nile?", "Nile"));
-        assert!(triviaqa_exact_match("The A", "an"));
-        assert!(triviaqa_f1("The A", "an").abs() < 1e-12);
+        assert!(!triviaqa_exact_match("What is the Nile?", &["Nile"]));
+        assert!(triviaqa_exact_match("The A", &["an"]));
+        assert!(triviaqa_f1("The A", &["an"]).abs() < 1e-12);
+        let pairs = [("What is gold?", "gold"), ("Jefferson", "(Thomas) Jefferson"), ("tin", "tin")];
+        let scores = triviaqa_judge(pairs);
+        assert_eq!((scores.exact_match, scores.n), (1.0 / 3.0, 3));
+        assert!((scores.f1 - (0.5 + 2.0 / 3.0 + 1.0) / 3.0).abs() < 1e-12);
+        assert!((judge(pairs).exact_match - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_best_reference_counts() {
+        let none: [&str; 0] = [];
+        assert!(!triviaqa_exact_match("", &none));
+        assert!(triviaqa_f1("gold", &none).abs() < 1e-12);
+        assert!(triviaqa_exact_match("gold", &["tin", "The Gold"]));
+        assert!((triviaqa_f1("dark blue", &["sea", "blue", "dark sea blue"]) - 0.8).abs() < 1e-12);
     }
 
     #[test]

@@ -20,22 +20,46 @@ pub struct GenerateOptions {
     pub stop: Vec<u32>,
 }
 
-/// Answers prompts together: the new token ids of each, without the token that ended it.
+/// An answer, and how likely the model held it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Generated {
+    /// The new token ids, without the one that ended them.
+    pub ids: Vec<u32>,
+    /// Natural logarithm of the probability of these tokens, and of the one that ended them if one did, before
+    /// temperature and filters.
+    pub log_prob: f64,
+}
+
+/// As [`generate_scored`], without the probabilities.
+///
+/// # Errors
+/// As there.
+pub fn generate<B: KernelBackend>(
+    model: &Llama<B>,
+    prompts: &[Vec<u32>],
+    options: &GenerateOptions,
+    on_token: impl FnMut(usize, u32),
+) -> Result<Vec<Vec<u32>>, InferError> {
+    let answers = generate_scored(model, prompts, options, on_token)?;
+    Ok(answers.into_iter().map(|answer| answer.ids).collect())
+}
+
+/// Answers prompts together: the new token ids of each, without the token that ended it, and their probability.
 ///
 /// `on_token` hears of every new token as it comes, with its prompt's place. Greedy answers do not depend on the batch
 /// but for rounding. An answer ends early where the model's context does.
 ///
 /// # Errors
 /// If a prompt is empty or leaves no room for an answer, a setting makes no sense, or the model gives NaN.
-pub fn generate<B: KernelBackend>(
+pub fn generate_scored<B: KernelBackend>(
     model: &Llama<B>,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
     mut on_token: impl FnMut(usize, u32),
-) -> Result<Vec<Vec<u32>>, InferError> {
+) -> Result<Vec<Generated>, InferError> {
     options.sampling.check()?;
     check(prompts, model.config().max_position_embeddings)?;
-    let mut answers = vec![Vec::new(); prompts.len()];
+    let mut answers = vec![Generated::default(); prompts.len()];
     if prompts.is_empty() || options.max_new_tokens == 0 {
         return Ok(answers);
     }
@@ -47,15 +71,17 @@ pub fn generate<B: KernelBackend>(
             if row.ended {
                 continue;
             }
-            let so_far = prompts[row.prompt].len() + answers[row.prompt].len();
+            let answer = &mut answers[row.prompt];
+            let so_far = prompts[row.prompt].len() + answer.ids.len();
             let next = row.sampler.next(logits);
             let next = next.ok_or(InferError::NotANumber { index: row.prompt, tokens: so_far })?;
+            answer.log_prob += log_prob(logits, next);
             row.ended = options.stop.contains(&next);
             if !row.ended {
-                answers[row.prompt].push(next);
+                answer.ids.push(next);
                 on_token(row.prompt, next);
                 row.last = next;
-                row.ended = answers[row.prompt].len() == options.max_new_tokens
+                row.ended = answer.ids.len() == options.max_new_tokens
                     || so_far + 1 == model.config().max_position_embeddings;
             }
         }
@@ -77,6 +103,13 @@ fn check(prompts: &[Vec<u32>], context: usize) -> Result<(), InferError> {
         }
     }
     Ok(())
+}
+
+/// Logarithm of a token's probability: its logit less the logarithm of the sum of all exponentials.
+fn log_prob(logits: &[f32], token: u32) -> f64 {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|logit| f64::from((logit - most).exp())).sum();
+    f64::from(logits[token as usize] - most) - sum.ln()
 }
 
 /// One row of the batch.
@@ -201,6 +234,30 @@ mod tests {
             let alone = generate(&model, std::slice::from_ref(prompt), &greedy(12), |_, _| {}).unwrap();
             assert_eq!(alone[0], *expected);
         }
+    }
+
+    #[test]
+    fn probabilities_are_those_of_the_whole_text() {
+        let model = model();
+        let prompts = [vec![1, 7, 9, 30, 2], vec![4]];
+        let whole = generate(&model, &prompts, &greedy(6), |_, _| {}).unwrap();
+        // A token that comes up only after the third place, so that the answer has four tokens and its end.
+        let stop = whole[0][4];
+        assert!(!whole[0][..4].contains(&stop));
+        let options = GenerateOptions { stop: vec![stop], ..greedy(6) };
+        let answer = generate_scored(&model, &prompts, &options, |_, _| {}).unwrap().swap_remove(0);
+        assert_eq!(answer.ids, whole[0][..4]);
+        let text: Vec<i32> = prompts[0].iter().chain(&whole[0][..5]).map(|&id| id as i32).collect();
+        let t = text.len();
+        let row = |values: Vec<i32>| Tensor::from_data(TensorData::new(values, [1, t]), &Default::default());
+        let context = BlockContext::rows(model.config(), row(vec![0; t]), row((0..t as i32).collect()));
+        let logits = model.logits(model.hidden(row(text.clone()), &context, None));
+        let log_probs: Vec<f32> =
+            burn::tensor::activation::log_softmax(logits, 1).into_data().iter::<f32>().collect();
+        let expected: f64 =
+            (4..t - 1).map(|place| f64::from(log_probs[place * 50 + text[place + 1] as usize])).sum();
+        assert!((answer.log_prob - expected).abs() < 1e-3, "{}, expected {expected}", answer.log_prob);
+        assert!(answer.log_prob < 0.0);
     }
 
     #[test]

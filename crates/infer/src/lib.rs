@@ -9,5 +9,5 @@ mod generate;
 mod sampling;
 
 pub use error::InferError;
-pub use generate::{GenerateOptions, generate};
+pub use generate::{GenerateOptions, Generated, generate, generate_scored};
 pub use sampling::{Sampler, Sampling};

@@ -1,17 +1,27 @@
 //! Answers held-out clues with a model, with or without an adapter, and judges the answers.
+//!
+//! It prints scores with their intervals, by group, with calibration and leaks, and can set the run beside earlier ones.
+//! With `--out` all of it goes into `report.json`, every answer into `predictions.jsonl`, and what confidence is worth into
+//! `confidence.svg`. It refuses to check leaks against the file the clues are held out from, since every one of them
+//! stands in it.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::{
-    AnswererArgs, DataArgs, Failure, answer_clues, bytes, finish, judge_answers, peak_device_bytes, run_on,
-    write_report,
+    Answered, AnswererArgs, Compared, CorpusReport, DataArgs, EarlierRun, Failure, FoundLeak, Prediction,
+    answer_clues, as_judged, bytes, create, describe_assessment, describe_comparison, finish, judge_answers,
+    peak_device_bytes, plot_confidence, run_on, write_predictions, write_report,
 };
 use buzzer::DeviceJob;
-use buzzer::eval::{Scores, exact_match};
+use buzzer::data::Clue;
+use buzzer::eval::{
+    Answer, AssessOptions, Assessment, ClueText, Facet, Leak, LeakOptions, Scores, find_leaks,
+};
 use buzzer::kernels::KernelBackend;
-use clap::Parser;
+use clap::{ArgAction, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -25,6 +35,24 @@ struct Args {
     data: DataArgs,
     #[command(flatten)]
     with: AnswererArgs,
+    /// Judge clues of the whole file instead of those held out
+    #[arg(long, conflicts_with_all = ["eval_from", "eval_fraction", "split"])]
+    all: bool,
+    /// Group scores by these: round, value, decade, answer_type, category [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    by: Vec<Facet>,
+    /// Name so many of the categories with the lowest scores
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    worst: usize,
+    /// Clues that a category must have to be among them
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    worst_least: usize,
+    /// Clue file that the model was trained on, to look for the judged clues in [default: the clues not held out]
+    #[arg(long, value_name = "FILE")]
+    train: Option<PathBuf>,
+    /// Folder or report.json of an earlier run over the same clues, to test whether this one differs; may be repeated
+    #[arg(long, value_name = "RUN", action = ArgAction::Append)]
+    compare: Vec<PathBuf>,
 }
 
 #[derive(Serialize)]
@@ -32,19 +60,27 @@ struct Report {
     device: String,
     model: PathBuf,
     adapter: Option<PathBuf>,
+    data: CorpusReport,
+    /// Scores of all answers, as `finetune` writes them.
     eval: Scores,
-    answers: Vec<Answer>,
+    assessment: Assessment,
+    leak_check: Option<LeakCheck>,
+    compared: Vec<Compared>,
+    predictions: PathBuf,
+    plot: Option<PathBuf>,
     peak_memory_bytes: u64,
     seconds: f64,
 }
 
+/// What the leak check looked at.
 #[derive(Serialize)]
-struct Answer {
-    row: u32,
-    question: String,
-    expected: String,
-    answer: String,
-    exact_match: bool,
+struct LeakCheck {
+    /// The file, if it was another one than the judged clues'.
+    train: Option<PathBuf>,
+    /// Its clues.
+    clues: usize,
+    options: LeakOptions,
+    seconds: f64,
 }
 
 /// Runs the program on the process's arguments.
@@ -52,6 +88,71 @@ struct Answer {
 pub fn main() -> ExitCode {
     let args = Args::parse();
     finish(run_on(args.with.device, Evaluate { args: &args }))
+}
+
+/// The clues to judge and those the model was trained on, as far as is known.
+struct Clues {
+    judged: Vec<Clue>,
+    train: Vec<Clue>,
+    report: CorpusReport,
+}
+
+impl Args {
+    fn clues(&self) -> Result<Clues, Failure> {
+        let (mut train, mut judged, report) = if self.all {
+            let (clues, report) = self.data.all_clues()?;
+            (Vec::new(), clues, report)
+        } else {
+            self.data.clues()?
+        };
+        if let Some(file) = &self.train {
+            if same_file(file, &self.data.data) {
+                let message = "is the file that the judged clues come from, so every one stands in it; leave --train away \
+                               to check against the clues that are not held out";
+                return Err(Failure::input(format!("--train {} {message}", file.display())));
+            }
+            train = self.data.clues_of(file)?;
+        }
+        judged.truncate(self.data.eval_limit);
+        Ok(Clues { judged, train, report })
+    }
+
+    fn assess_options(&self) -> AssessOptions {
+        let by = if self.by.is_empty() { Facet::ALL.to_vec() } else { self.by.clone() };
+        AssessOptions { by, worst_least: self.worst_least, worst_count: self.worst }
+    }
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    matches!((fs::canonicalize(a), fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
+}
+
+impl Clues {
+    /// Looks for the judged clues among those of training; nothing where no training clue is known.
+    fn find_leaks(&self, args: &Args) -> Option<(Vec<Option<Leak>>, LeakCheck)> {
+        if self.train.is_empty() {
+            return None;
+        }
+        let started = Instant::now();
+        let options = LeakOptions::default();
+        let leaks = find_leaks(&texts(&self.judged), &texts(&self.train), &options);
+        let seconds = started.elapsed().as_secs_f64();
+        Some((leaks, LeakCheck { train: args.train.clone(), clues: self.train.len(), options, seconds }))
+    }
+
+    /// The leak of every judged clue, with the training clue's row in its file.
+    fn found(&self, leaks: Option<&[Option<Leak>]>) -> Vec<Option<FoundLeak>> {
+        let found = |leak: &Leak| {
+            let &Leak { kind, train, similarity } = leak;
+            FoundLeak { kind, similarity, train_row: self.train[train].row }
+        };
+        let leak = |place: usize| leaks?[place].as_ref().map(found);
+        (0..self.judged.len()).map(leak).collect()
+    }
+}
+
+fn texts(clues: &[Clue]) -> Vec<ClueText<'_>> {
+    clues.iter().map(|Clue { question, answer, .. }| ClueText { question, answer }).collect()
 }
 
 struct Evaluate<'a> {
@@ -64,42 +165,55 @@ impl DeviceJob for Evaluate<'_> {
     fn run<B: KernelBackend>(self, device: &B::Device) -> Result<(), Failure> {
         let started = Instant::now();
         let args = self.args;
-        let (_, mut clues, _) = args.data.clues()?;
-        clues.truncate(args.data.eval_limit);
-        let (model, renderer) = args.with.load::<B>(device)?;
-        let style = ProgressStyle::with_template("answering {bar:30} {pos}/{len}  {eta} left")?;
-        let bar = ProgressBar::new(clues.len() as u64).with_style(style);
-        let answered = answer_clues(&model, &renderer, &clues, &args.with.answer, |count| {
-            bar.set_position(count as u64)
-        })?;
-        bar.finish_and_clear();
-        let scores = judge_answers(&answered);
-        let seconds = started.elapsed().as_secs_f64();
-        println!(
-            "result    exact match {:.1} %, F1 {:.1} % on {} clues in {seconds:.1} s, peak memory {}",
-            100.0 * scores.exact_match,
-            100.0 * scores.f1,
-            scores.n,
-            bytes(peak_device_bytes::<B>(device))
-        );
+        let clues = args.clues()?;
+        let open = |run: &PathBuf| EarlierRun::open(run, &clues.judged);
+        let earlier = args.compare.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        args.with.out.as_deref().map(create).transpose()?;
+        let (leaks, leak_check) = clues.find_leaks(args).unzip();
+        let answered = self.answer::<B>(&clues.judged, device)?;
+        let answers: Vec<Answer<'_>> = answered.iter().map(as_judged).collect();
+        let assessment = Assessment::of(&answers, leaks.as_deref(), &args.assess_options());
+        println!("{}", describe_assessment(&assessment, args.worst_least));
+        let eval = judge_answers(&answered);
+        let found = clues.found(leaks.as_deref());
+        let predictions: Vec<Prediction> =
+            answered.into_iter().zip(found).map(|(answered, leak)| Prediction::new(answered, leak)).collect();
+        let compared: Vec<Compared> = earlier.iter().map(|run| run.compare(&predictions)).collect();
+        compared.iter().for_each(|compared| println!("{}", describe_comparison(compared)));
+        let (seconds, peak) = (started.elapsed().as_secs_f64(), peak_device_bytes::<B>(device));
+        println!("done      in {seconds:.1} s, peak memory {}", bytes(peak));
         let Some(out) = &args.with.out else { return Ok(()) };
-        let answer = |answered: crate::Answered| Answer {
-            row: answered.clue.row,
-            exact_match: exact_match(&answered.answer, &answered.clue.answer),
-            question: answered.clue.question,
-            expected: answered.clue.answer,
-            answer: answered.answer,
+        let plot = match (&assessment.calibration, &assessment.precision) {
+            (Some(calibration), Some(precision)) => Some(plot_confidence(out, calibration, precision)?),
+            _ => None,
         };
         let report = Report {
             device: args.with.device.to_string(),
             model: args.with.model.model.clone(),
             adapter: args.with.adapter.clone(),
-            eval: scores,
-            answers: answered.into_iter().map(answer).collect(),
-            peak_memory_bytes: peak_device_bytes::<B>(device),
+            data: clues.report,
+            eval,
+            assessment,
+            leak_check,
+            compared,
+            predictions: write_predictions(out, &predictions)?,
+            plot,
+            peak_memory_bytes: peak,
             seconds,
         };
-        println!("written   {}", write_report(out, &report)?.display());
+        println!("written   {} and {}", report.predictions.display(), write_report(out, &report)?.display());
         Ok(())
+    }
+}
+
+impl Evaluate<'_> {
+    fn answer<B: KernelBackend>(&self, clues: &[Clue], device: &B::Device) -> Result<Vec<Answered>, Failure> {
+        let (model, renderer) = self.args.with.load::<B>(device)?;
+        let style = ProgressStyle::with_template("answering {bar:30} {pos}/{len}  {eta} left")?;
+        let bar = ProgressBar::new(clues.len() as u64).with_style(style);
+        let done = |count: usize| bar.set_position(count as u64);
+        let answered = answer_clues(&model, &renderer, clues, &self.args.with.answer, done)?;
+        bar.finish_and_clear();
+        Ok(answered)
     }
 }

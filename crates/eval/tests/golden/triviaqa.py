@@ -1,4 +1,4 @@
-"""Writes triviaqa.json: invented answer pairs with TriviaQA's exact match and F1.
+"""Writes triviaqa.json: 1,000 invented answers, each with its references and TriviaQA's exact match and F1.
 
 What it is for: an oracle in another language for `crates/eval/tests/triviaqa.rs`, on Python's own `re`, `str.lower` and
 `str.split`. What it trades: it follows the algorithm published with TriviaQA (Joshi et al., 2017) step by step but is
@@ -31,6 +31,16 @@ def f1(prediction, gold):
     return 2 * precision * recall / (precision + recall)
 
 
+def best(score, answer, references):
+    """TriviaQA judges against every alias of a question and keeps the highest score."""
+    return max(score(answer, reference) for reference in references)
+
+
+def exact_match(answer, reference):
+    return normal(answer) == normal(reference)
+
+
+# One reference each.
 EDGES = [
     ("", ""), ("", "gold"), ("gold", ""), ("the", "a"), ("A", "A"), ("?!", ""), ("the", ""), (" ", "\t\n"),
     ("The Who", "who"), ("An_Apple", "apple"), ("snow_white", "Snow White"), ("U.S.A.", "USA"), ("U.S.A.", "u s"),
@@ -57,14 +67,29 @@ def twist(rng, text):
     return rng.choice([str.upper, str.title, str.lower])(" ".join(cut + rng.choices(WORDS, k=rng.randint(0, 2))))
 
 
+# Several references: the best counts, wherever it stands, and a reference that normalises to nothing is one too.
+SEVERAL = [
+    ("gold", ["tin", "gold"]), ("gold", ["gold", "tin"]), ("the", ["gold", ""]), ("", ["gold", "!"]), ("x", ["", ""]),
+    ("dark blue sea", ["blue", "dark blue", "sea of dark blue"]), ("b c", ["b", "c", "b c d"]), ("tin", ["zinc", "lead"]),
+    ("new york", ["york new", "new york new york"]), ("An_Apple", ["pear", "apple!", "the apple"]),
+]
+
+
+def aliases(rng, gold):
+    return [gold] + [twist(rng, gold) if rng.random() < 0.5 else phrase(rng) for _ in range(rng.randint(0, 3))]
+
+
 def main():
     rng = random.Random(2017)
-    pairs = list(EDGES)
-    while len(pairs) < 320:
+    cases = [(prediction, [gold]) for prediction, gold in EDGES] + SEVERAL
+    while len(cases) < 1000:
         gold = phrase(rng)
-        pairs.append((twist(rng, gold) if rng.random() < 0.8 else phrase(rng), gold))
-    keys = ("prediction", "gold", "normal_prediction", "normal_gold", "exact_match", "f1")
-    rows = [(p, g, normal(p), normal(g), normal(p) == normal(g), f1(p, g)) for p, g in pairs]
+        prediction = twist(rng, gold) if rng.random() < 0.8 else phrase(rng)
+        references = aliases(rng, gold)
+        rng.shuffle(references)
+        cases.append((prediction, references))
+    keys = ("prediction", "references", "normal_prediction", "exact_match", "f1")
+    rows = [(p, r, normal(p), best(exact_match, p, r), float(best(f1, p, r))) for p, r in cases]
     lines = ",\n".join(json.dumps(dict(zip(keys, row)), ensure_ascii=False) for row in rows)
     path = pathlib.Path(__file__).with_name("triviaqa.json")
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
