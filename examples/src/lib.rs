@@ -16,7 +16,7 @@ mod recipe;
 
 pub mod programs;
 
-pub use answer::{AnswerArgs, Answered, answer_clues, judge_answers};
+pub use answer::{AnswerArgs, Answered, answer_clues, answer_text, judge_answers};
 pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, build as build_corpus};
 pub use failure::{Failure, finish};
 pub use model::{AnswererArgs, Base, ModelArgs, QuantizationArg, load_base};
