@@ -118,7 +118,7 @@ impl<B: KernelBackend> Engine<B> {
         }
         let cache = PagedCache::new(config, pages, settings.page_tokens, model.dtype(), &model.device());
         Ok(Self {
-            adapters: vec![(String::new(), model.lora_set())],
+            adapters: vec![(String::new(), model.lora_set().cast(model.dtype()))],
             model,
             tokenizer: None,
             settings,
@@ -157,7 +157,7 @@ impl<B: KernelBackend> Engine<B> {
             let choose = "a name that no other adapter of this engine has";
             return Err(InferError::Setting { flag: "adapter", found: format!("`{name}`"), choose });
         }
-        self.adapters.push((name, loras));
+        self.adapters.push((name, loras.cast(self.model.dtype())));
         Ok(())
     }
 

@@ -26,8 +26,7 @@
 //! attach_adapter(&mut model, &Adapter::read(adapter)?, adapter)?;
 //! let renderer = Renderer::new(Tokenizer::from_file(base)?, Template::Question);
 //! let mut engine = Engine::new(model, EngineSettings::default())?.with_tokenizer(renderer.tokenizer().clone());
-//! let prompt = renderer.prompt("", "This city is the capital of France")?;
-//! for event in engine.stream(Request::new(prompt).with_max_new_tokens(24))? {
+//! for event in engine.stream(Request::new(renderer.prompt("", "This city is the capital of France")?))? {
 //!     print!("{}", event?.text());
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())

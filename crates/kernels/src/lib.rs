@@ -73,6 +73,9 @@ pub use device::Cube;
 #[cfg(feature = "cubecl")]
 pub use product::ProductRuntime;
 
+/// Burn's backend for the processor.
+pub type Cpu = burn_flex::Flex;
+
 /// Burn's CUDA backend without `fusion`.
 #[cfg(feature = "cuda")]
 pub type Cuda = Cube<cubecl::cuda::CudaRuntime>;

@@ -111,6 +111,14 @@ impl<B: Backend> LoraSet<B> {
         self.layers.len()
     }
 
+    /// The same with factors in another dtype, so that they need not be converted each time they are used.
+    #[must_use]
+    pub fn cast(&self, dtype: DType) -> Self {
+        let lora = |lora: &Lora<B>| Lora::new(lora.a.val().cast(dtype), lora.b.val().cast(dtype), lora.scale);
+        let layer = |layer: &[Option<Lora<B>>; 7]| layer.each_ref().map(|own| own.as_ref().map(lora));
+        Self { layers: self.layers.iter().map(layer).collect() }
+    }
+
     /// Whether nothing is corrected.
     #[must_use]
     pub fn is_none(&self) -> bool {

@@ -13,6 +13,8 @@
 //! Bytes moved for a token with s places before it: 2 s g k elements read. The reference gathers the pages of all sequences
 //! and runs attention isolated by document, one document a sequence.
 
+#[cfg(feature = "cubecl")]
+pub(crate) mod cube;
 mod host;
 
 use std::cell::OnceCell;
@@ -55,6 +57,22 @@ pub struct PagedIndex<B: Backend> {
     page_tokens: usize,
     device: B::Device,
     gathered: OnceCell<Gathered<B>>,
+    #[cfg(feature = "cubecl")]
+    tables: OnceCell<Tables<B>>,
+}
+
+/// Where everything lies, for a device to look up.
+#[cfg(feature = "cubecl")]
+#[derive(Clone, Debug)]
+pub(crate) struct Tables<B: Backend> {
+    /// The place of each row `[n]`; then the lengths of the sequences of one row `[m]` that come first; then their pages `[m, p]`.
+    pub(crate) numbers: Tensor<B, 1, Int>,
+    /// m.
+    pub(crate) singles: usize,
+    /// p: a power of two.
+    pub(crate) pages: usize,
+    /// The longest of those sequences.
+    pub(crate) longest: usize,
 }
 
 /// The pages of some sequences, one after the other, as keys of an attention isolated by document.
@@ -95,7 +113,14 @@ impl<B: Backend> PagedIndex<B> {
                 pages.len()
             );
         }
-        Self { sequences, page_tokens, device: device.clone(), gathered: OnceCell::new() }
+        Self {
+            sequences,
+            page_tokens,
+            device: device.clone(),
+            gathered: OnceCell::new(),
+            #[cfg(feature = "cubecl")]
+            tables: OnceCell::new(),
+        }
     }
 
     /// The sequences.
@@ -153,6 +178,30 @@ impl<B: Backend> PagedIndex<B> {
     /// how many those are.
     pub fn gathered(&self, after: usize) -> &Gathered<B> {
         self.gathered.get_or_init(|| self.gather(after))
+    }
+
+    #[cfg(feature = "cubecl")]
+    pub(crate) fn tables(&self) -> &Tables<B> {
+        self.tables.get_or_init(|| {
+            let places = self.each_row().map(|(sequence, position)| sequence.place(position, self.page_tokens));
+            let mut numbers: Vec<i32> = places.map(|place| place as i32).collect();
+            let singles = self.sequences.iter().take_while(|sequence| sequence.rows == 1);
+            let singles = &self.sequences[..singles.count()];
+            let used = |sequence: &PagedSequence| sequence.length.div_ceil(self.page_tokens);
+            let pages = singles.iter().map(used).max().unwrap_or(0).next_power_of_two();
+            numbers.extend(singles.iter().map(|sequence| sequence.length as i32));
+            for sequence in singles {
+                let own = sequence.pages[..used(sequence)].iter().map(|&page| page as i32);
+                numbers.extend(own.chain(std::iter::repeat(SCRATCH_PAGE as i32)).take(pages));
+            }
+            let count = numbers.len();
+            Tables {
+                numbers: Tensor::from_data(TensorData::new(numbers, [count]), &self.device),
+                singles: singles.len(),
+                pages,
+                longest: singles.iter().map(|sequence| sequence.length).max().unwrap_or(0),
+            }
+        })
     }
 
     fn gather(&self, after: usize) -> Gathered<B> {
