@@ -63,6 +63,9 @@ pub enum BenchError {
     /// The tokenizer.
     #[error(transparent)]
     Text(#[from] buzzer::text::TextError),
+    /// A request.
+    #[error(transparent)]
+    Infer(#[from] buzzer::infer::InferError),
     /// A training step.
     #[error(transparent)]
     Train(#[from] buzzer::train::TrainError),

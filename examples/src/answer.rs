@@ -2,13 +2,16 @@
 
 use buzzer::data::Clue;
 use buzzer::eval::{Scores, judge};
-use buzzer::infer::{GenerateOptions, Sampling, generate_scored};
+use buzzer::infer::{Answer, Engine, EngineSettings, Event, FinishReason, InferError, Request, Sampling};
 use buzzer::kernels::KernelBackend;
-use buzzer::model::Llama;
+use buzzer::model::{Llama, PagedCache};
 use buzzer::text::Renderer;
 use clap::Args;
 
 use crate::Failure;
+
+/// Tokens of a page of the cache.
+const PAGE_TOKENS: usize = 16;
 
 /// How to answer.
 #[derive(Args, Clone, Copy, Debug)]
@@ -25,9 +28,18 @@ pub struct AnswerArgs {
     /// Choose among the likeliest tokens that together have this probability
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     pub top_p: f64,
-    /// Seed of sampled answers
+    /// Choose among tokens with at least this share of the likeliest one's probability; 0 for all
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub min_p: f64,
+    /// Make tokens that were there before less likely by this factor; 1 for no penalty
+    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    pub repetition_penalty: f64,
+    /// Seed of sampled answers; each clue of a file has one of its own
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub sample_seed: u64,
+    /// GiB for keys and values at most
+    #[arg(long, value_name = "GIB", default_value_t = 4.0)]
+    pub cache_limit: f64,
     /// Clues answered together
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub answer_batch: u32,
@@ -45,22 +57,54 @@ pub struct Answered {
 }
 
 impl AnswerArgs {
-    /// The options of the engine.
+    /// An engine for prompts of at most so many tokens; its cache is no larger than they need.
+    ///
+    /// # Errors
+    /// If the cache would hold nothing.
+    pub fn engine<B: KernelBackend>(
+        &self,
+        model: &Llama<B>,
+        renderer: &Renderer,
+        longest_prompt: usize,
+    ) -> Result<Engine<B>, Failure> {
+        let max_batch = self.answer_batch as usize;
+        let tokens =
+            longest_prompt.saturating_add(self.max_new_tokens).min(model.config().max_position_embeddings);
+        let page = PagedCache::<B>::page_bytes(model.config(), PAGE_TOKENS, model.dtype());
+        // One page belongs to no clue.
+        let needed = page * (max_batch * tokens.div_ceil(PAGE_TOKENS) + 1);
+        let limit = (self.cache_limit * (1_u64 << 30) as f64) as usize;
+        let settings = EngineSettings {
+            budget_bytes: needed.min(limit),
+            page_tokens: PAGE_TOKENS,
+            max_batch,
+            ..EngineSettings::default()
+        };
+        let engine = Engine::new(model.clone(), settings).map_err(|error| match error {
+            InferError::BudgetTooSmall { .. } => {
+                Failure::input(format!("--cache-limit {}: {error}", self.cache_limit))
+            }
+            error => error.into(),
+        })?;
+        Ok(engine.with_tokenizer(renderer.tokenizer().clone()))
+    }
+
+    /// A request; `number` is the clue's, for its seed.
     #[must_use]
-    pub fn options(&self, eos: u32) -> GenerateOptions {
+    pub fn request(&self, prompt: Vec<u32>, number: u64) -> Request {
         let sampling = Sampling {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
-            seed: self.sample_seed,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.sample_seed.wrapping_add(number),
         };
-        GenerateOptions { max_new_tokens: self.max_new_tokens, sampling, stop: vec![eos] }
+        Request::new(prompt).with_max_new_tokens(self.max_new_tokens).with_sampling(sampling)
     }
 }
 
-/// Answers clues; `done` hears after every batch how many are answered.
-///
-/// Clues of like length go into one batch, since a batch is as long as its longest prompt.
+/// Answers clues; `done` hears after every answer how many there are.
 ///
 /// # Errors
 /// If a clue cannot be tokenized, a setting makes no sense, or the model gives NaN.
@@ -71,26 +115,41 @@ pub fn answer_clues<B: KernelBackend>(
     args: &AnswerArgs,
     mut done: impl FnMut(usize),
 ) -> Result<Vec<Answered>, Failure> {
-    let tokenizer = renderer.tokenizer();
-    let options = args.options(tokenizer.eos_id());
     let prompt = |clue: &Clue| renderer.prompt(&clue.category, &clue.question);
     let prompts = clues.iter().map(prompt).collect::<Result<Vec<_>, _>>()?;
-    let mut places: Vec<usize> = (0..clues.len()).collect();
-    places.retain(|&place| prompts[place].len() < model.config().max_position_embeddings);
-    places.sort_by_key(|&place| prompts[place].len());
+    let context = model.config().max_position_embeddings;
+    let places: Vec<usize> = (0..clues.len()).filter(|&place| prompts[place].len() < context).collect();
+    let longest = places.iter().map(|&place| prompts[place].len()).max().unwrap_or(0);
     let empty = |clue: &Clue| Answered { clue: clue.clone(), answer: String::new(), log_prob: None };
     let mut answered: Vec<Answered> = clues.iter().map(empty).collect();
+    let requests = places.iter().map(|&place| {
+        let request = args.request(prompts[place].clone(), place as u64);
+        Request { log_probs: Some(0), ..request }
+    });
     let mut count = 0;
-    for places in places.chunks(args.answer_batch as usize) {
-        let batch: Vec<Vec<u32>> = places.iter().map(|&place| prompts[place].clone()).collect();
-        for (&place, said) in places.iter().zip(generate_scored(model, &batch, &options, |_, _| {})?) {
-            answered[place].answer = tokenizer.decode(&said.ids)?.trim().to_owned();
-            answered[place].log_prob = Some(said.log_prob);
+    let answers = args.engine(model, renderer, longest)?.complete(requests, |_, event| {
+        if matches!(event, Event::Finished { .. }) {
+            count += 1;
+            done(count);
         }
-        count += places.len();
-        done(count);
+    })?;
+    for (&place, answer) in places.iter().zip(answers) {
+        answered[place].answer = answer_text(&answer)?.to_owned();
+        answered[place].log_prob = Some(answer.log_prob());
     }
     Ok(answered)
+}
+
+/// The text of an answer, trimmed.
+///
+/// # Errors
+/// If the model gave NaN.
+pub fn answer_text(answer: &Answer) -> Result<&str, Failure> {
+    if answer.reason == FinishReason::NotANumber {
+        let tokens = answer.usage.prompt_tokens + answer.usage.new_tokens;
+        return Err(InferError::NotANumber { tokens }.into());
+    }
+    Ok(answer.text.trim())
 }
 
 /// Exact match and F1 of answers.

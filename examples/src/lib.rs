@@ -20,7 +20,7 @@ mod verdict;
 
 pub mod programs;
 
-pub use answer::{AnswerArgs, Answered, answer_clues, judge_answers};
+pub use answer::{AnswerArgs, Answered, answer_clues, answer_text, judge_answers};
 pub use compare::{Answers, Comparison, Probe, Record, Spread};
 pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, SplitArg, build as build_corpus};
 pub use failure::{Failure, finish};

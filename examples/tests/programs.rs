@@ -491,6 +491,9 @@ fn flags_that_make_no_sense_are_named() {
     refuses("finetune", &["--device", "cuda"], &["cuda"]);
     refuses("finetune", &["--packing", "tight"], &["--packing", "isolated"]);
     refuses("generate", &["--top-p", "0", "clue"], &["--top-p"]);
+    refuses("generate", &["--min-p", "2", "clue"], &["--min-p"]);
+    refuses("generate", &["--repetition-penalty", "0", "clue"], &["--repetition-penalty"]);
+    refuses("generate", &["--device", "cpu", "--cache-limit", "0", "clue"], &["--cache-limit", "bytes"]);
     refuses("generate", &["--adapter", "no/such/adapter", "clue"], &["no/such/adapter", "--adapter"]);
     refuses("generate", &["--file", "no/such/file", "x"], &["--file"]);
 }

@@ -1,7 +1,7 @@
 //! The extension trait: every operation of this crate as a method of the backend.
 //!
 //! A default body is the reference. The CPU backend replaces only what is memory traffic rather than arithmetic
-//! (unpacking four-bit codes); backends with kernels of their own replace more.
+//! (unpacking four-bit codes, keys and values in pages); backends with kernels of their own replace more.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
@@ -10,8 +10,9 @@ use burn_flex::Flex;
 use crate::nf4::Nf4Tensor;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
-    Heads, InputGradient, LinearPart, Projection, RotaryAngles, SpaciousRows, Spent, adamw, attention,
-    cross_entropy, nf4, qlora_linear, rms_norm, rotary, swiglu,
+    FrozenWeight, Heads, InputGradient, LinearPart, PagedIndex, Pages, Projection, RotaryAngles, RowGroup,
+    SpaciousRows, Spent, adamw, attention, cross_entropy, grouped_linear, nf4, paged_attention, qlora_linear,
+    rms_norm, rotary, swiglu,
 };
 
 /// Burn's `Backend` and the operations of QLoRA training.
@@ -163,6 +164,39 @@ pub trait KernelBackend: Backend {
         attention::of_rows(rows, heads, index).0
     }
 
+    /// [`Self::qlora_linear`] without dropout of rows that belong to several adapters, added to `residual` `[n, Σ out]` if there is
+    /// one; see [`grouped_linear`].
+    fn grouped_linear(
+        x: Tensor<Self, 2>,
+        weights: &[FrozenWeight<Self>],
+        groups: &[RowGroup<Self>],
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        grouped_linear::reference(x, weights, groups, residual)
+    }
+
+    /// Turns joined rows `[n, (h + 2 g) k]` by their positions and puts keys and values into their pages; gives the queries
+    /// `[n, h k]`. See [`paged_attention`].
+    fn paged_store(
+        rows: Tensor<Self, 2>,
+        angles: &RotaryAngles<Self>,
+        heads: Heads,
+        pages: &mut Pages<Self>,
+        index: &PagedIndex<Self>,
+    ) -> Tensor<Self, 2> {
+        paged_attention::store(rows, angles, heads, pages, index)
+    }
+
+    /// Attention of queries `[n, h k]` over the pages of their sequences, to `[n, h k]`; see [`paged_attention`].
+    fn paged_attention(
+        q: Tensor<Self, 2>,
+        heads: Heads,
+        pages: &Pages<Self>,
+        index: &PagedIndex<Self>,
+    ) -> Tensor<Self, 2> {
+        paged_attention::reference(q, heads, pages, index)
+    }
+
     /// `silu(gate) · up` of joined rows `[n, 2 f]`, to `[n, f]`; see [`swiglu`].
     fn swiglu(gate_up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         swiglu::reference(gate_up)
@@ -243,5 +277,27 @@ impl KernelBackend for Flex {
         nf4::unpack_on_host(weight, &mut values);
         let device = weight.device();
         Tensor::<Self, 2>::from_data(TensorData::new(values, dims), &device).cast(dtype)
+    }
+
+    /// On the host, keys and values are read and written where they lie.
+    fn paged_store(
+        rows: Tensor<Self, 2>,
+        angles: &RotaryAngles<Self>,
+        heads: Heads,
+        pages: &mut Pages<Self>,
+        index: &PagedIndex<Self>,
+    ) -> Tensor<Self, 2> {
+        paged_attention::store_on_host(rows, angles, heads, pages, index)
+            .unwrap_or_else(|rows| paged_attention::store(rows, angles, heads, pages, index))
+    }
+
+    fn paged_attention(
+        q: Tensor<Self, 2>,
+        heads: Heads,
+        pages: &Pages<Self>,
+        index: &PagedIndex<Self>,
+    ) -> Tensor<Self, 2> {
+        paged_attention::attend_on_host(&q, heads, pages, index)
+            .unwrap_or_else(|| paged_attention::reference(q, heads, pages, index))
     }
 }

@@ -7,8 +7,9 @@ use crate::device::{Cube, int_primitive, primitive, tensor};
 use crate::product::ProductRuntime;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
-    InputGradient, KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, SpaciousRows, Spent,
-    adamw, attention, cross_entropy, dropout, nf4, qlora_linear, rms_norm, rotary, swiglu,
+    FrozenWeight, Heads, InputGradient, KernelBackend, LinearPart, Nf4Tensor, PagedIndex, Pages, Projection,
+    RotaryAngles, RowGroup, SpaciousRows, Spent, adamw, attention, cross_entropy, dropout, grouped_linear,
+    nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
@@ -120,6 +121,39 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         let Some(log_sum) = attended.log_sum else { return attention::backward(qkv, index, grad) };
         let ([q, k, v], o) = (qkv.map(primitive), primitive(attended.o));
         tensor(attention::device::backward(q, k, v, o, primitive(log_sum), primitive(grad), tokens(index)))
+    }
+
+    fn grouped_linear(
+        x: Tensor<Self, 2>,
+        weights: &[FrozenWeight<Self>],
+        groups: &[RowGroup<Self>],
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        if !grouped_linear::few_rows::fits(x.dims()[0], weights) {
+            return grouped_linear::reference(x, weights, groups, residual);
+        }
+        grouped_linear::by_groups(x.clone(), weights, groups, |loras| {
+            grouped_linear::few_rows::forward(x, weights, loras, residual)
+        })
+    }
+
+    fn paged_store(
+        rows: Tensor<Self, 2>,
+        angles: &RotaryAngles<Self>,
+        heads: Heads,
+        pages: &mut Pages<Self>,
+        index: &PagedIndex<Self>,
+    ) -> Tensor<Self, 2> {
+        paged_attention::cube::store(rows, angles, heads, pages, index)
+    }
+
+    fn paged_attention(
+        q: Tensor<Self, 2>,
+        heads: Heads,
+        pages: &Pages<Self>,
+        index: &PagedIndex<Self>,
+    ) -> Tensor<Self, 2> {
+        paged_attention::cube::attend(q, heads, pages, index)
     }
 
     fn swiglu(gate_up: Tensor<Self, 2>) -> Tensor<Self, 2> {

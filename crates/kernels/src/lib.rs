@@ -24,7 +24,9 @@ pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
 pub mod dropout;
+pub mod grouped_linear;
 pub mod nf4;
+pub mod paged_attention;
 pub mod qlora_linear;
 pub mod rms_norm;
 pub mod rotary;
@@ -50,7 +52,9 @@ pub use adamw::{AdamW, AdamWState, AdamWState8};
 pub use attention::{Attended, AttentionIndex, Heads, SEPARATE};
 pub use cross_entropy::{CrossEntropyGradient, IGNORED};
 pub use dropout::Dropout;
+pub use grouped_linear::RowGroup;
 pub use nf4::{Nf4Error, Nf4Tensor};
+pub use paged_attention::{PagedIndex, PagedSequence, Pages, SCRATCH_PAGE};
 pub use qlora_linear::{FrozenWeight, InputGradient, LinearPart, LoraTerm, Projection, SpaciousRows, Spent};
 pub use rotary::RotaryAngles;
 
@@ -68,6 +72,9 @@ pub use cubecl::wgpu::WgpuDevice;
 pub use device::{Cube, SplitGradient};
 #[cfg(feature = "cubecl")]
 pub use product::ProductRuntime;
+
+/// Burn's backend for the processor.
+pub type Cpu = burn_flex::Flex;
 
 /// Burn's CUDA backend without `fusion`.
 #[cfg(feature = "cuda")]

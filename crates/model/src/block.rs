@@ -3,10 +3,12 @@
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use buzzer_kernels::{AttentionIndex, Dropout, Heads, KernelBackend, RotaryAngles};
+use buzzer_kernels::{
+    AttentionIndex, Dropout, Heads, KernelBackend, PagedIndex, Pages, RotaryAngles, RowGroup,
+};
 
 use crate::linear::project;
-use crate::{LayerCache, LlamaConfig, LoraLinear, Target, Weight};
+use crate::{LlamaConfig, Lora, LoraLinear, Target, Weight};
 
 /// A block of the model.
 #[derive(Module, Debug)]
@@ -32,6 +34,9 @@ pub struct BlockContext<B: Backend> {
     /// Who may look at whom.
     pub index: AttentionIndex<B>,
 }
+
+/// Rows that follow each other, and the corrections of this block's linears that they get.
+pub(crate) type BlockRows<'a, B> = (usize, &'a [Option<Lora<B>>; Target::ALL.len()]);
 
 impl<B: Backend> BlockContext<B> {
     /// Rows `[b, t]` that see only themselves.
@@ -107,18 +112,15 @@ impl<B: Backend> Block<B> {
 
 impl<B: KernelBackend> Block<B> {
     /// Rows `x [n, d]` of b rows of t tokens, n = b t, to `[n, d]`. `dropout` is this block's; layers that share an input
-    /// share a mask derived from it. The differentiable form, and the one for answering.
-    ///
-    /// With a cache, keys and values are appended to it and the context's keys are those of the cache.
+    /// share a mask derived from it. The differentiable form.
     #[must_use]
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
         context: &BlockContext<B>,
         dropout: Option<Dropout>,
-        cache: Option<&mut LayerCache<B>>,
     ) -> Tensor<B, 2> {
-        let residual = x.clone() + self.attention(x, context, dropout, cache);
+        let residual = x.clone() + self.attention(x, context, dropout);
         let h = B::rms_norm(residual.clone(), self.mlp_norm.val(), self.epsilon);
         let activated = B::swiglu(self.project(&[Target::Gate, Target::Up], h, dropout));
         residual + self.project(&[Target::Down], activated, dropout)
@@ -129,23 +131,50 @@ impl<B: KernelBackend> Block<B> {
         x: Tensor<B, 2>,
         context: &BlockContext<B>,
         dropout: Option<Dropout>,
-        cache: Option<&mut LayerCache<B>>,
     ) -> Tensor<B, 2> {
         let heads = self.heads();
         let h = B::rms_norm(x, self.attention_norm.val(), self.epsilon);
         let rows = self.project(&[Target::Q, Target::K, Target::V], h, dropout);
         let rows = B::rotary(rows, &context.angles, heads.queries + heads.keys);
-        let o = match cache {
-            None => B::attention_of_rows(rows, heads, &context.index),
-            Some(cache) => {
-                let [n, _] = rows.dims();
-                let [q, k, v] = heads.split(rows, context.index.query_documents.dims());
-                let (k, v) = cache.append(k, v, context.index.key_documents.dims()[1]);
-                let o = <B as KernelBackend>::attention(q, k, v, &context.index).o;
-                o.swap_dims(1, 2).reshape([n, heads.queries * heads.width])
-            }
-        };
+        let o = B::attention_of_rows(rows, heads, &context.index);
         self.project(&[Target::O], o, dropout)
+    }
+
+    /// New tokens `x [n, d]` of sequences whose keys and values lie in pages, to `[n, d]`. For answering: the corrections are those of
+    /// the rows' adapters and not the block's own, there is no dropout, and no gradient.
+    #[must_use]
+    pub(crate) fn forward_paged(
+        &self,
+        x: Tensor<B, 2>,
+        angles: &RotaryAngles<B>,
+        index: &PagedIndex<B>,
+        adapters: &[BlockRows<'_, B>],
+        pages: &mut Pages<B>,
+    ) -> Tensor<B, 2> {
+        let heads = self.heads();
+        let h = B::rms_norm(x.clone(), self.attention_norm.val(), self.epsilon);
+        let rows = self.project_groups(&[Target::Q, Target::K, Target::V], h, adapters, None);
+        let q = B::paged_store(rows, angles, heads, pages, index);
+        let o = B::paged_attention(q, heads, pages, index);
+        let residual = self.project_groups(&[Target::O], o, adapters, Some(x));
+        let h = B::rms_norm(residual.clone(), self.mlp_norm.val(), self.epsilon);
+        let activated = B::swiglu(self.project_groups(&[Target::Gate, Target::Up], h, adapters, None));
+        self.project_groups(&[Target::Down], activated, adapters, Some(residual))
+    }
+
+    fn project_groups(
+        &self,
+        targets: &[Target],
+        x: Tensor<B, 2>,
+        adapters: &[BlockRows<'_, B>],
+        residual: Option<Tensor<B, 2>>,
+    ) -> Tensor<B, 2> {
+        let weights: Vec<_> = targets.iter().map(|&target| self.linear(target).frozen()).collect();
+        let group = |&(rows, loras): &BlockRows<'_, B>| {
+            let lora = |&target: &Target| loras[target as usize].as_ref().map(Lora::term);
+            RowGroup { rows, loras: targets.iter().map(lora).collect() }
+        };
+        B::grouped_linear(x, &weights, &adapters.iter().map(group).collect::<Vec<_>>(), residual)
     }
 
     pub(crate) fn heads(&self) -> Heads {

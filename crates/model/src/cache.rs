@@ -1,119 +1,127 @@
-//! Keys and values of the tokens seen so far.
+//! Keys and values of every block, in pages that sequences share out among themselves.
 //!
-//! A batch shares one length: shorter prompts are padded on the left, in a document of their own. What it trades: the
-//! whole capacity is taken at the start. What it refuses: to grow, or to forget.
+//! Which page belongs to which sequence is not known here: a pass comes with its [`PagedIndex`]. What it trades: the whole
+//! memory is taken at the start. What it refuses: to grow, and to forget by itself.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Int, Tensor};
-use buzzer_kernels::AttentionIndex;
+use burn::tensor::{DType, Tensor};
+use buzzer_kernels::{Heads, PagedIndex, Pages};
 
-use crate::LlamaConfig;
+use crate::{LlamaConfig, Lora, Target};
 
-/// Keys and values of one block.
+/// Keys and values of every block.
 #[derive(Clone, Debug)]
-pub struct LayerCache<B: Backend> {
-    /// `[b, g, capacity, k]`.
-    keys: Tensor<B, 4>,
-    values: Tensor<B, 4>,
+pub struct PagedCache<B: Backend> {
+    pub(crate) layers: Vec<Pages<B>>,
+    pages: usize,
+    page_tokens: usize,
 }
 
-/// Keys and values of every block, and which token each slot holds.
-#[derive(Clone, Debug)]
-pub struct KvCache<B: Backend> {
-    pub(crate) layers: Vec<LayerCache<B>>,
-    documents: Tensor<B, 2, Int>,
-    positions: Tensor<B, 2, Int>,
-    length: usize,
-    capacity: usize,
+/// Which tokens a pass runs, where their keys and values go, and which corrections their rows get.
+#[derive(Debug)]
+pub struct PagedPass<'a, B: Backend> {
+    /// Token ids of all rows.
+    pub ids: Vec<u32>,
+    /// The sequences that the rows belong to.
+    pub index: PagedIndex<B>,
+    /// Neighbouring rows and their corrections, in the order of the rows.
+    pub adapters: Vec<AdapterRows<'a, B>>,
 }
 
-impl<B: Backend> KvCache<B> {
-    /// Room for `capacity` tokens in each of `batch` rows.
+/// Rows that follow each other and get the same corrections.
+#[derive(Clone, Copy, Debug)]
+pub struct AdapterRows<'a, B: Backend> {
+    /// Their number.
+    pub rows: usize,
+    /// The corrections.
+    pub loras: &'a LoraSet<B>,
+}
+
+/// The corrections of a whole model, apart from the model: those of one adapter.
+#[derive(Clone, Debug)]
+pub struct LoraSet<B: Backend> {
+    /// By block, then by linear in the order of [`Target::ALL`].
+    pub(crate) layers: Vec<[Option<Lora<B>>; Target::ALL.len()]>,
+}
+
+impl<B: Backend> PagedCache<B> {
+    /// So many pages of so many tokens each.
     #[must_use]
     pub fn new(
         config: &LlamaConfig,
-        batch: usize,
-        capacity: usize,
+        pages: usize,
+        page_tokens: usize,
         dtype: DType,
         device: &B::Device,
     ) -> Self {
-        let dims = [batch, config.num_key_value_heads, capacity, config.head_dim];
-        let empty = || Tensor::zeros(dims, (device, dtype));
-        let layer = |_| LayerCache { keys: empty(), values: empty() };
-        let ids = Tensor::zeros([batch, capacity], device);
-        Self {
-            layers: (0..config.num_hidden_layers).map(layer).collect(),
-            documents: ids.clone(),
-            positions: ids,
-            length: 0,
-            capacity,
-        }
+        let heads = Heads {
+            queries: config.num_attention_heads,
+            keys: config.num_key_value_heads,
+            width: config.head_dim,
+        };
+        let layer = |_| Pages::zeros(pages * page_tokens, heads, dtype, device);
+        Self { layers: (0..config.num_hidden_layers).map(layer).collect(), pages, page_tokens }
     }
 
-    /// Tokens held in each row.
+    /// Bytes of a page in all blocks.
     #[must_use]
-    pub fn len(&self) -> usize {
-        self.length
+    pub fn page_bytes(config: &LlamaConfig, page_tokens: usize, dtype: DType) -> usize {
+        let row = config.num_key_value_heads * config.head_dim * dtype.size();
+        2 * config.num_hidden_layers * page_tokens * row
     }
 
-    /// Whether no token has come yet.
+    /// Their number.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
+    pub fn pages(&self) -> usize {
+        self.pages
     }
 
-    /// Tokens a row holds at most.
+    /// Tokens a page holds.
     #[must_use]
-    pub fn capacity(&self) -> usize {
-        self.capacity
+    pub fn page_tokens(&self) -> usize {
+        self.page_tokens
     }
 
-    /// Keeps only the rows at these places `[n]`, in this order.
-    pub fn keep_rows(&mut self, places: Tensor<B, 1, Int>) {
+    /// Makes pages zero, so that what was computed wrongly there cannot spread: a weight of zero times NaN is NaN.
+    pub fn clear(&mut self, pages: &[u32]) {
         for layer in &mut self.layers {
-            layer.keys.inplace(|keys| keys.select(0, places.clone()));
-            layer.values.inplace(|values| values.select(0, places.clone()));
-        }
-        self.documents.inplace(|documents| documents.select(0, places.clone()));
-        self.positions.inplace(|positions| positions.select(0, places));
-    }
-
-    /// Takes note of the next tokens `[b, t]`; the index says what they may see.
-    ///
-    /// # Panics
-    /// If there is no room for them.
-    pub(crate) fn extend(
-        &mut self,
-        documents: Tensor<B, 2, Int>,
-        positions: Tensor<B, 2, Int>,
-    ) -> AttentionIndex<B> {
-        let [b, t] = documents.dims();
-        let (from, to) = (self.length, self.length + t);
-        assert!(to <= self.capacity, "the cache holds {} tokens, {to} are needed", self.capacity);
-        self.documents.inplace(|all| all.slice_assign([0..b, from..to], documents.clone()));
-        self.positions.inplace(|all| all.slice_assign([0..b, from..to], positions.clone()));
-        self.length = to;
-        AttentionIndex {
-            query_documents: documents,
-            query_positions: positions,
-            key_documents: self.documents.clone().narrow(1, 0, to),
-            key_positions: self.positions.clone().narrow(1, 0, to),
+            for all in [&mut layer.keys, &mut layer.values] {
+                let [_, width] = all.dims();
+                let (dtype, device) = (all.dtype(), all.device());
+                for &page in pages {
+                    let first = page as usize * self.page_tokens;
+                    let zeros = Tensor::zeros([self.page_tokens, width], (&device, dtype));
+                    all.inplace(|all| all.slice_assign([first..first + self.page_tokens, 0..width], zeros));
+                }
+            }
         }
     }
 }
 
-impl<B: Backend> LayerCache<B> {
-    /// Appends keys and values `[b, g, t, k]` so that `length` tokens are held; returns all of them.
-    pub(crate) fn append(
-        &mut self,
-        keys: Tensor<B, 4>,
-        values: Tensor<B, 4>,
-        length: usize,
-    ) -> (Tensor<B, 4>, Tensor<B, 4>) {
-        let [b, g, t, k] = keys.dims();
-        let place = [0..b, 0..g, length - t..length, 0..k];
-        self.keys.inplace(|all| all.slice_assign(place.clone(), keys));
-        self.values.inplace(|all| all.slice_assign(place, values));
-        (self.keys.clone().narrow(2, 0, length), self.values.clone().narrow(2, 0, length))
+impl<B: Backend> LoraSet<B> {
+    /// No correction anywhere: the base alone.
+    #[must_use]
+    pub fn none(config: &LlamaConfig) -> Self {
+        Self { layers: (0..config.num_hidden_layers).map(|_| Default::default()).collect() }
+    }
+
+    /// Blocks it is for.
+    #[must_use]
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// The same with factors in another dtype, so that they need not be converted each time they are used.
+    #[must_use]
+    pub fn cast(&self, dtype: DType) -> Self {
+        let lora = |lora: &Lora<B>| Lora::new(lora.a.val().cast(dtype), lora.b.val().cast(dtype), lora.scale);
+        let layer = |layer: &[Option<Lora<B>>; 7]| layer.each_ref().map(|own| own.as_ref().map(lora));
+        Self { layers: self.layers.iter().map(layer).collect() }
+    }
+
+    /// Whether nothing is corrected.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        self.layers.iter().flatten().all(Option::is_none)
     }
 }

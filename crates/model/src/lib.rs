@@ -14,7 +14,7 @@ mod names;
 mod recompute;
 
 pub use block::{Block, BlockContext};
-pub use cache::{KvCache, LayerCache};
+pub use cache::{AdapterRows, LoraSet, PagedCache, PagedPass};
 pub use config::LlamaConfig;
 pub use error::ModelError;
 pub use linear::{Lora, LoraLinear, LoraSettings, Weight};

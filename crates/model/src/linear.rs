@@ -147,7 +147,7 @@ impl<B: Backend> Lora<B> {
         Self { a: Param::from_tensor(a), b: Param::from_tensor(b), scale }
     }
 
-    fn term(&self) -> LoraTerm<B> {
+    pub(crate) fn term(&self) -> LoraTerm<B> {
         LoraTerm { a: self.a.val(), b: self.b.val(), scale: self.scale }
     }
 }
@@ -164,12 +164,16 @@ impl<B: Backend> LoraLinear<B> {
         matches!(&self.weight, Weight::Dense(weight) if weight.val().is_require_grad())
     }
 
-    pub(crate) fn part(&self) -> LinearPart<B> {
-        let weight = match &self.weight {
+    /// The weight as the operations take it.
+    pub(crate) fn frozen(&self) -> FrozenWeight<B> {
+        match &self.weight {
             Weight::Dense(weight) => FrozenWeight::Dense(weight.val()),
             Weight::Nf4(weight) => FrozenWeight::Nf4(weight.clone()),
-        };
-        LinearPart { weight, lora: self.lora.as_ref().map(Lora::term) }
+        }
+    }
+
+    pub(crate) fn part(&self) -> LinearPart<B> {
+        LinearPart { weight: self.frozen(), lora: self.lora.as_ref().map(Lora::term) }
     }
 }
 

@@ -5,11 +5,13 @@ use std::convert::Infallible;
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData};
-use buzzer_kernels::{AttentionIndex, Dropout, FrozenWeight, KernelBackend, LinearPart, RotaryAngles};
+use buzzer_kernels::{Dropout, FrozenWeight, KernelBackend, LinearPart, RotaryAngles};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::{Block, BlockContext, KvCache, LlamaConfig, Lora, LoraSettings, Target, Weight};
+use crate::{
+    Block, BlockContext, LlamaConfig, Lora, LoraSet, LoraSettings, PagedCache, PagedPass, Target, Weight,
+};
 
 /// A Llama 2 model.
 #[derive(Module, Debug)]
@@ -108,6 +110,13 @@ impl<B: Backend> Llama<B> {
         })
     }
 
+    /// The model's corrections as a set of their own, for [`Self::hidden_paged`]. No copies.
+    #[must_use]
+    pub fn lora_set(&self) -> LoraSet<B> {
+        let block = |block: &Block<B>| Target::ALL.map(|target| block.linear(target).lora.clone());
+        LoraSet { layers: self.blocks.iter().map(block).collect() }
+    }
+
     /// Weights of the corrections.
     #[must_use]
     pub fn lora_parameters(&self) -> usize {
@@ -182,29 +191,30 @@ impl<B: KernelBackend> Llama<B> {
     ) -> Tensor<B, 2> {
         let mut x = self.embed(ids);
         for (layer, block) in self.blocks.iter().enumerate() {
-            x = block.forward(x, context, dropout.map(|dropout| dropout.derive(layer as u64)), None);
+            x = block.forward(x, context, dropout.map(|dropout| dropout.derive(layer as u64)));
         }
         self.normed(x)
     }
 
-    /// The final hidden states `[b t, d]` of the tokens that follow those in a cache, which takes them in.
+    /// The final hidden states `[n, d]` of new tokens, whose keys and values go into their pages of the cache.
+    ///
+    /// The corrections are those that the pass names, not the model's own.
     ///
     /// # Panics
-    /// If the cache has no room for them.
+    /// If ids, sequences and adapters do not have the same number of rows.
     #[must_use]
-    pub fn hidden_cached(
-        &self,
-        ids: Tensor<B, 2, Int>,
-        documents: Tensor<B, 2, Int>,
-        positions: Tensor<B, 2, Int>,
-        cache: &mut KvCache<B>,
-    ) -> Tensor<B, 2> {
-        let angles = RotaryAngles::new(positions.clone(), self.config.head_dim, self.config.rope_theta);
-        let index: AttentionIndex<B> = cache.extend(documents, positions);
-        let context = BlockContext { angles, index };
-        let mut x = self.embed(ids);
-        for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
-            x = block.forward(x, &context, None, Some(layer));
+    pub fn hidden_paged(&self, pass: &PagedPass<'_, B>, cache: &mut PagedCache<B>) -> Tensor<B, 2> {
+        let PagedPass { ids, index, adapters } = pass;
+        let n = index.rows();
+        let of_adapters: usize = adapters.iter().map(|adapter| adapter.rows).sum();
+        assert_eq!([ids.len(), of_adapters], [n, n], "rows of ids, adapters and sequences");
+        let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        let angles = RotaryAngles::new(index.positions(), self.config.head_dim, self.config.rope_theta);
+        let mut x = self.embed(Tensor::from_data(TensorData::new(ids, [1, n]), index.device()));
+        for (layer, (block, pages)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
+            let adapters: Vec<_> =
+                adapters.iter().map(|adapter| (adapter.rows, &adapter.loras.layers[layer])).collect();
+            x = block.forward_paged(x, &angles, index, &adapters, pages);
         }
         self.normed(x)
     }

@@ -17,11 +17,11 @@ mod header;
 mod layout;
 mod load;
 mod mapped;
+mod merge;
 mod meta;
 mod open;
-mod pytorch;
-mod merge;
 mod parts;
+mod pytorch;
 mod write;
 
 pub use adapter::{Adapter, AdapterConfig, Factors, describe};

@@ -6,12 +6,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use crate::{AnswererArgs, Failure, finish, run_on, write_report};
+use crate::{AnswerArgs, AnswererArgs, Failure, answer_text, finish, run_on, write_report};
 use buzzer::DeviceJob;
-use buzzer::infer::generate;
+use buzzer::infer::{Answer as Generated, Engine};
 use buzzer::kernels::KernelBackend;
-use buzzer::model::Llama;
-use buzzer::text::{Renderer, StreamDecoder};
+use buzzer::text::Renderer;
 use clap::Parser;
 use serde::Serialize;
 
@@ -67,7 +66,10 @@ impl DeviceJob for Generate<'_> {
         let started = Instant::now();
         let args = self.args;
         let (model, renderer) = args.with.load::<B>(device)?;
-        let answerer = Answerer { args, renderer, model };
+        // One clue at a time, of whatever length the model takes.
+        let one = AnswerArgs { answer_batch: 1, ..args.with.answer };
+        let engine = one.engine(&model, &renderer, model.config().max_position_embeddings)?;
+        let mut answerer = Answerer { args, renderer, engine, count: 0 };
         let answers = match (&args.clue, &args.file) {
             (Some(clue), _) => vec![answerer.stream(clue)?],
             (None, Some(path)) => {
@@ -95,42 +97,35 @@ impl DeviceJob for Generate<'_> {
 struct Answerer<'a, B: KernelBackend> {
     args: &'a Args,
     renderer: Renderer,
-    model: Llama<B>,
+    engine: Engine<B>,
+    count: u64,
 }
 
 impl<B: KernelBackend> Answerer<'_, B> {
     /// Answers one clue; the text comes out as it is made.
-    fn stream(&self, clue: &str) -> Result<Answer, Failure> {
+    fn stream(&mut self, clue: &str) -> Result<Answer, Failure> {
         let prompt = self.renderer.prompt(&self.args.category, clue)?;
-        let options = self.args.with.answer.options(self.renderer.tokenizer().eos_id());
-        let mut decoder = StreamDecoder::new(self.renderer.tokenizer());
-        let (mut answer, mut failed) = (String::new(), None);
-        let mut say = |text: &str| {
-            print!("{text}");
-            answer.push_str(text);
-            io::stdout().flush()
-        };
-        let ids = generate(&self.model, &[prompt], &options, |_, id| {
-            let piece = decoder.push(id).map_err(Failure::from);
-            let said = piece.and_then(|piece| Ok(say(&piece.unwrap_or_default())?));
-            failed = said.err().or(failed.take());
-        })?;
-        if let Some(failure) = failed {
-            return Err(failure);
+        let request = self.args.with.answer.request(prompt, self.count);
+        self.count += 1;
+        let mut answer = Generated::default();
+        for event in self.engine.stream(request)? {
+            let event = event?;
+            print!("{}", event.text());
+            io::stdout().flush()?;
+            answer.add(event);
         }
-        say(&decoder.finish()?)?;
         println!();
-        let tokens = ids.first().map_or(0, Vec::len);
-        Ok(Answer { clue: clue.to_owned(), answer: answer.trim().to_owned(), tokens })
+        let tokens = answer.usage.new_tokens;
+        Ok(Answer { clue: clue.to_owned(), answer: answer_text(&answer)?.to_owned(), tokens })
     }
 
-    fn named(&self, clue: &str) -> Result<Answer, Failure> {
+    fn named(&mut self, clue: &str) -> Result<Answer, Failure> {
         print!("{clue} => ");
         self.stream(clue)
     }
 
     /// Reads clues until an empty line or the end of input.
-    fn converse(&self) -> Result<Vec<Answer>, Failure> {
+    fn converse(&mut self) -> Result<Vec<Answer>, Failure> {
         let terminal = io::stdin().is_terminal();
         let ask = || {
             if terminal {

@@ -11,7 +11,7 @@ use crate::planning::{DtypeArg, device_dtype};
 use crate::{Failure, finish, read_json, run_on, write_report};
 use buzzer::burn::tensor::{DType, Int, Tensor, TensorData};
 use buzzer::data::Batch;
-use buzzer::infer::{GenerateOptions, Sampling, generate};
+use buzzer::infer::{Engine, EngineSettings, Request};
 use buzzer::kernels::{KernelBackend, Nf4Tensor};
 use buzzer::model::{BlockContext, Llama, Target, Weight, block_tensor};
 use buzzer::text::Tokenizer;
@@ -368,27 +368,35 @@ impl<B: KernelBackend> Golden<'_, B> {
         let tokenizer = Tokenizer::from_file(&self.dir.join("model"))?;
         let model = self.model(Quantization::None)?;
         tokenizer.check_vocab(model.config().vocab_size)?;
-        let (mut prompts, mut answers) = (0, 0);
-        for reference in &references {
+        let (mut prompts, mut requests, mut expected) = (0, Vec::new(), Vec::new());
+        for Greedy { prompt: text, input_ids, output_ids } in &references {
             let mut prompt = vec![tokenizer.bos_id()];
-            prompt.extend(tokenizer.encode(&reference.prompt)?);
-            prompts += usize::from(prompt != reference.input_ids);
-            let options = GenerateOptions {
-                max_new_tokens: reference.output_ids.len(),
-                sampling: Sampling::default(),
-                stop: vec![tokenizer.eos_id()],
-            };
-            let found = generate(&model, std::slice::from_ref(&reference.input_ids), &options, |_, _| {})?;
-            let end = reference.output_ids.iter().position(|&id| id == tokenizer.eos_id());
-            let expected = &reference.output_ids[..end.unwrap_or(reference.output_ids.len())];
-            answers += usize::from(found[0] != expected);
+            prompt.extend(tokenizer.encode(text)?);
+            prompts += usize::from(prompt != *input_ids);
+            requests.push(Request::new(input_ids.clone()).with_max_new_tokens(output_ids.len()));
+            let end = output_ids.iter().position(|&id| id == tokenizer.eos_id());
+            expected.push(&output_ids[..end.unwrap_or(output_ids.len())]);
         }
+        let mut engine = Engine::new(model, EngineSettings::default())?.with_tokenizer(tokenizer);
+        // Alone, then all together.
+        let mut found = Vec::new();
+        for request in &requests {
+            found.extend(engine.complete([request.clone()], |_, _| {})?);
+        }
+        found.extend(engine.complete(requests, |_, _| {})?);
+        let expected = expected.iter().chain(&expected);
+        let answers =
+            found.iter().zip(expected).filter(|(found, expected)| found.tokens != **expected).count();
         self.check(
             format!("tokens of {} prompts, prompts that differ", references.len()),
             prompts as f64,
             0.0,
         );
-        self.check(format!("{} greedy continuations that differ", references.len()), answers as f64, 0.0);
+        self.check(
+            format!("greedy continuations of {} prompts, alone and together, that differ", references.len()),
+            answers as f64,
+            0.0,
+        );
         Ok(())
     }
 }

@@ -7,7 +7,11 @@ use std::path::Path;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_flex::Flex;
-use buzzer_model::{BlockContext, KvCache, Llama, LlamaConfig, LoraSettings, Target, Weight, block_tensor};
+use buzzer_kernels::{PagedIndex, PagedSequence};
+use buzzer_model::{
+    AdapterRows, BlockContext, Llama, LlamaConfig, LoraSettings, PagedCache, PagedPass, Target, Weight,
+    block_tensor,
+};
 use buzzer_weights::{
     Absmax, Adapter, Checkpoint, FloatType, Nf4Stored, Quantization, TensorToWrite, WeightsError,
     adapter_settings, attach_adapter, extract_adapter, load_llama, model_tensors, read_config, write_model,
@@ -120,7 +124,7 @@ fn real_activations_are_those_of_hugging_face() {
     let mut x = single.embed(line(&ids));
     close(&host(x.clone()), &read("embeddings"), 0.0);
     for (layer, block) in single.blocks.iter().enumerate() {
-        x = block.forward(x, &context, None, None);
+        x = block.forward(x, &context, None);
         close(&host(x.clone()), &read(&format!("layers.{layer}")), 1e-5);
     }
     assert!(!expected.contains(&format!("layers.{}", single.blocks.len())));
@@ -154,13 +158,18 @@ fn real_greedy_tokens_are_those_of_hugging_face() {
     assert_eq!(cases.len(), 3);
     for case in cases {
         let (prompt, expected) = (ids(&case["prompt_ids"]), ids(&case["generated_ids"]));
-        let capacity = prompt.len() + expected.len();
-        let mut cache = KvCache::new(model.config(), 1, capacity, DType::F32, &Default::default());
-        let (mut next, mut found) = (prompt, Vec::<i32>::new());
+        let mut cache = PagedCache::new(model.config(), 2, 512, DType::F32, &Default::default());
+        let (mut next, mut found, mut length) = (prompt, Vec::<i32>::new(), 0);
         while found.len() < expected.len() {
-            let [documents, positions] = text(cache.len(), next.len());
-            let hidden = model.hidden_cached(line(&next), documents, positions, &mut cache);
-            let last = hidden.narrow(0, next.len() - 1, 1);
+            let rows = next.len();
+            length += rows;
+            let sequence = PagedSequence { pages: vec![1], length, rows };
+            let pass = PagedPass {
+                ids: next.iter().map(|&id| id as u32).collect(),
+                index: PagedIndex::new(vec![sequence], 512, &Default::default()),
+                adapters: vec![AdapterRows { rows, loras: &model.lora_set() }],
+            };
+            let last = model.hidden_paged(&pass, &mut cache).narrow(0, rows - 1, 1);
             next = model.logits(last).argmax(1).into_data().iter::<i32>().collect();
             found.extend(&next);
         }

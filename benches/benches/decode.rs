@@ -1,0 +1,263 @@
+//! Times answering: prompts, then tokens, for one user and for many.
+//!
+//! `cargo bench --bench decode --features cuda -- --model llama2-7b --random-init --adapter-rank 64 --batch 1,8,32 --prompt 512 --new 128
+//! --json FILE`. With no arguments and no card it runs a tiny shape on the processor. Speed does not depend on the weights' values, so they
+//! are random, and prompts are random tokens without a common beginning. Tokens a second are counted while all answers of a batch
+//! are in progress: from the last first token to the first end.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use buzzer::burn::tensor::DType;
+use buzzer::infer::{Engine, EngineSettings, Event, Request};
+use buzzer::kernels::KernelBackend;
+use buzzer::model::{Llama, LlamaConfig, LoraSettings, PagedCache, Target};
+use buzzer::{Device, DeviceJob};
+use buzzer_benches::{
+    BATCH_SECONDS, BenchError, Compute, Row, commit, dtype_name, is_large, median_seconds, random, run_bench,
+    wait, write_rows,
+};
+use clap::{Parser, ValueEnum};
+
+/// Tokens of a page.
+const PAGE_TOKENS: usize = 16;
+/// Elements of the copy that is the ceiling of memory: no cache holds them.
+const COPIED: usize = 1 << 28;
+/// The same on the processor.
+const COPIED_ON_HOST: usize = 1 << 24;
+
+/// Time answering on a model of random weights.
+#[derive(Parser, Clone)]
+#[command(name = "decode")]
+struct Arguments {
+    /// Shape of the model [default: llama2-7b on a card, else tiny].
+    #[arg(long, value_enum)]
+    model: Option<Shapes>,
+    /// Draw the weights, which is the only way here.
+    #[arg(long)]
+    random_init: bool,
+    /// Blocks, if not as many as the shape has.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    layers: Option<u32>,
+    /// Rank of a live adapter on all linears; 0 for none.
+    #[arg(long, value_name = "R", default_value_t = 0)]
+    adapter_rank: usize,
+    /// Requests at a time.
+    #[arg(long, value_name = "B,B", value_delimiter = ',', default_value = "1,8", value_parser = clap::value_parser!(u32).range(1..))]
+    batch: Vec<u32>,
+    /// Tokens of a prompt.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt: u32,
+    /// Tokens of an answer; more than the passes that all prompts of a batch take.
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..))]
+    new: u32,
+    /// Tokens of prompts in one pass.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    chunk: u32,
+    /// Dtype to compute in [default: what the device has].
+    #[arg(long, value_enum)]
+    dtype: Option<Compute>,
+    /// Where to run [default: the best device here].
+    #[arg(long, default_value_t, hide_default_value = true)]
+    device: Device,
+    /// Write the rows of the table here as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Cargo passes this to every bench.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Shapes {
+    /// Llama-2-7B
+    #[value(name = "llama2-7b")]
+    Llama2_7b,
+    /// Two narrow blocks
+    Tiny,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    run_bench("decode", arguments.device, Job(&arguments))
+}
+
+struct Job<'a>(&'a Arguments);
+
+impl DeviceJob for Job<'_> {
+    type Output = Result<(), BenchError>;
+
+    fn run<B: KernelBackend>(self, device: &B::Device) -> Self::Output {
+        let card = B::card(device);
+        let dtype = Compute::dtype(self.0.dtype, card.as_ref());
+        let config = self.0.config(is_large(card.as_ref()));
+        let name = card.as_ref().map_or_else(|| self.0.device.to_string(), |card| card.name.clone());
+        println!(
+            "decode on {name}, {dtype:?}: {} parameters, rank {}",
+            config.parameters(),
+            self.0.adapter_rank
+        );
+        let elements = if card.is_some() { COPIED } else { COPIED_ON_HOST };
+        let bandwidth = bandwidth::<B>(elements, device)?;
+        let mut model = Llama::<B>::random_frozen(&config, dtype, device);
+        if self.0.adapter_rank > 0 {
+            let targets = Target::ALL.to_vec();
+            model.add_lora(
+                &LoraSettings { rank: self.0.adapter_rank, alpha: 16.0, rslora: false, targets },
+                0,
+            );
+        }
+        B::memory_cleanup(device);
+        wait::<B>(device)?;
+        let mut setup = Setup::<B> { arguments: self.0, model, dtype, name, bandwidth, rows: Vec::new() };
+        setup.row("copy", "f32", bandwidth / 1e9, "GB/s");
+        for &batch in &self.0.batch {
+            setup.measure(batch as usize)?;
+        }
+        if let Some(path) = &self.0.json {
+            write_rows(path, &setup.rows)?;
+        }
+        Ok(())
+    }
+}
+
+impl Arguments {
+    fn config(&self, large: bool) -> LlamaConfig {
+        let shape = self.model.unwrap_or(if large { Shapes::Llama2_7b } else { Shapes::Tiny });
+        let config = match shape {
+            Shapes::Llama2_7b => LlamaConfig::llama2_7b(),
+            Shapes::Tiny => LlamaConfig {
+                vocab_size: 512,
+                hidden_size: 128,
+                intermediate_size: 384,
+                num_hidden_layers: 2,
+                num_attention_heads: 4,
+                num_key_value_heads: 4,
+                head_dim: 32,
+                ..LlamaConfig::llama2_7b()
+            },
+        };
+        let layers = self.layers.map_or(config.num_hidden_layers, |layers| layers as usize);
+        LlamaConfig { num_hidden_layers: layers, ..config }
+    }
+}
+
+/// Bytes a second of a large copy, read and written.
+fn bandwidth<B: KernelBackend>(elements: usize, device: &B::Device) -> Result<f64, BenchError> {
+    let x = random::<B, 1>([elements], DType::F32, device);
+    let seconds = median_seconds::<B>(device, BATCH_SECONDS, || drop(x.clone().mul_scalar(1.5)))?;
+    Ok((8 * elements) as f64 / seconds)
+}
+
+struct Setup<'a, B: KernelBackend> {
+    arguments: &'a Arguments,
+    model: Llama<B>,
+    dtype: DType,
+    name: String,
+    /// Bytes a second of a copy.
+    bandwidth: f64,
+    rows: Vec<Row>,
+}
+
+/// What one batch took.
+struct Measured {
+    /// From the requests to the first token of each, seconds.
+    first: Vec<f64>,
+    /// Tokens a second while all answers were in progress.
+    rate: f64,
+}
+
+impl<B: KernelBackend> Setup<'_, B> {
+    fn row(&mut self, name: &str, shape: &str, value: f64, unit: &'static str) {
+        println!("{:<28} {shape:<28} {value:>12.4} {unit}", format!("decode.{name}"));
+        self.rows.push(Row {
+            name: format!("decode.{name}"),
+            device: self.name.clone(),
+            shape: shape.to_owned(),
+            value,
+            unit,
+            peak_memory_bytes: B::allocated(&self.model.device()).map(|allocated| allocated.reserved),
+            dtype: dtype_name(self.dtype),
+            commit: commit(),
+        });
+    }
+
+    fn measure(&mut self, batch: usize) -> Result<(), BenchError> {
+        let (prompt, new) = (self.arguments.prompt as usize, self.arguments.new as usize);
+        let pages = batch * (prompt + new).div_ceil(PAGE_TOKENS) + 1;
+        let settings = EngineSettings {
+            budget_bytes: pages * PagedCache::<B>::page_bytes(self.model.config(), PAGE_TOKENS, self.dtype),
+            page_tokens: PAGE_TOKENS,
+            max_batch: batch,
+            prefill_chunk: self.arguments.chunk as usize,
+        };
+        let mut engine = Engine::new(self.model.clone(), settings)?;
+        // Kernels are compiled in the first run.
+        self.answer(&mut engine, batch, 0)?;
+        let measured = self.answer(&mut engine, batch, 1)?;
+        let shape = format!("{batch} x {prompt} + {new} r{}", self.arguments.adapter_rank);
+        let last = measured.first.iter().copied().fold(0.0, f64::max);
+        let mean = measured.first.iter().sum::<f64>() / batch as f64;
+        let steps = measured.rate / batch as f64;
+        self.row("tokens", &shape, measured.rate, "tokens/s");
+        self.row("first_token", &shape, mean, "s");
+        self.row("prefill", &shape, (batch * prompt) as f64 / last, "tokens/s");
+        let share = steps * self.step_bytes(batch, prompt + new / 2) / self.bandwidth;
+        self.row("bandwidth", &shape, share, "of copy");
+        Ok(())
+    }
+
+    fn answer(&self, engine: &mut Engine<B>, batch: usize, run: u64) -> Result<Measured, BenchError> {
+        for request in 0..batch as u64 {
+            let prompt = self.prompt((run << 32) | request);
+            engine.submit(Request::new(prompt).with_max_new_tokens(self.arguments.new as usize))?;
+        }
+        let begin = Instant::now();
+        let mut first = vec![None; batch];
+        let base = run as usize * batch;
+        let (mut all, mut tokens, mut rate) = (None, 0, f64::NAN);
+        while !engine.is_idle() {
+            let events = engine.step()?;
+            let now = begin.elapsed().as_secs_f64();
+            let ended = events.iter().any(|event| matches!(event, Event::Finished { .. }));
+            for event in &events {
+                first[event.request().0 as usize - base].get_or_insert(now);
+            }
+            match all {
+                None if first.iter().all(Option::is_some) => all = Some(now),
+                Some(since) if rate.is_nan() => {
+                    tokens += events.iter().filter(|event| matches!(event, Event::Token { .. })).count();
+                    if ended {
+                        rate = tokens as f64 / (now - since);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(Measured { first: first.into_iter().flatten().collect(), rate })
+    }
+
+    /// Tokens that look random, another prompt for every number.
+    fn prompt(&self, number: u64) -> Vec<u32> {
+        let mut state = number.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut id = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            ((state >> 20) % self.model.config().vocab_size as u64) as u32
+        };
+        (0..self.arguments.prompt).map(|_| id()).collect()
+    }
+
+    /// Bytes that a step has to read: weights, factors in the compute dtype, the head, and keys and values of so many tokens.
+    fn step_bytes(&self, batch: usize, tokens: usize) -> f64 {
+        let config = self.model.config();
+        let size = self.dtype.size();
+        let table = config.vocab_size * config.hidden_size * size;
+        let tables = if config.tie_word_embeddings { 1 } else { 2 };
+        let weights = self.model.weight_bytes() - (tables - 1) * table;
+        let cache = batch * PagedCache::<B>::page_bytes(config, tokens, self.dtype);
+        (weights + self.model.lora_parameters() * size + cache) as f64
+    }
+}

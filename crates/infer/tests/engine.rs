@@ -1,0 +1,473 @@
+//! The engine against the training forward pass without cache, and against itself: alone, in a crowd, and short of memory.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use burn::tensor::{DType, Tensor, TensorData};
+use burn_flex::Flex;
+use buzzer_infer::{
+    Answer, Engine, EngineSettings, Event, FinishReason, InferError, Request, RequestId, Sampling, Usage,
+};
+use buzzer_model::{BlockContext, Llama, LlamaConfig, LoraSet, LoraSettings, Target};
+use buzzer_text::Tokenizer;
+use buzzer_weights::{Quantization, load_llama};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+/// Ids of [`Tokenizer::byte_level_test`].
+const VOCAB: usize = 259;
+/// Small pages, batches and chunks, so that every border is crossed.
+const SMALL: EngineSettings =
+    EngineSettings { budget_bytes: 1 << 20, page_tokens: 4, max_batch: 5, prefill_chunk: 7 };
+
+/// Larger weights than the initial ones, so that the likeliest token is not a matter of rounding.
+fn model() -> Llama<Flex> {
+    let mut model = Llama::<Flex>::init(&LlamaConfig::tiny_test(VOCAB), 3, &Default::default());
+    model.embedding = model.embedding.map(|table| table.mul_scalar(40.0));
+    model
+}
+
+fn engine(settings: EngineSettings) -> Engine<Flex> {
+    Engine::new(model(), settings).unwrap()
+}
+
+fn bytes_of_pages(pages: usize) -> usize {
+    let config = LlamaConfig::tiny_test(VOCAB);
+    pages
+        * 2
+        * config.num_hidden_layers
+        * SMALL.page_tokens
+        * config.num_key_value_heads
+        * config.head_dim
+        * 4
+}
+
+/// Logits of the token after a text, from the training forward pass.
+fn logits(model: &Llama<Flex>, ids: &[u32]) -> Vec<f32> {
+    let t = ids.len();
+    let row = |values: Vec<i32>| Tensor::from_data(TensorData::new(values, [1, t]), &Default::default());
+    let context = BlockContext::rows(model.config(), row(vec![0; t]), row((0..t as i32).collect()));
+    let ids = row(ids.iter().map(|&id| id as i32).collect());
+    let logits = model.logits(model.hidden(ids, &context, None).narrow(0, t - 1, 1));
+    logits.into_data().iter::<f32>().collect()
+}
+
+fn likeliest(logits: &[f32]) -> u32 {
+    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|&logit| logit == best).unwrap() as u32
+}
+
+/// The greedy answer without cache: the whole text is run again for every token.
+fn without_cache(model: &Llama<Flex>, prompt: &[u32], new: usize) -> Vec<u32> {
+    let mut ids = prompt.to_vec();
+    for _ in 0..new {
+        ids.push(likeliest(&logits(model, &ids)));
+    }
+    ids.split_off(prompt.len())
+}
+
+fn tokens(answers: &[Answer]) -> Vec<Vec<u32>> {
+    answers.iter().map(|answer| answer.tokens.clone()).collect()
+}
+
+/// A prompt of so many tokens that look random.
+fn prompt(seed: u64, length: usize) -> Vec<u32> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    (0..length).map(|_| 3 + random.next_u32() % 256).collect()
+}
+
+fn assert_empty(engine: &Engine<Flex>) {
+    let load = engine.load();
+    assert_eq!((load.waiting, load.running, load.pages_held), (0, 0, 0));
+    assert_eq!(load.pages_available, load.pages);
+}
+
+#[test]
+fn the_cache_changes_nothing_alone_or_in_a_batch() {
+    let model = model();
+    let prompts = [prompt(1, 5), prompt(2, 1), prompt(3, 19), prompt(4, 8), prompt(5, 4), prompt(6, 30)];
+    let expected: Vec<_> = prompts.iter().map(|prompt| without_cache(&model, prompt, 12)).collect();
+    assert!(expected.iter().any(|answer| answer[3..].iter().any(|id| *id != answer[2])), "a dull model");
+    let requests = || prompts.iter().map(|prompt| Request::new(prompt.clone()).with_max_new_tokens(12));
+    for settings in [SMALL, EngineSettings::default(), EngineSettings { prefill_chunk: 1, ..SMALL }] {
+        let mut engine = engine(settings);
+        assert_eq!(tokens(&engine.complete(requests(), |_, _| {}).unwrap()), expected);
+        for (request, expected) in requests().zip(&expected) {
+            assert_eq!(tokens(&engine.complete([request], |_, _| {}).unwrap())[0], *expected);
+        }
+        assert_empty(&engine);
+    }
+}
+
+#[test]
+fn greedy_tokens_are_those_of_transformers() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden/small");
+    if !dir.is_dir() {
+        println!("skipped: {} is not here", dir.display());
+        return;
+    }
+    let tokenizer = Tokenizer::from_file(&dir.join("model")).unwrap();
+    let model =
+        load_llama::<Flex>(&dir.join("model"), Quantization::None, DType::F32, &Default::default()).unwrap();
+    let golden = fs::read_to_string(dir.join("greedy_base.json")).unwrap();
+    let golden: serde_json::Value = serde_json::from_str(&golden).unwrap();
+    let ids = |value: &serde_json::Value| -> Vec<u32> { serde_json::from_value(value.clone()).unwrap() };
+    let cases = golden.as_array().unwrap();
+    let (prompts, mut expected): (Vec<_>, Vec<_>) =
+        cases.iter().map(|case| (ids(&case["input_ids"]), ids(&case["output_ids"]))).unzip();
+    for (prompt, expected) in prompts.iter().zip(&expected) {
+        assert_eq!(without_cache(&model, prompt, expected.len()), *expected);
+    }
+    let end = tokenizer.eos_id();
+    expected.iter_mut().for_each(|ids| ids.retain(|&id| id != end));
+    let mut engine = Engine::new(model, EngineSettings::default()).unwrap().with_tokenizer(tokenizer);
+    let request = |prompt: &Vec<u32>| Request::new(prompt.clone()).with_max_new_tokens(24);
+    let answers = engine.complete(prompts.iter().map(request), |_, _| {}).unwrap();
+    assert_eq!(tokens(&answers), expected);
+    for ((prompt, expected), case) in prompts.iter().zip(&expected).zip(cases) {
+        let answers = engine.complete([request(prompt)], |_, _| {}).unwrap();
+        assert_eq!(answers[0].tokens, *expected);
+        assert_eq!(answers[0].text.trim(), case["text"].as_str().unwrap().trim());
+    }
+}
+
+/// What a request of the crowd was asked and what came of it.
+struct Visitor {
+    request: Request,
+    cancelled: bool,
+    answer: Answer,
+    ended: bool,
+}
+
+fn visitor(random: &mut ChaCha8Rng) -> Visitor {
+    let mut draw = |below: u32| random.next_u32() % below;
+    // Some begin alike, so that they share pages.
+    let length = 1 + draw(40) as usize;
+    let prompt = if draw(3) == 0 { prompt(7, length) } else { prompt(u64::from(draw(1000)), length) };
+    let request = Request::new(prompt).with_max_new_tokens(1 + draw(20) as usize);
+    Visitor { request, cancelled: draw(6) == 0, answer: Answer::default(), ended: false }
+}
+
+fn take_in(engine: &mut Engine<Flex>, visitors: &mut BTreeMap<RequestId, Visitor>) {
+    for event in engine.step().unwrap() {
+        let visitor = visitors.get_mut(&event.request()).unwrap();
+        assert!(!visitor.ended, "nothing follows the end");
+        visitor.ended = visitor.answer.add(event);
+    }
+}
+
+#[test]
+fn a_crowd_is_served_from_little_memory() {
+    let settings = EngineSettings { budget_bytes: bytes_of_pages(33), ..SMALL };
+    let mut random = ChaCha8Rng::seed_from_u64(11);
+    let mut crowd = engine(settings);
+    assert_eq!(crowd.load().pages, 32);
+    let (mut visitors, mut steps, mut waited) = (BTreeMap::new(), 0, false);
+    while visitors.len() < 200 || !crowd.is_idle() {
+        for _ in 0..random.next_u32() % 4 {
+            if visitors.len() < 200 {
+                let visitor = visitor(&mut random);
+                visitors.insert(crowd.submit(visitor.request.clone()).unwrap(), visitor);
+            }
+        }
+        // One that was marked is cancelled at some time, perhaps after its end.
+        if random.next_u32().is_multiple_of(3) {
+            let marked: Vec<_> =
+                visitors.iter().filter(|(_, visitor)| visitor.cancelled && !visitor.ended).collect();
+            if let Some(&(&id, _)) = marked.get(random.next_u32() as usize % marked.len().max(1)) {
+                crowd.cancel(id).unwrap();
+            }
+        }
+        waited |= crowd.load().waiting > 0 && crowd.load().running < settings.max_batch;
+        take_in(&mut crowd, &mut visitors);
+        steps += 1;
+        assert!(steps < 10_000, "it does not end");
+    }
+    assert_empty(&crowd);
+    assert!(waited, "the budget was never short");
+    let mut cancelled = 0;
+    let mut alone = engine(settings);
+    for visitor in visitors.values() {
+        assert!(visitor.ended);
+        let expected = alone.complete([visitor.request.clone()], |_, _| {}).unwrap().remove(0);
+        let answer = &visitor.answer;
+        if answer.reason == FinishReason::Cancelled {
+            cancelled += 1;
+            assert!(visitor.cancelled && expected.tokens.starts_with(&answer.tokens));
+        } else {
+            assert_eq!((&answer.tokens, answer.reason), (&expected.tokens, FinishReason::Length));
+        }
+    }
+    assert!(cancelled > 10, "{cancelled} were cancelled");
+    let shared = visitors.values().filter(|visitor| visitor.answer.usage.cached_tokens > 0).count();
+    assert!(shared > 10, "{shared} shared pages");
+}
+
+#[test]
+fn a_common_beginning_is_computed_once_even_in_one_step() {
+    let mut engine = engine(EngineSettings { prefill_chunk: 64, ..SMALL });
+    let beginning = prompt(1, 13);
+    let with = |end: u32| [&beginning[..], &[end]].concat();
+    let requests = [with(20), with(30), with(20), beginning[..8].to_vec()];
+    let expected: Vec<_> = requests.iter().map(|prompt| without_cache(engine.model(), prompt, 6)).collect();
+    let requests = requests.map(|prompt| Request::new(prompt).with_max_new_tokens(6));
+    let answers = engine.complete(requests.clone(), |_, _| {}).unwrap();
+    assert_eq!(tokens(&answers), expected);
+    // Three whole pages of four; of eight tokens one page, since the last token is always computed.
+    let cached: Vec<_> = answers.iter().map(|answer| answer.usage.cached_tokens).collect();
+    assert_eq!(cached, [0, 12, 12, 4]);
+    assert_eq!(answers[1].usage, Usage { prompt_tokens: 14, cached_tokens: 12, new_tokens: 6 });
+    // Later too, when nobody holds the pages any more; and what was answered can be built on.
+    assert_empty(&engine);
+    let longer = [requests[0].prompt.clone(), answers[0].tokens.clone()].concat();
+    let expected = without_cache(engine.model(), &longer, 3);
+    let again = engine.complete([Request::new(longer).with_max_new_tokens(3)], |_, _| {}).unwrap();
+    assert_eq!((again[0].usage.cached_tokens, &again[0].tokens), (16, &expected));
+}
+
+/// A model with corrections that matter, by seed.
+fn with_lora(seed: u64) -> Llama<Flex> {
+    let mut model = model();
+    let targets = if seed.is_multiple_of(2) { Target::ALL.to_vec() } else { vec![Target::V, Target::Down] };
+    model.add_lora(&LoraSettings { rank: 3, alpha: 6.0, rslora: false, targets }, seed);
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    for block in &mut model.blocks {
+        for target in Target::ALL {
+            if let Some(lora) = &mut block.linear_mut(target).lora {
+                let dims = lora.b.val().dims();
+                let noise = |_| random.next_u32() as f32 / u32::MAX as f32 - 0.5;
+                let values = (0..dims[0] * dims[1]).map(noise).collect::<Vec<f32>>();
+                lora.b =
+                    lora.b.clone().map(|b| Tensor::from_data(TensorData::new(values, dims), &b.device()));
+            }
+        }
+    }
+    model
+}
+
+#[test]
+fn adapters_are_chosen_per_request_in_one_batch() {
+    let models = [with_lora(1), with_lora(2), model(), with_lora(3)];
+    let names = [None, Some("two"), Some("base"), Some("three")];
+    let mut engine = Engine::new(models[0].clone(), SMALL).unwrap();
+    engine.add_adapter("two", models[1].lora_set()).unwrap();
+    engine.add_adapter("base", LoraSet::none(models[0].config())).unwrap();
+    engine.add_adapter("three", models[3].lora_set()).unwrap();
+    // The same prompts for all, so that a page of one adapter must not be taken for another's.
+    let prompts = [prompt(1, 9), prompt(2, 3), prompt(1, 9)];
+    let (mut requests, mut expected) = (Vec::new(), Vec::new());
+    for prompt in &prompts {
+        for (model, name) in models.iter().zip(names) {
+            expected.push(without_cache(model, prompt, 8));
+            let adapter = name.map(str::to_owned);
+            requests.push(Request { adapter, ..Request::new(prompt.clone()).with_max_new_tokens(8) });
+        }
+    }
+    assert!(expected[..4].iter().enumerate().all(|(i, a)| expected[..i].iter().all(|b| a != b)));
+    let answers = engine.complete(requests, |_, _| {}).unwrap();
+    assert_eq!(tokens(&answers), expected);
+    assert!(answers[8..].iter().any(|answer| answer.usage.cached_tokens == 8));
+    let taken = engine.add_adapter("two", models[1].lora_set()).unwrap_err().to_string();
+    assert!(taken.contains("`two`"), "{taken}");
+    let other = LoraSet::<Flex>::none(&LlamaConfig::new(VOCAB, 32, 48, 3, 4, 2, 8));
+    let misfit = engine.add_adapter("other", other).unwrap_err().to_string();
+    assert!(misfit.contains("other") && misfit.contains('3') && misfit.contains('2'), "{misfit}");
+}
+
+#[test]
+fn a_seed_draws_the_same_alone_and_in_a_crowd() {
+    let sampling = Sampling { temperature: 1.5, top_k: 50, top_p: 0.95, min_p: 0.01, ..Sampling::default() };
+    let request = |seed: u64| {
+        let sampling = Sampling { seed, repetition_penalty: 1.0 + (seed % 2) as f64 / 5.0, ..sampling };
+        Request::new(prompt(9, 6)).with_max_new_tokens(15).with_sampling(sampling)
+    };
+    let together = engine(SMALL).complete((0..12).map(request), |_, _| {}).unwrap();
+    for (seed, answer) in (0..12).zip(&together) {
+        let mut engine = engine(EngineSettings { prefill_chunk: 2, ..SMALL });
+        assert_eq!(engine.complete([request(seed)], |_, _| {}).unwrap()[0].tokens, answer.tokens);
+    }
+    assert!(together.iter().skip(1).all(|answer| answer.tokens != together[0].tokens));
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_forward_pass() {
+    let request = Request { log_probs: Some(3), ..Request::new(prompt(2, 11)).with_max_new_tokens(5) };
+    let mut engine = engine(SMALL);
+    let answer = engine.complete([request.clone()], |_, _| {}).unwrap().remove(0);
+    assert_eq!(answer.log_probs.len(), 5);
+    let mut text = request.prompt;
+    for (token, found) in answer.tokens.iter().zip(&answer.log_probs) {
+        let logits = logits(engine.model(), &text);
+        let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+        let expected = f64::from(logits[*token as usize]) - sum.ln();
+        assert!((f64::from(found.chosen) - expected).abs() < 1e-4, "{} {expected}", found.chosen);
+        assert_eq!((found.top.len(), found.top[0]), (3, (*token, found.chosen)));
+        assert!(found.top.is_sorted_by(|a, b| a.1 >= b.1));
+        text.push(*token);
+    }
+}
+
+#[test]
+fn what_cannot_be_answered_is_refused_with_a_reason() {
+    let mut engine = engine(SMALL);
+    let mut refused = |request: Request| engine.submit(request).unwrap_err();
+    assert!(matches!(refused(Request::new(vec![])), InferError::EmptyPrompt));
+    let long = refused(Request::new(vec![5; 256]));
+    assert!(matches!(long, InferError::PromptTooLong { tokens: 256, context: 256 }), "{long}");
+    let unknown = refused(Request::new(vec![5]).with_adapter("nobody"));
+    assert!(unknown.to_string().contains("`nobody`") && unknown.to_string().contains("none"), "{unknown}");
+    let token = refused(Request::new(vec![5, 300]));
+    assert!(matches!(token, InferError::UnknownToken { token: 300, place: 1, vocab: VOCAB }), "{token}");
+    assert!(matches!(refused(Request::new(vec![5]).with_stop("x")), InferError::NoTokenizer));
+    let penalty = Sampling { repetition_penalty: -1.0, ..Sampling::default() };
+    assert!(
+        refused(Request::new(vec![5]).with_sampling(penalty)).to_string().contains("--repetition-penalty")
+    );
+    assert_empty(&engine);
+    let mut engine = engine.with_tokenizer(Tokenizer::byte_level_test());
+    assert!(engine.submit(Request::new(vec![5]).with_stop("")).unwrap_err().to_string().contains("stop"));
+    // One bad request of several leaves none of them behind.
+    assert!(engine.complete([Request::new(vec![5]), Request::new(vec![])], |_, _| {}).is_err());
+    assert!(engine.is_idle());
+}
+
+#[test]
+fn the_context_ends_an_answer() {
+    let mut engine = engine(SMALL);
+    let answers =
+        engine.complete([Request::new(vec![5; 255]), Request::new(vec![5; 250])], |_, _| {}).unwrap();
+    assert_eq!(answers.iter().map(|answer| answer.tokens.len()).collect::<Vec<_>>(), [1, 6]);
+    assert!(answers.iter().all(|answer| answer.reason == FinishReason::Length));
+}
+
+#[test]
+fn no_new_tokens_are_an_answer_too() {
+    let mut engine = engine(SMALL);
+    let answer =
+        engine.complete([Request::new(vec![5; 9]).with_max_new_tokens(0)], |_, _| {}).unwrap().remove(0);
+    assert_eq!((answer.tokens.len(), answer.reason), (0, FinishReason::Length));
+    assert_eq!(answer.usage, Usage { prompt_tokens: 9, cached_tokens: 0, new_tokens: 0 });
+}
+
+#[test]
+fn a_budget_is_kept_and_one_that_is_too_small_is_named() {
+    let with =
+        |pages: usize| Engine::new(model(), EngineSettings { budget_bytes: bytes_of_pages(pages), ..SMALL });
+    let none = with(1).unwrap_err().to_string();
+    assert!(none.contains(&bytes_of_pages(1).to_string()), "{none}");
+    // Three pages of four tokens; the answer's last token needs no place.
+    let mut engine = with(4).unwrap();
+    let fits = Request::new(vec![5; 6]).with_max_new_tokens(7);
+    let large = engine.submit(fits.clone().with_max_new_tokens(8)).unwrap_err();
+    assert!(matches!(large, InferError::TooLarge { prompt: 6, new: 8, needed: 4, pages: 3 }), "{large}");
+    let answers = engine.complete([fits.clone(), fits], |_, _| {}).unwrap();
+    assert!(answers.iter().all(|answer| answer.tokens.len() == 7));
+    let zero = Engine::new(model(), EngineSettings { max_batch: 0, ..SMALL }).unwrap_err().to_string();
+    assert!(zero.contains("max_batch"), "{zero}");
+}
+
+#[test]
+fn stop_strings_and_stop_tokens_end_an_answer() {
+    let tokenizer = Tokenizer::byte_level_test();
+    let mut engine = engine(SMALL).with_tokenizer(tokenizer.clone());
+    let request = Request { ignore_end: true, ..Request::new(prompt(3, 5)).with_max_new_tokens(14) };
+    let whole = engine.complete([request.clone()], |_, _| {}).unwrap().remove(0);
+    assert_eq!(whole.text, tokenizer.decode(&whole.tokens).unwrap());
+    // The text from the fifth to the sixth character, whatever bytes those are made of.
+    let places: Vec<usize> = whole.text.char_indices().map(|(place, _)| place).collect();
+    let stop = &whole.text[places[4]..places[6]];
+    let ends = whole.text.find(stop).unwrap();
+    let stopped = engine.complete([request.clone().with_stop(stop)], |_, _| {}).unwrap().remove(0);
+    assert_eq!((stopped.text.as_str(), stopped.reason), (&whole.text[..ends], FinishReason::StopString(0)));
+    assert!(whole.tokens.starts_with(&stopped.tokens) && stopped.tokens.len() < 14);
+    assert_eq!(stopped.usage.new_tokens, stopped.tokens.len());
+
+    let token = *whole.tokens.iter().find(|&&token| token != whole.tokens[0]).unwrap();
+    let first = whole.tokens.iter().position(|&other| other == token).unwrap();
+    let request = Request { stop_tokens: vec![token], ..request };
+    let stopped = engine.complete([request], |_, _| {}).unwrap().remove(0);
+    assert_eq!((&stopped.tokens[..], stopped.reason), (&whole.tokens[..first], FinishReason::Stop));
+    assert_empty(&engine);
+}
+
+#[test]
+fn streams_give_what_complete_gives_and_a_dropped_one_leaves_nothing() {
+    let mut engine = engine(SMALL).with_tokenizer(Tokenizer::byte_level_test());
+    let request = Request { ignore_end: true, ..Request::new(prompt(3, 5)).with_max_new_tokens(14) };
+    let other = engine.submit(request.clone()).unwrap();
+    let mut answer = Answer::default();
+    let ends: Vec<bool> =
+        engine.stream(request.clone()).unwrap().map(|event| answer.add(event.unwrap())).collect();
+    assert_eq!((ends.len(), ends.iter().filter(|&&end| end).count()), (15, 1));
+    // The other request ran beside it, and its events were kept.
+    let mut others = Answer::default();
+    while !engine.is_idle() {
+        for event in engine.step().unwrap() {
+            assert_eq!(event.request(), other);
+            others.add(event);
+        }
+    }
+    assert_eq!((&others.tokens, &others.text), (&answer.tokens, &answer.text));
+    let mut stream = engine.stream(request).unwrap();
+    assert!(matches!(stream.next(), Some(Ok(Event::Token { .. }))));
+    drop(stream);
+    assert!(engine.is_idle());
+    assert_empty(&engine);
+}
+
+#[test]
+fn a_deadline_ends_what_runs_and_what_waits() {
+    let mut engine = engine(EngineSettings { max_batch: 1, ..SMALL });
+    let deadline = Some(Instant::now() + Duration::from_millis(30));
+    let late = Request { deadline, ..Request::new(prompt(1, 4)).with_max_new_tokens(200) };
+    let in_time = Request::new(prompt(1, 4)).with_max_new_tokens(2);
+    let ids = [late.clone(), late, in_time].map(|request| engine.submit(request).unwrap());
+    let mut answers = ids.map(|_| Answer::default());
+    for event in engine.step().unwrap() {
+        answers[event.request().0 as usize].add(event);
+    }
+    std::thread::sleep(Duration::from_millis(40));
+    while !engine.is_idle() {
+        for event in engine.step().unwrap() {
+            answers[event.request().0 as usize].add(event);
+        }
+    }
+    assert_eq!(
+        answers.each_ref().map(|answer| answer.reason),
+        [FinishReason::Deadline, FinishReason::Deadline, FinishReason::Length]
+    );
+    assert_eq!(answers.map(|answer| answer.tokens.len()), [1, 0, 2]);
+    assert_empty(&engine);
+}
+
+#[test]
+fn a_request_that_gives_nan_ends_alone() {
+    let mut model = model();
+    // Token 10 has an embedding that is no number, and is never the likeliest, since the head is another table.
+    let nan = Tensor::<Flex, 2>::full([1, 32], f32::NAN, &Default::default());
+    model.embedding = model.embedding.map(|table| table.slice_assign([10..11, 0..32], nan));
+    let small = EngineSettings { budget_bytes: bytes_of_pages(9), ..SMALL };
+    let mut engine = Engine::new(model, small).unwrap();
+    let good = Request::new(vec![5, 6, 7, 8, 9]).with_max_new_tokens(6);
+    let bad = Request::new(vec![5, 6, 7, 8, 9, 10, 11, 12]).with_max_new_tokens(6);
+    let alone = engine.complete([good.clone()], |_, _| {}).unwrap().remove(0);
+    for _ in 0..3 {
+        let answers = engine.complete([bad.clone(), good.clone(), bad.clone()], |_, _| {}).unwrap();
+        assert_eq!(
+            answers.iter().map(|answer| answer.reason).collect::<Vec<_>>(),
+            [FinishReason::NotANumber, FinishReason::Length, FinishReason::NotANumber]
+        );
+        assert_eq!(answers[1].tokens, alone.tokens);
+    }
+    assert_empty(&engine);
+}
+
+#[test]
+fn an_engine_can_be_sent_to_a_thread() {
+    let mut engine = engine(SMALL);
+    let answers = std::thread::spawn(move || engine.complete([Request::new(vec![5])], |_, _| {}).unwrap());
+    assert_eq!(answers.join().unwrap()[0].tokens.len(), 128);
+}

@@ -1,0 +1,222 @@
+//! Kernels for answering against the references, on wgpu and, where there is one, on a CUDA device.
+#![cfg(any(feature = "wgpu", feature = "cuda"))]
+#![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
+
+mod common;
+
+use burn::tensor::{DType, Tensor, TensorData};
+use burn_flex::Flex;
+use buzzer_kernels::{
+    Cube, FrozenWeight, Heads, KernelBackend, LoraTerm, Nf4Tensor, PagedIndex, PagedSequence, Pages,
+    ProductRuntime, RotaryAngles, RowGroup,
+};
+use common::{Device, noise};
+
+const PAGE: usize = 16;
+
+/// Where the kernels run, in which dtype, and what an element may differ by.
+struct Runner<'a, R: ProductRuntime> {
+    device: &'a Device<R>,
+    dtype: DType,
+    bound: f32,
+}
+
+fn host<B: burn::tensor::backend::Backend, const D: usize>(x: Tensor<B, D>) -> Vec<f32> {
+    x.cast(DType::F32).into_data().to_vec().unwrap()
+}
+
+/// The same linear layers on a backend.
+struct Layers<B: KernelBackend> {
+    x: Tensor<B, 2>,
+    weights: Vec<FrozenWeight<B>>,
+    groups: Vec<RowGroup<B>>,
+    residual: Option<Tensor<B, 2>>,
+}
+
+/// What is multiplied: rows and their groups' ranks, and the widths.
+#[derive(Clone, Copy, Debug)]
+struct Case<'a> {
+    groups: &'a [(usize, usize)],
+    inner: usize,
+    outs: &'a [usize],
+    double: bool,
+    added: bool,
+}
+
+impl<R: ProductRuntime> Runner<'_, R> {
+    /// Noise as the dtype holds it, on both sides.
+    fn values(&self, count: usize, seed: u64, scale: f32) -> Vec<f32> {
+        let values: Vec<f32> = noise(count, seed).iter().map(|x| x * scale).collect();
+        let x = Tensor::<Flex, 1>::from_data(TensorData::new(values, [count]), &Default::default());
+        host(x.cast(self.dtype))
+    }
+
+    fn layers<B: KernelBackend>(&self, case: Case<'_>, device: &B::Device, dtype: DType) -> Layers<B> {
+        let tensor = |values: Vec<f32>, dims: [usize; 2], dtype: DType| {
+            Tensor::<B, 2>::from_data(TensorData::new(values, dims), (device, dtype))
+        };
+        let Case { groups, inner, outs, double, added } = case;
+        let (n, out) = (groups.iter().map(|(rows, _)| rows).sum::<usize>(), outs.iter().sum::<usize>());
+        let weight = |(seed, &out): (u64, &usize)| {
+            let values: Vec<f32> = noise(out * inner, seed).iter().map(|x| x * 0.1).collect();
+            FrozenWeight::Nf4(Nf4Tensor::quantize(&values, [out, inner], double, device))
+        };
+        let lora = |rank: usize, seed: u64, out: usize| LoraTerm {
+            a: tensor(self.values(rank * inner, seed, 0.1), [rank, inner], DType::F32),
+            b: tensor(self.values(out * rank, seed + 1, 0.1), [out, rank], DType::F32),
+            scale: 0.5,
+        };
+        // The middle one of three layers has no correction.
+        let has = |layer: usize, rank: usize| rank > 0 && (layer != 1 || outs.len() < 3);
+        let group = |(number, &(rows, rank)): (u64, &(usize, usize))| RowGroup {
+            rows,
+            loras: (0..outs.len())
+                .map(|layer| {
+                    has(layer, rank).then(|| lora(rank, 100 * number + 10 * layer as u64 + 50, outs[layer]))
+                })
+                .collect(),
+        };
+        Layers {
+            x: tensor(self.values(n * inner, 7, 1.0), [n, inner], dtype),
+            weights: (1..).zip(outs).map(weight).collect(),
+            groups: (0..).zip(groups).map(group).collect(),
+            residual: added.then(|| tensor(self.values(n * out, 9, 1.0), [n, out], dtype)),
+        }
+    }
+
+    fn linear(&self, case: Case<'_>) {
+        let run = |layers: Layers<Cube<R>>| {
+            host(Cube::<R>::grouped_linear(layers.x, &layers.weights, &layers.groups, layers.residual))
+        };
+        let found = run(self.layers(case, self.device, self.dtype));
+        let expected = self.layers::<Flex>(case, &Default::default(), DType::F32);
+        let expected =
+            Flex::grouped_linear(expected.x, &expected.weights, &expected.groups, expected.residual);
+        self.close(&format!("{case:?}"), &found, &host(expected));
+    }
+
+    fn close(&self, what: &str, found: &[f32], expected: &[f32]) {
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (place, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let error = (found - expected).abs();
+            assert!(
+                error <= self.bound * (1.0 + expected.abs()),
+                "{what} at {place}: {found} for {expected}"
+            );
+        }
+    }
+
+    fn linears(&self) {
+        let case = Case { groups: &[(1, 0)], inner: 64, outs: &[8], double: true, added: false };
+        self.linear(case);
+        self.linear(Case { outs: &[7], double: false, ..case });
+        self.linear(Case { outs: &[5, 9, 6], inner: 320, groups: &[(3, 4)], added: true, ..case });
+        // More words than a unit reads ahead, and a number of blocks that is no multiple of anything.
+        self.linear(Case { outs: &[33], inner: 2048 + 192, groups: &[(2, 40)], ..case });
+        self.linear(Case { outs: &[12, 20], inner: 192, groups: &[(8, 3)], double: false, ..case });
+        self.linear(Case { outs: &[12], inner: 192, groups: &[(13, 0)], added: true, ..case });
+        self.linear(Case {
+            outs: &[6, 6, 6],
+            inner: 128,
+            groups: &[(2, 3), (1, 0), (4, 5)],
+            added: true,
+            ..case
+        });
+        // Too many rows, and a width of half a block: by the other way.
+        self.linear(Case { outs: &[12], inner: 128, groups: &[(17, 2)], ..case });
+        self.linear(Case { outs: &[12], inner: 96, groups: &[(2, 2)], ..case });
+    }
+
+    /// Rows stored and attended for, on a backend.
+    fn paged<B: KernelBackend>(
+        &self,
+        heads: Heads,
+        sequences: &[PagedSequence],
+        device: &B::Device,
+        dtype: DType,
+    ) -> [Vec<f32>; 3] {
+        let index = PagedIndex::<B>::new(sequences.to_vec(), PAGE, device);
+        let tensor = |dims: [usize; 2], seed: u64| {
+            let values = self.values(dims[0] * dims[1], seed, 1.0);
+            Tensor::<B, 2>::from_data(TensorData::new(values, dims), (device, dtype))
+        };
+        let pages = 1 + sequences.iter().flat_map(|sequence| &sequence.pages).max().unwrap();
+        let all = [pages as usize * PAGE, heads.keys * heads.width];
+        let mut pages = Pages { keys: tensor(all, 1), values: tensor(all, 2) };
+        let rows = tensor([index.rows(), (heads.queries + 2 * heads.keys) * heads.width], 3);
+        let angles = RotaryAngles::new(index.positions(), heads.width, 10_000.0);
+        let q = B::paged_store(rows, &angles, heads, &mut pages, &index);
+        let o = B::paged_attention(q, heads, &pages, &index);
+        [host(o), host(pages.keys), host(pages.values)]
+    }
+
+    fn attention(&self, heads: Heads, lengths: &[(usize, usize)]) {
+        // Pages in an order that is not theirs in memory; the first one is the scratch page.
+        let (mut next, mut sequences) = (0, Vec::new());
+        let total: u32 = lengths.iter().map(|(length, _)| length.div_ceil(PAGE) as u32).sum();
+        for &(length, rows) in lengths {
+            let count = length.div_ceil(PAGE) as u32;
+            let pages = (next..next + count).map(|page| 1 + (total - 1 - page)).collect();
+            next += count;
+            sequences.push(PagedSequence { pages, length, rows });
+        }
+        let found = self.paged::<Cube<R>>(heads, &sequences, self.device, self.dtype);
+        let expected = self.paged::<Flex>(heads, &sequences, &Default::default(), DType::F32);
+        for (what, (found, expected)) in ["o", "keys", "values"].iter().zip(found.iter().zip(&expected)) {
+            self.close(&format!("{what} of {heads:?} {lengths:?}"), found, expected);
+        }
+    }
+
+    fn attentions(&self) {
+        let heads = Heads { queries: 4, keys: 2, width: 32 };
+        self.attention(heads, &[(1, 1)]);
+        self.attention(heads, &[(128, 1), (5, 1), (129, 1), (300, 1)]);
+        self.attention(Heads { queries: 3, keys: 3, width: 128 }, &[(77, 1), (520, 1)]);
+        self.attention(Heads { queries: 6, keys: 1, width: 20 }, &[(40, 1)]);
+        self.attention(heads, &[(20, 1), (33, 1), (50, 17), (16, 16), (9, 2)]);
+        self.attention(heads, &[(30, 30)]);
+    }
+}
+
+#[cfg(feature = "wgpu")]
+fn vulkan() -> Runner<'static, cubecl::wgpu::WgpuRuntime> {
+    Runner { device: &buzzer_kernels::WgpuDevice::DefaultDevice, dtype: DType::F32, bound: 2e-5 }
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn few_rows_on_wgpu() {
+    vulkan().linears();
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn pages_on_wgpu() {
+    vulkan().attentions();
+}
+
+/// In f32, and in 16 bits with a bound of some units of a sum's last place.
+#[cfg(feature = "cuda")]
+fn on_cuda(run: impl Fn(Runner<'_, cubecl::cuda::CudaRuntime>)) {
+    if buzzer_kernels::cuda_cards() == 0 {
+        println!("skipped: no CUDA device");
+        return;
+    }
+    let device = buzzer_kernels::CudaDevice::new(0);
+    for (dtype, bound) in [(DType::F32, 2e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
+        println!("{dtype:?}");
+        run(Runner { device: &device, dtype, bound });
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn few_rows_on_cuda() {
+    on_cuda(|runner| runner.linears());
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn pages_on_cuda() {
+    on_cuda(|runner| runner.attentions());
+}
