@@ -211,7 +211,10 @@ impl Args {
             temperature: 0.0,
             top_k: 0,
             top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
             sample_seed: 0,
+            cache_limit: 4.0,
             answer_batch: 64,
         }
     }

@@ -79,7 +79,8 @@ fn both_sides_of_a_split_hold_every_clue_once_and_no_question_twice() {
     let clues = cleaned("a.csv", file).clues;
     assert_eq!(clues.len(), 4000);
     let from = Date::new(2900, 1, 1).unwrap();
-    for how in [Split::None, Split::Hash { fraction: 0.1, seed: 5 }, Split::AirDate { from }] {
+    let latest = Split::Latest { fraction: 0.1 };
+    for how in [Split::None, Split::Hash { fraction: 0.1, seed: 5 }, Split::AirDate { from }, latest] {
         let (train, eval) = split(clues.clone(), &how).unwrap();
         let mut rows: Vec<u32> = train.iter().chain(&eval).map(|clue| clue.row).collect();
         rows.sort_unstable();
@@ -90,6 +91,11 @@ fn both_sides_of_a_split_hold_every_clue_once_and_no_question_twice() {
                 assert!((300..500).contains(&eval.len()), "{}", eval.len());
                 let asked = |clue: &Clue| train.iter().any(|other| other.question == clue.question);
                 assert!(!eval.iter().any(asked), "a question stands on both sides");
+            }
+            Split::Latest { .. } => {
+                assert!((400..500).contains(&eval.len()), "{}", eval.len());
+                let first = eval.iter().map(|clue| clue.air_date).min();
+                assert!(train.iter().all(|clue| Some(clue.air_date) < first), "a day stands on both sides");
             }
             Split::AirDate { .. } => assert!(eval.iter().all(|clue| clue.air_date >= Some(from))),
         }

@@ -40,7 +40,7 @@ pub fn reference<B: KernelBackend>(
             lora: lora.clone(),
         };
         let parts: Vec<_> = weights.iter().zip(loras).map(part).collect();
-        B::qlora_project(Input { x: x.clone(), dropped: x, residual }, &parts).y
+        B::qlora_project(Input { x: x.clone().into(), dropped: x, residual }, &parts).y
     })
 }
 

@@ -102,7 +102,7 @@ impl<'a> Merge<'a> {
             round_to_nf4(values, self.quantization);
         }
         if let Some(factors) = self.factors(layer, target) {
-            let scale = self.adapter.map_or(0.0, |adapter| adapter.config.scaling());
+            let scale = self.adapter.map_or(0.0, |adapter| adapter.config.scaling(factors));
             add_correction(values, factors, scale as f32);
         }
         Ok(())
@@ -144,7 +144,7 @@ fn round_to_nf4(values: &mut [f32], quantization: Quantization) {
 
 /// `W += s B A`: the product is summed over the rank first, so a small correction is not lost term by term.
 fn add_correction(values: &mut [f32], factors: &Factors, scale: f32) {
-    let rank = factors.b.len() / factors.out_features.max(1);
+    let rank = factors.rank;
     let rows = values.par_chunks_exact_mut(factors.in_features);
     let sides = factors.b.par_chunks_exact(rank);
     rows.zip(sides).for_each_init(Vec::new, |sum, (row, side)| {
@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn a_correction_is_the_product_of_its_factors() {
         let (a, b) = (vec![1.0, 2.0, 3.0, 0.0, -1.0, 4.0], vec![1.0, 10.0, -2.0, 0.5]);
-        let factors = Factors { a, b, in_features: 3, out_features: 2 };
+        let factors = Factors { a, b, rank: 2, alpha: 1.0, in_features: 3, out_features: 2 };
         let mut weight = vec![1.0; 6];
         add_correction(&mut weight, &factors, 0.5);
         assert_eq!(weight, [1.5, -3.0, 22.5, 0.0, -1.25, -1.0]);

@@ -151,6 +151,7 @@ fn real_activations_are_those_of_hugging_face() {
 fn real_greedy_tokens_are_those_of_hugging_face() {
     let Some(dir) = shared("weights/tiny-llama") else { return };
     let model = load(&dir, Quantization::None).unwrap();
+    let loras = model.lora_set();
     let golden = fs::read_to_string(dir.join("expected/generate.json")).unwrap();
     let golden: Value = serde_json::from_str(&golden).unwrap();
     let ids = |value: &Value| -> Vec<i32> { serde_json::from_value(value.clone()).unwrap() };
@@ -167,7 +168,7 @@ fn real_greedy_tokens_are_those_of_hugging_face() {
             let pass = PagedPass {
                 ids: next.iter().map(|&id| id as u32).collect(),
                 index: PagedIndex::new(vec![sequence], 512, &Default::default()),
-                adapters: vec![AdapterRows { rows, loras: &model.lora_set() }],
+                adapters: vec![AdapterRows { rows, loras: &loras }],
             };
             let last = model.hidden_paged(&pass, &mut cache).narrow(0, rows - 1, 1);
             next = model.logits(last).argmax(1).into_data().iter::<i32>().collect();
