@@ -49,7 +49,7 @@ pub(crate) fn parse(bytes: &[u8], place: Place<'_>) -> Result<Tensors, WeightsEr
     let stored = pickle::read(pickle).map_err(|fault| match fault {
         Fault::Damaged(message) => place.pytorch(message),
         Fault::Code(name) => {
-            WeightsError::PickledCode { path: place.path.to_owned(), flag: place.flag, name: name.into() }
+            WeightsError::PickledCode { path: place.path.to_owned(), flag: place.flag, name }
         }
     })?;
     let mut tensors = BTreeMap::new();

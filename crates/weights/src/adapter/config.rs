@@ -32,7 +32,7 @@ const MUST_BE_OFF: [(&str, &str); 12] = [
     ("kasa_config", "KaSA changes the base model's weights"),
     ("monteclora_config", "sampled factors are not supported"),
 ];
-/// More patterns than a model has modules; each costs a compilation.
+/// More names or patterns than a model has modules; each is compiled or compared with every module.
 const MAX_PATTERNS: usize = 4096;
 /// Values of `init_lora_weights` under which the base model's weights stay as they were.
 const PLAIN_STARTS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
@@ -170,7 +170,7 @@ fn by_pattern<T: Copy>(
     read: impl Fn(&Value) -> Result<T, String>,
 ) -> Result<Vec<Option<T>>, String> {
     if pattern.len() > MAX_PATTERNS {
-        return Err(format!("`{field}` has {} keys, more than any model has modules", pattern.len()));
+        return Err(too_many(field, pattern.len()));
     }
     let mut found = vec![None; modules.len()];
     for (key, value) in pattern {
@@ -183,6 +183,10 @@ fn by_pattern<T: Copy>(
         }
     }
     Ok(found)
+}
+
+fn too_many(field: &str, count: usize) -> String {
+    format!("`{field}` has {count} entries, more than any model has modules")
 }
 
 fn rank_of(field: &str, value: &Value) -> Result<usize, String> {
@@ -198,6 +202,7 @@ fn spec(field: &str, value: Option<&Value>) -> Result<Option<Spec>, String> {
         Some(Value::String(pattern)) => {
             Spec::pattern(pattern).map(Some).map_err(|error| format!("`{field}`: {error}"))
         }
+        Some(Value::Array(names)) if names.len() > MAX_PATTERNS => Err(too_many(field, names.len())),
         Some(Value::Array(names)) => {
             let names = names.iter().map(|name| name.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>();
             names

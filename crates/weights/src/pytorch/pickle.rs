@@ -33,11 +33,11 @@ pub(super) struct Stored<'a> {
 
 /// Why a pickle is not read.
 #[derive(Debug, PartialEq)]
-pub(super) enum Fault<'a> {
+pub(super) enum Fault {
     /// It is not what PyTorch writes.
     Damaged(String),
     /// It names this, which loading it elsewhere might call.
-    Code(std::borrow::Cow<'a, str>),
+    Code(String),
 }
 
 /// The functions and classes that are understood.
@@ -70,7 +70,7 @@ enum Value<'a> {
 }
 
 /// The tensors of a state dict in its order, by name. What else the dict holds is passed over.
-pub(super) fn read(bytes: &[u8]) -> Result<Vec<(&str, Stored<'_>)>, Fault<'_>> {
+pub(super) fn read(bytes: &[u8]) -> Result<Vec<(&str, Stored<'_>)>, Fault> {
     let mut machine = Machine { rest: bytes, ..Machine::default() };
     let top = machine.run().map_err(|fault| match fault {
         Fault::Damaged(message) => {
@@ -113,13 +113,13 @@ struct Machine<'a> {
     memo: HashMap<u32, Id>,
 }
 
-fn damaged<'a, T>(message: impl Into<String>) -> Result<T, Fault<'a>> {
+fn damaged<T>(message: impl Into<String>) -> Result<T, Fault> {
     Err(Fault::Damaged(message.into()))
 }
 
 impl<'a> Machine<'a> {
     /// Runs to the end; the value that is left.
-    fn run(&mut self) -> Result<Id, Fault<'a>> {
+    fn run(&mut self) -> Result<Id, Fault> {
         loop {
             let [code] = self.take()?;
             match code {
@@ -158,7 +158,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn integer(&mut self, code: u8) -> Result<(), Fault<'a>> {
+    fn integer(&mut self, code: u8) -> Result<(), Fault> {
         let value = match code {
             b'J' => i32::from_le_bytes(self.take()?).into(),
             b'K' => i64::from(self.take::<1>()?[0]),
@@ -178,7 +178,7 @@ impl<'a> Machine<'a> {
         self.push(Value::Int(value))
     }
 
-    fn text(&mut self, code: u8) -> Result<(), Fault<'a>> {
+    fn text(&mut self, code: u8) -> Result<(), Fault> {
         let length = match code {
             b'X' => u32::from_le_bytes(self.take()?).into(),
             0x8C => u64::from(self.take::<1>()?[0]),
@@ -192,7 +192,7 @@ impl<'a> Machine<'a> {
     }
 
     /// A function or class, from two lines or from two texts on the stack.
-    fn name(&mut self, code: u8) -> Result<(), Fault<'a>> {
+    fn name(&mut self, code: u8) -> Result<(), Fault> {
         let (module, name) = if code == b'c' {
             (self.line()?, self.line()?)
         } else {
@@ -204,11 +204,11 @@ impl<'a> Machine<'a> {
         };
         match Name::find(module, name) {
             Some(name) => self.push(Value::Name(name)),
-            None => Err(Fault::Code(format!("{module}.{name}").into())),
+            None => Err(Fault::Code(format!("{module}.{name}"))),
         }
     }
 
-    fn tuple(&mut self, code: u8) -> Result<(), Fault<'a>> {
+    fn tuple(&mut self, code: u8) -> Result<(), Fault> {
         let items = match code {
             b')' => Vec::new(),
             b't' => self.pop_to_mark()?,
@@ -224,7 +224,7 @@ impl<'a> Machine<'a> {
         self.push(Value::Tuple(items))
     }
 
-    fn append(&mut self, code: u8) -> Result<(), Fault<'a>> {
+    fn append(&mut self, code: u8) -> Result<(), Fault> {
         let new = if code == b'a' { vec![self.pop()?] } else { self.pop_to_mark()? };
         match self.top_mut()? {
             Value::List(items) => items.extend(new),
@@ -233,7 +233,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn set_items(&mut self, code: u8) -> Result<(), Fault<'a>> {
+    fn set_items(&mut self, code: u8) -> Result<(), Fault> {
         let new = if code == b's' {
             let (value, key) = (self.pop()?, self.pop()?);
             vec![key, value]
@@ -250,7 +250,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn memoize(&mut self, code: u8) -> Result<(), Fault<'a>> {
+    fn memoize(&mut self, code: u8) -> Result<(), Fault> {
         let slot = match code {
             b'q' => self.take::<1>()?[0].into(),
             b'r' => u32::from_le_bytes(self.take()?),
@@ -264,7 +264,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn recall(&mut self, code: u8) -> Result<(), Fault<'a>> {
+    fn recall(&mut self, code: u8) -> Result<(), Fault> {
         let slot = if code == b'h' { self.take::<1>()?[0].into() } else { u32::from_le_bytes(self.take()?) };
         match self.memo.get(&slot) {
             Some(&id) => self.stack.push(id),
@@ -274,7 +274,7 @@ impl<'a> Machine<'a> {
     }
 
     /// `('storage', type, key, device, elements)`, the only thing that PyTorch keeps outside of the pickle.
-    fn storage(&mut self) -> Result<(), Fault<'a>> {
+    fn storage(&mut self) -> Result<(), Fault> {
         let id = self.pop()?;
         let storage = match self.parts(id).as_deref() {
             Some(
@@ -298,7 +298,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn call(&mut self) -> Result<(), Fault<'a>> {
+    fn call(&mut self) -> Result<(), Fault> {
         let (arguments, function) = (self.pop()?, self.pop()?);
         let (Some(arguments), &Value::Name(function)) = (self.parts(arguments), self.value(function)) else {
             return damaged("what is called is no function");
@@ -353,7 +353,7 @@ impl<'a> Machine<'a> {
         &self.values[id as usize]
     }
 
-    fn push(&mut self, value: Value<'a>) -> Result<(), Fault<'a>> {
+    fn push(&mut self, value: Value<'a>) -> Result<(), Fault> {
         if self.values.len() == MAX_VALUES {
             return damaged(format!("it has more than {MAX_VALUES} values, so it is no state dict"));
         }
@@ -367,32 +367,32 @@ impl<'a> Machine<'a> {
         self.marks.last().copied().unwrap_or(0)
     }
 
-    fn top(&self) -> Result<Id, Fault<'a>> {
+    fn top(&self) -> Result<Id, Fault> {
         match self.stack.last() {
             Some(&id) if self.stack.len() > self.floor() => Ok(id),
             _ => damaged("the stack is empty"),
         }
     }
 
-    fn top_mut(&mut self) -> Result<&mut Value<'a>, Fault<'a>> {
+    fn top_mut(&mut self) -> Result<&mut Value<'a>, Fault> {
         let id = self.top()?;
         Ok(&mut self.values[id as usize])
     }
 
-    fn pop(&mut self) -> Result<Id, Fault<'a>> {
+    fn pop(&mut self) -> Result<Id, Fault> {
         let id = self.top()?;
         self.stack.pop();
         Ok(id)
     }
 
-    fn pop_to_mark(&mut self) -> Result<Vec<Id>, Fault<'a>> {
+    fn pop_to_mark(&mut self) -> Result<Vec<Id>, Fault> {
         match self.marks.pop() {
             Some(mark) => Ok(self.stack.split_off(mark)),
             None => damaged("a mark is missing"),
         }
     }
 
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], Fault<'a>> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], Fault> {
         match self.rest.split_first_chunk() {
             Some((&bytes, rest)) => {
                 self.rest = rest;
@@ -402,7 +402,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn slice(&mut self, length: usize) -> Result<&'a [u8], Fault<'a>> {
+    fn slice(&mut self, length: usize) -> Result<&'a [u8], Fault> {
         match self.rest.split_at_checked(length) {
             Some((bytes, rest)) => {
                 self.rest = rest;
@@ -412,7 +412,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn line(&mut self) -> Result<&'a str, Fault<'a>> {
+    fn line(&mut self) -> Result<&'a str, Fault> {
         let end = self.rest.iter().position(|&byte| byte == b'\n');
         let line = match end {
             Some(end) => self.slice(end)?,

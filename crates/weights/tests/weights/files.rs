@@ -380,6 +380,7 @@ fn values_of_the_wrong_kind_are_shown() {
         ("target_modules", json!("(?!x).*_proj"), "`(?!x).*_proj` cannot be matched"),
         ("target_modules", json!("("), "cannot be matched"),
         ("target_modules", json!(3), "neither"),
+        ("target_modules", json!(vec!["q_proj"; 4097]), "4097 entries"),
         ("exclude_modules", json!({"a": 1}), "`exclude_modules`"),
         ("alpha_pattern", json!({"q_proj": "high"}), "`alpha_pattern` holds \"high\""),
         ("alpha_pattern", json!({"(": 3}), "`alpha_pattern`: the pattern `(`"),
