@@ -47,7 +47,7 @@ mod rows;
 mod testing;
 
 pub use adamw::{AdamW, AdamWState, AdamWState8};
-pub use attention::{Attended, AttentionIndex, Heads, SEPARATE};
+pub use attention::{Attended, AttentionIndex, AttentionRanges, Heads, SEPARATE};
 pub use cross_entropy::{CrossEntropyGradient, IGNORED};
 pub use dropout::Dropout;
 pub use nf4::{Nf4Error, Nf4Tensor};

@@ -98,6 +98,7 @@ impl<B: Backend> KvCache<B> {
             query_positions: positions,
             key_documents: self.documents.clone().narrow(1, 0, to),
             key_positions: self.positions.clone().narrow(1, 0, to),
+            ranges: None,
         }
     }
 }

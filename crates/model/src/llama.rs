@@ -200,7 +200,7 @@ impl<B: KernelBackend> Llama<B> {
         cache: &mut KvCache<B>,
     ) -> Tensor<B, 2> {
         let angles = RotaryAngles::new(positions.clone(), self.config.head_dim, self.config.rope_theta);
-        let index: AttentionIndex<B> = cache.extend(documents, positions);
+        let index: AttentionIndex<B> = cache.extend(documents, positions).prepared();
         let context = BlockContext { angles, index };
         let mut x = self.embed(ids);
         for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {

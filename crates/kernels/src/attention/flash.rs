@@ -12,11 +12,11 @@ use cubecl::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
-use super::device::{HIDDEN, Index, Tokens, dims};
+use super::device::{HIDDEN, Tiled, Tokens, dims};
 use super::ranges::{FULL, SKIP};
 use super::tiles::{
     Build, Chunk, Gate, Line, Sums, UNITS, flush, gather, greatest_of_four, head_of, hide, load, load_tokens,
-    next, own_tokens, scores, stage, sum_of_four, zeros,
+    next, operands, own_tokens, rate_of, weight, scores, stage, sum_of_four, zeros,
 };
 use crate::device::vector_width;
 
@@ -24,6 +24,11 @@ use crate::device::vector_width;
 pub(super) const EDGE: usize = 64;
 /// Keys that pass at once.
 const KEYS: usize = 64;
+
+/// Whether the device has what these kernels need, for some dtype.
+pub(super) fn on_device<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
+    !client.properties().features.matmul.ldmatrix.is_empty()
+}
 
 /// How the kernels are to be built if this device and these tensors can take this way.
 pub(super) fn build<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> Option<Build> {
@@ -51,12 +56,17 @@ pub(super) fn build<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> Option<Build>
     } else {
         return None;
     };
-    Some(Build { chunks: width / 8, depth, copies: features.copy_async && depth == 16 })
+    let trial = std::env::var("TRIAL").ok().and_then(|x| x.parse().ok()).unwrap_or(0u32);
+    let ahead = (trial >> 8) as usize;
+    Some(Build { chunks: width / 8, depth, copies: features.copy_async && depth == 16, ahead, trial })
 }
 
 /// One cube for each `rows` rows of each head.
-pub(super) fn grid<R: CubeRuntime>(x: &CubeTensor<R>, rows: usize) -> CubeCount {
+pub(super) fn grid<R: CubeRuntime>(x: &CubeTensor<R>, rows: usize, build: Build) -> CubeCount {
     let [b, heads, t, _] = dims(x);
+    if build.trial & 8 == 8 {
+        return CubeCount::Static(heads as u32, t.div_ceil(rows) as u32, b as u32);
+    }
     CubeCount::Static(t.div_ceil(rows) as u32, heads as u32, b as u32)
 }
 
@@ -67,7 +77,7 @@ pub(super) fn scale_of(build: Build) -> f32 {
 /// Writes `o` and `lse` of queries, keys and values; see [`super::device::forward`].
 pub(super) fn forward<R: CubeRuntime>(
     [q, k, v]: [&CubeTensor<R>; 3],
-    index: &Index<R>,
+    index: &Tiled<R>,
     o: &CubeTensor<R>,
     lse: &CubeTensor<R>,
     build: Build,
@@ -77,7 +87,7 @@ pub(super) fn forward<R: CubeRuntime>(
     unsafe {
         flash_forward::launch_unchecked::<R>(
             &q.client,
-            grid(q, build.queries()),
+            grid(q, build.queries(), build),
             CubeDim::new_1d(UNITS),
             q.clone().into_tensor_arg(),
             k.clone().into_tensor_arg(),
@@ -129,70 +139,117 @@ impl QueryTile {
     }
 }
 
-/// One step of the softmax over 64 keys: scores become weights, sums and totals shrink as the peaks grow.
+/// Peaks may be behind by so many powers of two: weights grow to 256 at most, and sums are seldom rescaled.
+const SLACK: f32 = 8.0 / 126.0;
+
+/// What belongs to this unit's rows: the greatest score that shifts the softmax, and the sum of its own weights.
+#[derive(CubeType)]
+struct Softmax {
+    peaks: Array<f32>,
+    totals: Array<f32>,
+}
+
 #[cube]
-fn soften(
-    values: &mut Sums,
-    sums: &mut Sums,
-    peaks: &mut Array<f32>,
-    totals: &mut Array<f32>,
-    scale: f32,
-    #[comptime] blocks: usize,
-    #[comptime] chunks: usize,
-) {
-    #[unroll]
-    for half in 0..blocks * 2 {
-        let first = comptime!(half / 2 * KEYS / 8);
-        let mut top = peaks[half];
+impl Softmax {
+    fn new(#[comptime] blocks: usize) -> Softmax {
+        let mut peaks = Array::<f32>::new(comptime!(blocks * 2));
+        let mut totals = Array::<f32>::new(comptime!(blocks * 2));
         #[unroll]
-        for n in 0..KEYS / 8 {
-            let pair = values.index(first + n)[half % 2];
-            top = max(top, max(pair[0], pair[1]));
+        for half in 0..blocks * 2 {
+            peaks[half] = f32::new(HIDDEN);
+            totals[half] = f32::new(0.0);
         }
-        top = greatest_of_four(top);
-        // Where all is hidden so far the shift is 0, so that hidden scores weigh nothing.
-        let shift = select(top < f32::new(-1e29), f32::new(0.0), top * scale);
-        let shrink = fma(peaks[half], scale, -shift).exp();
-        peaks[half] = top;
-        let mut total = totals[half] * shrink;
+        Softmax { peaks, totals }
+    }
+
+    /// Takes the peaks of 64 more scores and shrinks sums and totals where they grew, if one grew by much.
+    fn raise(
+        &mut self,
+        values: &Sums,
+        sums: &mut Sums,
+        rate: f32,
+        #[comptime] blocks: usize,
+        #[comptime] build: Build,
+    ) {
+        let slack = if comptime!(build.trial & 2 == 2) { f32::new(SLACK) / rate } else { f32::new(0.0) };
+        let mut tops = Array::<f32>::new(comptime!(blocks * 2));
+        let mut grew = false;
         #[unroll]
-        for n in 0..KEYS / 8 {
-            let pair = values.index(first + n)[half % 2];
-            let mut weights = Vector::<f32, Const<2>>::empty();
-            weights[0] = fma(pair[0], scale, -shift).exp();
-            weights[1] = fma(pair[1], scale, -shift).exp();
-            total += weights[0] + weights[1];
-            values.index_mut(first + n)[half % 2] = weights;
+        for half in 0..blocks * 2 {
+            let first = comptime!(half / 2 * KEYS / 8);
+            let mut top = self.peaks[half];
+            #[unroll]
+            for n in 0..KEYS / 8 {
+                let pair = values.index(comptime!(first + n))[half % 2];
+                top = max(top, max(pair[0], pair[1]));
+            }
+            tops[half] = greatest_of_four(top);
+            grew = grew || tops[half] > self.peaks[half] + slack;
         }
-        totals[half] = total;
-        #[unroll]
-        for n in 0..chunks {
-            let sum = comptime!(half / 2 * chunks + n);
-            sums.index_mut(sum)[half % 2] = sums.index(sum)[half % 2] * Vector::new(shrink);
+        if plane_any(grew) {
+            #[unroll]
+            for half in 0..blocks * 2 {
+                let shrink = weight(self.peaks[half], rate, shift_of(tops[half], rate, 0.0f32));
+                self.peaks[half] = tops[half];
+                self.totals[half] = self.totals[half] * shrink;
+                #[unroll]
+                for n in 0..build.chunks {
+                    let sum = comptime!(half / 2 * build.chunks + n);
+                    sums.index_mut(sum)[half % 2] = sums.index(sum)[half % 2] * Vector::new(shrink);
+                }
+            }
         }
     }
+
+    /// Scores become weights, which are added to the totals.
+    fn soften(&mut self, values: &mut Sums, rate: f32, #[comptime] blocks: usize, #[comptime] build: Build) {
+        let slack = if comptime!(build.trial & 2 == 2) { f32::new(SLACK) } else { f32::new(0.0) };
+        #[unroll]
+        for half in 0..blocks * 2 {
+            let shift = shift_of(self.peaks[half], rate, slack);
+            let mut total = self.totals[half];
+            #[unroll]
+            for n in 0..KEYS / 8 {
+                let sum = comptime!(half / 2 * KEYS / 8 + n);
+                let pair = values.index(sum)[half % 2];
+                let mut weights = Vector::<f32, Const<2>>::empty();
+                weights[0] = weight(pair[0], rate, shift);
+                weights[1] = weight(pair[1], rate, shift);
+                total += weights[0] + weights[1];
+                values.index_mut(sum)[half % 2] = weights;
+            }
+            self.totals[half] = total;
+        }
+    }
+}
+
+/// Where all is hidden so far the shift is 0, so that hidden scores weigh nothing.
+#[cube]
+fn shift_of(peak: f32, rate: f32, slack: f32) -> f32 {
+    select(peak < f32::new(-1e29), f32::new(0.0), fma(peak, rate, slack))
 }
 
 /// Writes lse of this unit's rows, the first of which is `row`, and gives what their sums are to be multiplied by.
 #[cube]
 fn finish(
-    peaks: &Array<f32>,
-    totals: &Array<f32>,
+    softmax: &Softmax,
     lse: &mut Tensor<f32>,
     line: usize,
     row: usize,
     scale: f32,
     #[comptime] blocks: usize,
+    #[comptime] build: Build,
 ) -> Array<f32> {
     let mut factors = Array::<f32>::new(comptime!(blocks * 2));
     #[unroll]
     for half in 0..blocks * 2 {
-        let total = sum_of_four(totals[half]);
-        let some = total > 0.0;
+        let total = sum_of_four(softmax.totals[half]);
+        let some = softmax.peaks[half] > f32::new(-1e29);
         factors[half] = select(some, 1.0 / total, f32::new(0.0));
         let query = row + half * 8;
         if UNIT_POS_PLANE % 4 == 0 && query < lse.shape(2) {
-            let sum = peaks[half] * scale + total.ln();
+            let slack = if comptime!(build.trial & 2 == 2) { f32::new(8.0 * std::f32::consts::LN_2) } else { f32::new(0.0) };
+            let sum = softmax.peaks[half] * scale + total.ln() + slack;
             lse[line * lse.shape(2) + query] = select(some, sum, f32::new(HIDDEN));
         }
     }
@@ -216,16 +273,22 @@ fn flash_forward<F: Float>(
     #[define(F)] _dtype: StorageType,
 ) {
     let (blocks, size) = comptime!((build.blocks(), build.queries()));
+    let stages = comptime!(if build.copies && build.trial & 4 == 4 { 2usize } else { 1usize });
     // The last tiles of a causal row have the most to do and begin first.
-    let tile = (codes.shape(1) - 1) / blocks - CUBE_POS_X as usize;
-    let (head, batch) = (CUBE_POS_Y as usize, CUBE_POS_Z as usize);
+    let (mut across, mut head) = (CUBE_POS_X as usize, CUBE_POS_Y as usize);
+    if comptime!(build.trial & 8 == 8) {
+        head = CUBE_POS_X as usize;
+        across = CUBE_POS_Y as usize;
+    }
+    let tile = (codes.shape(1) - 1) / blocks - across;
+    let batch = CUBE_POS_Z as usize;
     let group = head / (q.shape(1) / k.shape(1));
     let row = UNIT_POS as usize / 32 * (blocks * 16);
     let own = tile * size + row + UNIT_POS_PLANE as usize / 4;
     let mut near = SharedMemory::<Chunk>::new_aligned(comptime!(size * build.chunks), 128usize);
-    let mut far = SharedMemory::<Chunk>::new_aligned(comptime!(KEYS * build.chunks), 128usize);
-    let mut values = SharedMemory::<Chunk>::new_aligned(comptime!(KEYS * build.chunks), 128usize);
-    let mut theirs = SharedMemory::<i32>::new(2 * KEYS);
+    let mut far = SharedMemory::<Chunk>::new_aligned(comptime!(stages * KEYS * build.chunks), 128usize);
+    let mut values = SharedMemory::<Chunk>::new_aligned(comptime!(stages * KEYS * build.chunks), 128usize);
+    let mut theirs = SharedMemory::<i32>::new(comptime!(stages * 2 * KEYS));
     let at = QueryTile::new(codes, rows, batch, tile, blocks);
     let mut step = next(codes, &at.first, &at.last, at.start, at.end, 1usize);
     let (k_head, v_head) = (head_of(k, batch, group), head_of(v, batch, group));
@@ -233,50 +296,78 @@ fn flash_forward<F: Float>(
     load(q, &head_of(q, batch, head), tile * size, &mut near, 0usize, size, build);
     if comptime!(build.copies) {
         load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
+        if comptime!(stages == 2) {
+            load(v, &v_head, step * KEYS, &mut values, 0usize, KEYS, build);
+        }
         load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
     }
     gate.commit();
-    let mine = own_tokens(queries, batch, own, blocks);
+    let mine = own_tokens(queries, batch, tile * size, size);
     let (mut sums, mut p) = (zeros(blocks * build.chunks), zeros(blocks * KEYS / 8));
-    let mut peaks = Array::<f32>::new(comptime!(blocks * 2));
-    let mut totals = Array::<f32>::new(comptime!(blocks * 2));
-    #[unroll]
-    for half in 0..blocks * 2 {
-        peaks[half] = f32::new(HIDDEN);
-        totals[half] = f32::new(0.0);
-    }
+    let mut softmax = Softmax::new(blocks);
+    let rate = rate_of(scale);
+    let mut turn = 0usize;
     while step < at.end {
         let code = at.own.code(codes, step);
+        let following = next(codes, &at.first, &at.last, step + 1, at.end, 1usize);
         gate.wait();
-        load(v, &v_head, step * KEYS, &mut values, 0usize, KEYS, build);
-        if comptime!(!build.copies) {
-            load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
-            load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
-            sync_cube();
+        if comptime!(stages == 2) {
+            if following < at.end {
+                let to = 1 - turn;
+                load(k, &k_head, following * KEYS, &mut far, to * KEYS, KEYS, build);
+                load(v, &v_head, following * KEYS, &mut values, to * KEYS, KEYS, build);
+                load_tokens(keys, batch, following * KEYS, &mut theirs, to * (2 * KEYS), KEYS, build);
+            }
+        } else {
+            load(v, &v_head, step * KEYS, &mut values, 0usize, KEYS, build);
+            if comptime!(!build.copies) {
+                load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
+                load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
+                sync_cube();
+            }
         }
         gate.commit();
         if code != SKIP {
-            scores::<F>(&mut p, &near, row, &far, 0usize, KEYS, blocks, build);
+            scores::<F>(&mut p, &near, row, &far, turn * KEYS, KEYS, blocks, build);
             if code != FULL {
                 let (first, total) = (step * KEYS, k_head.last + 1);
-                hide(&mut p, &mine, &theirs, 0usize, first, total, f32::new(HIDDEN), KEYS, blocks, true);
+                let place = turn * (2 * KEYS);
+                hide(
+                    &mut p,
+                    &mine,
+                    row,
+                    &theirs,
+                    place,
+                    first,
+                    total,
+                    f32::new(HIDDEN),
+                    size,
+                    KEYS,
+                    blocks,
+                    true,
+                );
             }
-            soften(&mut p, &mut sums, &mut peaks, &mut totals, scale, blocks, build.chunks);
+            softmax.raise(&p, &mut sums, rate, blocks, build);
+            softmax.soften(&mut p, rate, blocks, build);
         }
-        step = next(codes, &at.first, &at.last, step + 1, at.end, 1usize);
-        if comptime!(build.copies) {
+        if comptime!(build.copies && stages == 1) {
             gate.wait();
-            if step < at.end {
-                load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
-                load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
+            if following < at.end {
+                load(k, &k_head, following * KEYS, &mut far, 0usize, KEYS, build);
+                load_tokens(keys, batch, following * KEYS, &mut theirs, 0usize, KEYS, build);
             }
             gate.commit();
         }
         if code != SKIP {
-            gather::<F>(&mut sums, &p, &values, 0usize, KEYS, blocks, build);
+            let weights = operands::<F>(&p, KEYS, blocks);
+            gather::<F>(&mut sums, &weights, &values, turn * KEYS, KEYS, blocks, build);
+        }
+        step = following;
+        if comptime!(stages == 2) {
+            turn = 1 - turn;
         }
     }
-    let factors = finish(&peaks, &totals, lse, batch * q.shape(1) + head, own, scale, blocks);
+    let factors = finish(&softmax, lse, batch * q.shape(1) + head, own, scale, blocks, build);
     gate.wait();
     stage::<F>(&sums, &factors, row, &mut near, blocks, build);
     sync_cube();
