@@ -7,8 +7,8 @@ use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::{
-    AttentionIndex, AttentionRanges, Dropout, Heads, KernelBackend, LinearPart, Nf4Tensor, RotaryAngles, attention,
-    qlora_linear, rms_norm, rotary, swiglu,
+    AttentionIndex, AttentionRanges, Dropout, Heads, KernelBackend, LinearPart, Nf4Tensor, RotaryAngles,
+    attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 type Float<B> = <B as BackendTypes>::FloatTensorPrimitive;

@@ -9,9 +9,9 @@ use burn_flex::Flex;
 
 use crate::nf4::Nf4Tensor;
 use crate::{
-    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card, CrossEntropyGradient, Dropout,
-    Heads, LinearPart, Projection, RotaryAngles, adamw, attention, cross_entropy, nf4, qlora_linear,
-    rms_norm, rotary, swiglu,
+    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
+    CrossEntropyGradient, Dropout, Heads, LinearPart, Projection, RotaryAngles, adamw, attention,
+    cross_entropy, nf4, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 /// Burn's `Backend` and the operations of QLoRA training.

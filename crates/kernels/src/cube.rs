@@ -8,9 +8,9 @@ use crate::attention::ranges::Ranges;
 use crate::device::{Cube, int_primitive, primitive, tensor};
 use crate::product::ProductRuntime;
 use crate::{
-    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card, CrossEntropyGradient, Dropout,
-    KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, adamw, attention, cross_entropy, dropout,
-    nf4, qlora_linear, rms_norm, rotary, swiglu,
+    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
+    CrossEntropyGradient, Dropout, KernelBackend, LinearPart, Nf4Tensor, Projection, RotaryAngles, adamw,
+    attention, cross_entropy, dropout, nf4, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {

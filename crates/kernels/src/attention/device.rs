@@ -139,12 +139,12 @@ pub fn backward<R: CubeRuntime>(
     let [b, h, t, w] = dims(&q);
     let g = dims(&k)[1];
     let joined = uninitialized(&q, [b, t, h + 2 * g, w], q.dtype);
-    let along = row_products(&o, &grad);
-    if let Some(build) = flash::build(&[&q, &k, &v, &grad]) {
+    if let Some(build) = flash::build(&[&q, &k, &v, &o, &grad]) {
         let index = index.tiled(flash::EDGE);
-        gradients::backward([&q, &k, &v], &grad, [&lse, &along], &index, &joined, build);
+        gradients::backward([&q, &k, &v], [&o, &grad], &lse, &index, &joined, build);
     } else {
         let index = index.tiled(plain::EDGE);
+        let along = row_products(&o, &grad);
         plain::backward([&q, &k, &v], &grad, [&lse, &along], &index, &joined);
     }
     joined

@@ -1,9 +1,11 @@
 //! Attention on tensor cores, for f16 and bf16 with heads of 64 or 128.
 //!
 //! A cube of four planes has a tile of queries, 16 or 32 rows a plane, by which tiles of keys and values pass through
-//! shared memory; scores and sums stay in registers. While scores are computed the values are on their way, and while
-//! values are gathered the next keys are. What it trades: registers, of which a unit takes up to 255. What it refuses:
-//! other dtypes and widths, and rows that cannot be read 16 bytes at a time.
+//! shared memory; scores and sums stay in registers. Where shared memory has room, the next keys and values are on their
+//! way all the time that the present ones are worked on, and the softmax runs beside the products; where it has less,
+//! values come while scores are computed, and the next keys while values are gathered. What it trades: registers, of
+//! which a unit takes up to 255, and the last bits of weights below 2^-118 of the greatest. What it refuses: other
+//! dtypes and widths, and rows that cannot be read 16 bytes at a time.
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
@@ -15,13 +17,15 @@ use cubecl::prelude::*;
 use super::device::{HIDDEN, Tiled, Tokens, dims};
 use super::ranges::{FULL, SKIP};
 use super::tiles::{
-    Build, Chunk, Gate, Line, Sums, UNITS, flush, gather, greatest_of_four, head_of, hide, load, load_tokens,
-    next, operands, own_tokens, rate_of, weight, scores, stage, sum_of_four, zeros,
+    Build, Chunk, Gate, Line, RANGE, Sums, UNITS, flush, gather, greatest_of_four, head_of, hide, load,
+    load_tokens, next, operands, own_tokens, rate_of, scores, stage, sum_of_four, weight, zeros,
 };
 use crate::device::vector_width;
 
 /// Queries or keys for which there is one tile code.
 pub(super) const EDGE: usize = 64;
+/// Bytes of shared memory that a multiprocessor needs so that two cubes with two tiles of keys and values each fit.
+const ROOMY: usize = 200 << 10;
 /// Keys that pass at once.
 const KEYS: usize = 64;
 
@@ -56,18 +60,16 @@ pub(super) fn build<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> Option<Build>
     } else {
         return None;
     };
-    let trial = std::env::var("TRIAL").ok().and_then(|x| x.parse().ok()).unwrap_or(0u32);
-    let ahead = (trial >> 8) as usize;
-    Some(Build { chunks: width / 8, depth, copies: features.copy_async && depth == 16, ahead, trial })
+    let copies = features.copy_async && depth == 16;
+    let roomy = first.client.properties().hardware.max_shared_memory_size >= ROOMY;
+    Some(Build { chunks: width / 8, depth, copies, roomy: copies && roomy })
 }
 
-/// One cube for each `rows` rows of each head.
-pub(super) fn grid<R: CubeRuntime>(x: &CubeTensor<R>, rows: usize, build: Build) -> CubeCount {
+/// One cube for each `rows` rows of each head: the heads' tiles of one place side by side, as what they have to do
+/// differs by place and the longest should begin first.
+pub(super) fn grid<R: CubeRuntime>(x: &CubeTensor<R>, rows: usize) -> CubeCount {
     let [b, heads, t, _] = dims(x);
-    if build.trial & 8 == 8 {
-        return CubeCount::Static(heads as u32, t.div_ceil(rows) as u32, b as u32);
-    }
-    CubeCount::Static(t.div_ceil(rows) as u32, heads as u32, b as u32)
+    CubeCount::Static(heads as u32, t.div_ceil(rows) as u32, b as u32)
 }
 
 pub(super) fn scale_of(build: Build) -> f32 {
@@ -87,7 +89,7 @@ pub(super) fn forward<R: CubeRuntime>(
     unsafe {
         flash_forward::launch_unchecked::<R>(
             &q.client,
-            grid(q, build.queries(), build),
+            grid(q, build.queries()),
             CubeDim::new_1d(UNITS),
             q.clone().into_tensor_arg(),
             k.clone().into_tensor_arg(),
@@ -139,8 +141,9 @@ impl QueryTile {
     }
 }
 
-/// Peaks may be behind by so many powers of two: weights grow to 256 at most, and sums are seldom rescaled.
-const SLACK: f32 = 8.0 / 126.0;
+/// How far peaks may be behind, in units of [`rate_of`]: 8 powers of two. Weights are taken relative to as much above
+/// the peak, so that none exceeds 1, and sums are seldom rescaled.
+const SLACK: f32 = 8.0 / RANGE;
 
 /// What belongs to this unit's rows: the greatest score that shifts the softmax, and the sum of its own weights.
 #[derive(CubeType)]
@@ -169,9 +172,9 @@ impl Softmax {
         sums: &mut Sums,
         rate: f32,
         #[comptime] blocks: usize,
-        #[comptime] build: Build,
+        #[comptime] chunks: usize,
     ) {
-        let slack = if comptime!(build.trial & 2 == 2) { f32::new(SLACK) / rate } else { f32::new(0.0) };
+        let slack = f32::new(SLACK) / rate;
         let mut tops = Array::<f32>::new(comptime!(blocks * 2));
         let mut grew = false;
         #[unroll]
@@ -189,12 +192,12 @@ impl Softmax {
         if plane_any(grew) {
             #[unroll]
             for half in 0..blocks * 2 {
-                let shrink = weight(self.peaks[half], rate, shift_of(tops[half], rate, 0.0f32));
+                let shrink = weight(self.peaks[half], rate, shift_of(tops[half], rate, f32::new(0.0)));
                 self.peaks[half] = tops[half];
                 self.totals[half] = self.totals[half] * shrink;
                 #[unroll]
-                for n in 0..build.chunks {
-                    let sum = comptime!(half / 2 * build.chunks + n);
+                for n in 0..chunks {
+                    let sum = comptime!(half / 2 * chunks + n);
                     sums.index_mut(sum)[half % 2] = sums.index(sum)[half % 2] * Vector::new(shrink);
                 }
             }
@@ -202,11 +205,10 @@ impl Softmax {
     }
 
     /// Scores become weights, which are added to the totals.
-    fn soften(&mut self, values: &mut Sums, rate: f32, #[comptime] blocks: usize, #[comptime] build: Build) {
-        let slack = if comptime!(build.trial & 2 == 2) { f32::new(SLACK) } else { f32::new(0.0) };
+    fn soften(&mut self, values: &mut Sums, rate: f32, #[comptime] blocks: usize) {
         #[unroll]
         for half in 0..blocks * 2 {
-            let shift = shift_of(self.peaks[half], rate, slack);
+            let shift = shift_of(self.peaks[half], rate, f32::new(SLACK));
             let mut total = self.totals[half];
             #[unroll]
             for n in 0..KEYS / 8 {
@@ -238,7 +240,6 @@ fn finish(
     row: usize,
     scale: f32,
     #[comptime] blocks: usize,
-    #[comptime] build: Build,
 ) -> Array<f32> {
     let mut factors = Array::<f32>::new(comptime!(blocks * 2));
     #[unroll]
@@ -248,8 +249,7 @@ fn finish(
         factors[half] = select(some, 1.0 / total, f32::new(0.0));
         let query = row + half * 8;
         if UNIT_POS_PLANE % 4 == 0 && query < lse.shape(2) {
-            let slack = if comptime!(build.trial & 2 == 2) { f32::new(8.0 * std::f32::consts::LN_2) } else { f32::new(0.0) };
-            let sum = softmax.peaks[half] * scale + total.ln() + slack;
+            let sum = fma(softmax.peaks[half], scale, total.ln()) + f32::new(SLACK) / rate_of(1.0f32);
             lse[line * lse.shape(2) + query] = select(some, sum, f32::new(HIDDEN));
         }
     }
@@ -273,15 +273,10 @@ fn flash_forward<F: Float>(
     #[define(F)] _dtype: StorageType,
 ) {
     let (blocks, size) = comptime!((build.blocks(), build.queries()));
-    let stages = comptime!(if build.copies && build.trial & 4 == 4 { 2usize } else { 1usize });
+    let stages = comptime!(if build.roomy { 2usize } else { 1usize });
     // The last tiles of a causal row have the most to do and begin first.
-    let (mut across, mut head) = (CUBE_POS_X as usize, CUBE_POS_Y as usize);
-    if comptime!(build.trial & 8 == 8) {
-        head = CUBE_POS_X as usize;
-        across = CUBE_POS_Y as usize;
-    }
-    let tile = (codes.shape(1) - 1) / blocks - across;
-    let batch = CUBE_POS_Z as usize;
+    let tile = (codes.shape(1) - 1) / blocks - CUBE_POS_Y as usize;
+    let (head, batch) = (CUBE_POS_X as usize, CUBE_POS_Z as usize);
     let group = head / (q.shape(1) / k.shape(1));
     let row = UNIT_POS as usize / 32 * (blocks * 16);
     let own = tile * size + row + UNIT_POS_PLANE as usize / 4;
@@ -347,8 +342,8 @@ fn flash_forward<F: Float>(
                     true,
                 );
             }
-            softmax.raise(&p, &mut sums, rate, blocks, build);
-            softmax.soften(&mut p, rate, blocks, build);
+            softmax.raise(&p, &mut sums, rate, blocks, build.chunks);
+            softmax.soften(&mut p, rate, blocks);
         }
         if comptime!(build.copies && stages == 1) {
             gate.wait();
@@ -367,7 +362,7 @@ fn flash_forward<F: Float>(
             turn = 1 - turn;
         }
     }
-    let factors = finish(&softmax, lse, batch * q.shape(1) + head, own, scale, blocks, build);
+    let factors = finish(&softmax, lse, batch * q.shape(1) + head, own, scale, blocks);
     gate.wait();
     stage::<F>(&sums, &factors, row, &mut near, blocks, build);
     sync_cube();

@@ -2,19 +2,22 @@
 //!
 //! Scores are recomputed twice: where queries are the rows, for their gradient, and where keys are, for theirs, so that
 //! each sum stays in the registers of one plane and nothing is added atomically. Two tiles of the other side take turns
-//! in shared memory: one is copied while the other is worked on.
+//! in shared memory: one is copied while the other is worked on. The first kernel also computes D, for itself and for the
+//! second.
 
+use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::device::{HIDDEN, Tiled, Tokens};
+use super::device::{HIDDEN, Tiled, Tokens, dims};
 use super::flash::{QueryTile, grid, scale_of};
 use super::ranges::{FULL, SKIP};
 use super::tiles::{
     Build, Chunk, Gate, Line, Sums, UNITS, flush, gather, head_of, hide, joined_head, load, load_number,
-    load_tokens, next, operands, own_tokens, rate_of, scores, stage, weight, zeros,
+    load_tokens, next, operands, own_tokens, rate_of, row_products, scores, stage, weight, zeros,
 };
+use crate::device::uninitialized;
 
 /// Keys that pass at once by queries.
 const KEYS: usize = 32;
@@ -36,21 +39,24 @@ impl Build {
 /// Writes the joined gradient; see [`super::device::backward`].
 pub(super) fn backward<R: CubeRuntime>(
     [q, k, v]: [&CubeTensor<R>; 3],
-    grad: &CubeTensor<R>,
-    [lse, along]: [&CubeTensor<R>; 2],
+    [o, grad]: [&CubeTensor<R>; 2],
+    lse: &CubeTensor<R>,
     index: &Tiled<R>,
     joined: &CubeTensor<R>,
     build: Build,
 ) {
-    // SAFETY: as in `flash::forward`; each cube writes its own rows and heads of the joined gradient.
+    let [b, h, t, _] = dims(q);
+    let along = uninitialized(q, [b, h, t], DType::F32);
+    // SAFETY: as in `flash::forward`; the first kernel writes all of `along`, which the second reads; each cube writes its own rows and heads of the joined gradient.
     unsafe {
         flash_query_gradient::launch_unchecked::<R>(
             &q.client,
-            grid(q, build.queries(), build),
+            grid(q, build.queries()),
             CubeDim::new_1d(UNITS),
             q.clone().into_tensor_arg(),
             k.clone().into_tensor_arg(),
             v.clone().into_tensor_arg(),
+            o.clone().into_tensor_arg(),
             grad.clone().into_tensor_arg(),
             index.queries(),
             index.keys(),
@@ -65,7 +71,7 @@ pub(super) fn backward<R: CubeRuntime>(
         );
         flash_key_gradient::launch_unchecked::<R>(
             &q.client,
-            grid(k, OWN_KEYS, build),
+            grid(k, OWN_KEYS),
             CubeDim::new_1d(UNITS),
             q.clone().into_tensor_arg(),
             k.clone().into_tensor_arg(),
@@ -161,26 +167,22 @@ fn flash_query_gradient<F: Float>(
     q: &Tensor<Chunk>,
     k: &Tensor<Chunk>,
     v: &Tensor<Chunk>,
+    o: &Tensor<Chunk>,
     grad: &Tensor<Chunk>,
     queries: &Tokens,
     keys: &Tokens,
     codes: &Tensor<i32>,
     rows: &Tensor<i32>,
     lse: &Tensor<f32>,
-    along: &Tensor<f32>,
+    along: &mut Tensor<f32>,
     joined: &mut Tensor<Chunk>,
     scale: f32,
     #[comptime] build: Build,
     #[define(F)] _dtype: StorageType,
 ) {
     let (blocks, size, stages) = comptime!((build.blocks(), build.queries(), build.stages()));
-    let (mut across, mut head) = (CUBE_POS_X as usize, CUBE_POS_Y as usize);
-    if comptime!(build.trial & 8 == 8) {
-        head = CUBE_POS_X as usize;
-        across = CUBE_POS_Y as usize;
-    }
-    let tile = (codes.shape(1) - 1) / blocks - across;
-    let batch = CUBE_POS_Z as usize;
+    let tile = (codes.shape(1) - 1) / blocks - CUBE_POS_Y as usize;
+    let (head, batch) = (CUBE_POS_X as usize, CUBE_POS_Z as usize);
     let group = head / (q.shape(1) / k.shape(1));
     let row = UNIT_POS as usize / 32 * (blocks * 16);
     let own = tile * size + row + UNIT_POS_PLANE as usize / 4;
@@ -203,15 +205,27 @@ fn flash_query_gradient<F: Float>(
     }
     gate.commit();
     let mine = own_tokens(queries, batch, tile * size, size);
+    let line = (batch * q.shape(1) + head) * q.shape(2);
+    let products = row_products::<F>(
+        o,
+        &head_of(o, batch, head),
+        grad,
+        &head_of(grad, batch, head),
+        tile * size,
+        along,
+        line,
+        size,
+        build,
+    );
+    sync_cube();
     let mut norms = Array::<f32>::new(comptime!(blocks * 2));
     let mut means = Array::<f32>::new(comptime!(blocks * 2));
     #[unroll]
     for half in 0..blocks * 2 {
         let query = min(own + half * 8, q.shape(2) - 1);
-        let statistic = (batch * q.shape(1) + head) * q.shape(2) + query;
         // A row that sees nothing has only hidden scores, which have to stay far below its norm.
-        norms[half] = max(lse[statistic], f32::new(-1e20)) * rate_of(1.0f32);
-        means[half] = along[statistic];
+        norms[half] = max(lse[line + query], f32::new(-1e20)) * rate_of(1.0f32);
+        means[half] = products[row + UNIT_POS_PLANE as usize / 4 + half * 8];
     }
     let mut sums = zeros(blocks * build.chunks);
     let (mut p, mut slopes) = (zeros(blocks * KEYS / 8), zeros(blocks * KEYS / 8));
@@ -336,12 +350,7 @@ fn flash_key_gradient<F: Float>(
     #[define(F)] _dtype: StorageType,
 ) {
     let (count, parts) = comptime!((build.passing(), 64 / build.passing()));
-    let (mut tile, mut group) = (CUBE_POS_X as usize, CUBE_POS_Y as usize);
-    if comptime!(build.trial & 8 == 8) {
-        group = CUBE_POS_X as usize;
-        tile = CUBE_POS_Y as usize;
-    }
-    let batch = CUBE_POS_Z as usize;
+    let (group, tile, batch) = (CUBE_POS_X as usize, CUBE_POS_Y as usize, CUBE_POS_Z as usize);
     let members = q.shape(1) / k.shape(1);
     let row = UNIT_POS as usize / 32 * 16;
     let mut near = SharedMemory::<Chunk>::new_aligned(comptime!(OWN_KEYS * build.chunks), 128usize);
@@ -381,9 +390,7 @@ fn flash_key_gradient<F: Float>(
             if code != FULL {
                 let (first, total, at) = (step * count, q.shape(2), turn * (2 * count));
                 let (tokens, hidden) = (&theirs.tokens, f32::new(HIDDEN));
-                hide(
-                    &mut p, &mine, row, tokens, at, first, total, hidden, OWN_KEYS, count, 1usize, false,
-                );
+                hide(&mut p, &mine, row, tokens, at, first, total, hidden, OWN_KEYS, count, 1usize, false);
             }
             scores::<F>(&mut slopes, &values, row, &theirs.upstream, turn * count, count, 1usize, build);
             slopes_of_columns(&mut p, &mut slopes, &theirs.statistics, turn * (2 * count), rate, count);

@@ -36,10 +36,13 @@ pub(super) struct Build {
     pub(super) depth: usize,
     /// Copies to shared memory run beside the arithmetic, and there is room for larger tiles.
     pub(super) copies: bool,
-    /// Right operands that are read ahead.
-    pub(super) ahead: usize,
-    pub(super) trial: u32,
+    /// Two cubes of the forward pass with two tiles of keys and of values each find room on a multiprocessor.
+    pub(super) roomy: bool,
 }
+
+/// Right operands that are read before the products that need them: a plane waits for what it reads, and where two
+/// planes share a scheduler nobody fills the gap.
+const AHEAD: usize = 2;
 
 impl Build {
     /// Blocks of 16 queries of a plane where queries are the rows.
@@ -175,8 +178,7 @@ fn clear(sums: &mut Sums) {
     }
 }
 
-/// `sums = a bᵀ`: `blocks` times 16 rows of `a` from `row`, `columns` rows of `b` from `first`. Operands are read one
-/// product ahead, as a plane waits for what it reads.
+/// `sums = a bᵀ`: `blocks` times 16 rows of `a` from `row`, `columns` rows of `b` from `first`.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn scores<F: Float>(
@@ -198,7 +200,7 @@ pub(super) fn scores<F: Float>(
     let mut lefts = Sequence::<Array<Pair<F>>>::new();
     let mut rights = Sequence::<Array<Pair<F>>>::new();
     #[unroll]
-    for i in 0..comptime!(total + build.ahead) {
+    for i in 0..comptime!(total + AHEAD) {
         if comptime!(i < total) {
             let (step, n) = comptime!((i / parts, i % parts));
             if comptime!(n == 0) {
@@ -211,8 +213,8 @@ pub(super) fn scores<F: Float>(
             let at = (from_b ^ comptime!(step * 2)) + comptime!(n * 16 * chunks);
             rights.push(read::<F>(b, at, MatrixIdent::B, false));
         }
-        if comptime!(i >= build.ahead) {
-            let now = comptime!(i - build.ahead);
+        if comptime!(i >= AHEAD) {
+            let now = comptime!(i - AHEAD);
             let (step, n) = comptime!((now / parts, now % parts));
             let right = rights.index(now);
             #[unroll]
@@ -267,13 +269,13 @@ pub(super) fn gather<F: Float>(
     let from_b = left_place(chunks) + first * chunks;
     let mut rights = Sequence::<Array<Pair<F>>>::new();
     #[unroll]
-    for i in 0..comptime!(total + build.ahead) {
+    for i in 0..comptime!(total + AHEAD) {
         if comptime!(i < total) {
             let at = (from_b ^ comptime!(i % parts * 2)) + comptime!(i / parts * 16 * chunks);
             rights.push(read::<F>(b, at, MatrixIdent::A, true));
         }
-        if comptime!(i >= build.ahead) {
-            let now = comptime!(i - build.ahead);
+        if comptime!(i >= AHEAD) {
+            let now = comptime!(i - AHEAD);
             let (step, n) = comptime!((now / parts, now % parts));
             let right = rights.index(now);
             #[unroll]
@@ -334,6 +336,49 @@ pub(super) fn load(
             to[put + i * 128] = from[at];
         }
     }
+}
+
+/// `rowsum(a ∘ b)` of `rows` rows from `first` on of two heads, to shared memory, and to `out` from `line` on.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn row_products<F: Float>(
+    a: &Tensor<Chunk>,
+    a_head: &Head,
+    b: &Tensor<Chunk>,
+    b_head: &Head,
+    first: usize,
+    out: &mut Tensor<f32>,
+    line: usize,
+    #[comptime] rows: usize,
+    #[comptime] build: Build,
+) -> SharedMemory<f32> {
+    let chunks = comptime!(build.chunks);
+    let mut products = SharedMemory::<f32>::new(rows);
+    let chunk = UNIT_POS as usize % chunks;
+    #[unroll]
+    for i in 0..comptime!(rows * chunks / 128) {
+        let place = UNIT_POS as usize / chunks + i * (128 / chunks);
+        let row = min(first + place, a_head.last);
+        let x = Vector::<F, Const<8>>::reinterpret(a[a_head.base + chunk + row * a_head.stride]);
+        let y = Vector::<F, Const<8>>::reinterpret(b[b_head.base + chunk + row * b_head.stride]);
+        let mut sum = f32::new(0.0);
+        #[unroll]
+        for j in 0..8usize {
+            sum = fma(f32::cast_from(x[j]), f32::cast_from(y[j]), sum);
+        }
+        // The chunks of a row are those of neighbours.
+        #[unroll]
+        for step in 0..comptime!(chunks.ilog2()) {
+            sum += plane_shuffle_xor(sum, comptime!(1u32 << step));
+        }
+        if chunk == 0 {
+            products[place] = sum;
+            if first + place <= a_head.last {
+                out[line + first + place] = sum;
+            }
+        }
+    }
+    products
 }
 
 /// Copies one number of `count` units to shared memory.
@@ -543,7 +588,7 @@ pub(super) fn sum_of_four(x: f32) -> f32 {
 }
 
 /// Powers of two that a weight may be below 1; what would be less is 2^-126.
-const RANGE: f32 = 126.0;
+pub(super) const RANGE: f32 = 126.0;
 
 /// What scores, and what they are subtracted from, are multiplied by for [`weight`]; `scale` is that of the softmax.
 #[cube]
