@@ -490,7 +490,7 @@ fn attentions<B: KernelBackend>(bench: &mut Bench<'_, B>) -> Result<(), BenchErr
     for (name, length) in [("dense", t), ("packed", DOCUMENT)] {
         let document = bench.integers([b, t], |place| place % t / length);
         let position = bench.integers([b, t], |place| place % t % length);
-        let index = AttentionIndex::rows(document, position);
+        let index = AttentionIndex::rows(document, position).prepared();
         let seen = b * h * (t / length * pairs(length) + pairs(t % length));
         // Short documents give less to multiply than there is to move.
         let work = |products: usize, tensors: usize| match name {

@@ -7,8 +7,8 @@ use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::{
-    AttentionIndex, Dropout, Heads, KernelBackend, LinearPart, Nf4Tensor, RotaryAngles, attention,
-    qlora_linear, rms_norm, rotary, swiglu,
+    AttentionIndex, AttentionRanges, Dropout, Heads, KernelBackend, LinearPart, Nf4Tensor, RotaryAngles,
+    attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 type Float<B> = <B as BackendTypes>::FloatTensorPrimitive;
@@ -44,6 +44,10 @@ impl<B: KernelBackend, C: CheckpointStrategy> KernelBackend for Autodiff<B, C> {
 
     fn rotary(rows: Tensor<Self, 2>, angles: &RotaryAngles<Self>, heads: usize) -> Tensor<Self, 2> {
         rotary::tracked_forward(rows, angles, heads)
+    }
+
+    fn attention_ranges(index: &AttentionIndex<Self>) -> Option<AttentionRanges<Self>> {
+        B::attention_ranges(&index.map(Tensor::inner)).map(|ranges| ranges.map(Tensor::from_inner))
     }
 
     fn attention_of_rows(

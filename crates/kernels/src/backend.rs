@@ -9,10 +9,10 @@ use burn_flex::Flex;
 
 use crate::nf4::Nf4Tensor;
 use crate::{
-    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
-    FrozenWeight, Heads, InputGradient, LinearPart, PagedIndex, Pages, Projection, RotaryAngles, RowGroup,
-    SpaciousRows, Spent, adamw, attention, cross_entropy, grouped_linear, nf4, paged_attention, qlora_linear,
-    rms_norm, rotary, swiglu,
+    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
+    CrossEntropyGradient, Dropout, FrozenWeight, Heads, InputGradient, LinearPart, PagedIndex, Pages,
+    Projection, RotaryAngles, RowGroup, SpaciousRows, Spent, adamw, attention, cross_entropy, grouped_linear,
+    nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 /// Burn's `Backend` and the operations of QLoRA training.
@@ -130,6 +130,12 @@ pub trait KernelBackend: Backend {
     /// Gradient of [`Self::rotary`]: the rotation back.
     fn rotary_backward(grad: Tensor<Self, 2>, angles: &RotaryAngles<Self>, heads: usize) -> Tensor<Self, 2> {
         rotary::reference(grad, &angles.reversed(), heads)
+    }
+
+    /// What attention's kernels derive from an index, for [`AttentionIndex::prepared`]; `None` where that is nothing.
+    fn attention_ranges(index: &AttentionIndex<Self>) -> Option<AttentionRanges<Self>> {
+        let _ = index;
+        None
     }
 
     /// Causal attention inside documents; see [`attention`]. Queries `[b, h, t, k]`, keys and values

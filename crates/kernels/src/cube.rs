@@ -3,13 +3,15 @@
 use burn::tensor::{DType, Int, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 
+use crate::attention::device::Index;
+use crate::attention::ranges::Ranges;
 use crate::device::{Cube, int_primitive, primitive, tensor};
 use crate::product::ProductRuntime;
 use crate::{
-    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
-    FrozenWeight, Heads, InputGradient, KernelBackend, LinearPart, Nf4Tensor, PagedIndex, Pages, Projection,
-    RotaryAngles, RowGroup, SpaciousRows, Spent, adamw, attention, cross_entropy, dropout, grouped_linear,
-    nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
+    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
+    CrossEntropyGradient, Dropout, FrozenWeight, Heads, InputGradient, KernelBackend, LinearPart, Nf4Tensor,
+    PagedIndex, Pages, Projection, RotaryAngles, RowGroup, SpaciousRows, Spent, adamw, attention,
+    cross_entropy, dropout, grouped_linear, nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
@@ -101,6 +103,16 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         turn(grad, angles, heads, true)
     }
 
+    fn attention_ranges(index: &AttentionIndex<Self>) -> Option<AttentionRanges<Self>> {
+        let ranges = attention_index(index).prepared().into_ranges()?;
+        let flat = |x: CubeTensor<R>| {
+            let [b, tiles, parts] = [0, 1, 2].map(|i| x.meta.shape()[i]);
+            Tensor::<Self, 3, Int>::from_primitive(x).reshape([b, tiles * parts])
+        };
+        let Ranges { edge, codes, rows, columns } = ranges;
+        Some(AttentionRanges { edge, codes: flat(codes), rows: flat(rows), columns: flat(columns) })
+    }
+
     fn attention(
         q: Tensor<Self, 4>,
         k: Tensor<Self, 4>,
@@ -108,7 +120,7 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         index: &AttentionIndex<Self>,
     ) -> Attended<Self> {
         let [q, k, v] = [q, k, v].map(primitive);
-        let (o, log_sum) = attention::device::forward(q, k, v, tokens(index));
+        let (o, log_sum) = attention::device::forward(q, k, v, attention_index(index));
         Attended { o: tensor(o), log_sum: Some(tensor(log_sum)) }
     }
 
@@ -120,7 +132,8 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
     ) -> Tensor<Self, 4> {
         let Some(log_sum) = attended.log_sum else { return attention::backward(qkv, index, grad) };
         let ([q, k, v], o) = (qkv.map(primitive), primitive(attended.o));
-        tensor(attention::device::backward(q, k, v, o, primitive(log_sum), primitive(grad), tokens(index)))
+        let (log_sum, grad) = (primitive(log_sum), primitive(grad));
+        tensor(attention::device::backward(q, k, v, o, log_sum, grad, attention_index(index)))
     }
 
     fn grouped_linear(
@@ -246,7 +259,20 @@ fn turn<R: ProductRuntime>(
     tensor(rotary::kernel::apply(primitive(rows), cos, sin, heads, 2 * half, inverse))
 }
 
-fn tokens<R: ProductRuntime>(index: &AttentionIndex<Cube<R>>) -> [CubeTensor<R>; 4] {
-    let AttentionIndex { query_documents, query_positions, key_documents, key_positions } = index.clone();
-    [query_documents, query_positions, key_documents, key_positions].map(int_primitive)
+fn attention_index<R: ProductRuntime>(index: &AttentionIndex<Cube<R>>) -> Index<R> {
+    let AttentionIndex { query_documents, query_positions, key_documents, key_positions, ranges } =
+        index.clone();
+    let tokens = [query_documents, query_positions, key_documents, key_positions].map(int_primitive);
+    let ranges = ranges.map(|AttentionRanges { edge, codes, rows, columns }| {
+        let [b, pairs] = codes.dims();
+        let [query_tiles, key_tiles] = [&rows, &columns].map(|x| x.dims()[1] / 2);
+        debug_assert_eq!(pairs, query_tiles * key_tiles);
+        Ranges {
+            edge,
+            codes: int_primitive(codes.reshape([b, query_tiles, key_tiles])),
+            rows: int_primitive(rows.reshape([b, query_tiles, 2])),
+            columns: int_primitive(columns.reshape([b, key_tiles, 2])),
+        }
+    });
+    Index::new(tokens).with_ranges(ranges)
 }

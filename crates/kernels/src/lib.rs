@@ -49,7 +49,7 @@ mod rows;
 mod testing;
 
 pub use adamw::{AdamW, AdamWState, AdamWState8};
-pub use attention::{Attended, AttentionIndex, Heads, SEPARATE};
+pub use attention::{Attended, AttentionIndex, AttentionRanges, Heads, SEPARATE};
 pub use cross_entropy::{CrossEntropyGradient, IGNORED};
 pub use dropout::Dropout;
 pub use grouped_linear::RowGroup;

@@ -38,13 +38,13 @@ pub struct BlockContext<B: Backend> {
 /// Rows that follow each other, and the corrections of this block's linears that they get.
 pub(crate) type BlockRows<'a, B> = (usize, &'a [Option<Lora<B>>; Target::ALL.len()]);
 
-impl<B: Backend> BlockContext<B> {
+impl<B: KernelBackend> BlockContext<B> {
     /// Rows `[b, t]` that see only themselves.
     #[must_use]
     pub fn rows(config: &LlamaConfig, documents: Tensor<B, 2, Int>, positions: Tensor<B, 2, Int>) -> Self {
         Self {
             angles: RotaryAngles::new(positions.clone(), config.head_dim, config.rope_theta),
-            index: AttentionIndex::rows(documents, positions),
+            index: AttentionIndex::rows(documents, positions).prepared(),
         }
     }
 }

@@ -31,18 +31,51 @@ pub(super) struct Tokens {
     pub(super) positions: Tensor<i32>,
 }
 
-/// What every kernel of one call shares: what may see what, and how it is tiled.
-pub(super) struct Index<R: CubeRuntime> {
-    pub(super) tensors: [CubeTensor<R>; 4],
-    pub(super) ranges: Ranges<R>,
+/// Documents and positions of queries `[b, t]`, then of keys `[b, s]`, i32; ranges of tiles, if they are known.
+#[derive(Clone, Debug)]
+pub struct Index<R: CubeRuntime> {
+    tensors: [CubeTensor<R>; 4],
+    ranges: Option<Ranges<R>>,
 }
 
 impl<R: CubeRuntime> Index<R> {
-    fn new(tensors: [CubeTensor<R>; 4], edge: usize) -> Self {
-        let ranges = Ranges::new(&tensors, edge);
-        Self { tensors, ranges }
+    /// Of `[query documents, query positions, key documents, key positions]`.
+    #[must_use]
+    pub fn new(tensors: [CubeTensor<R>; 4]) -> Self {
+        Self { tensors, ranges: None }
     }
 
+    /// With ranges of tiles for the fastest kernels of the device, so that they are computed once.
+    #[must_use]
+    pub fn prepared(self) -> Self {
+        let tensor_cores = flash::on_device(&self.tensors[0].client);
+        let ranges = Ranges::new(&self.tensors, if tensor_cores { flash::EDGE } else { plain::EDGE });
+        self.with_ranges(Some(ranges))
+    }
+
+    pub(crate) fn with_ranges(self, ranges: Option<Ranges<R>>) -> Self {
+        Self { ranges, ..self }
+    }
+
+    pub(crate) fn into_ranges(self) -> Option<Ranges<R>> {
+        self.ranges
+    }
+
+    /// Ranges for tiles of `edge` queries and `edge` keys.
+    fn tiled(self, edge: usize) -> Tiled<R> {
+        let known = self.ranges.filter(|ranges| ranges.edge == edge);
+        let ranges = known.unwrap_or_else(|| Ranges::new(&self.tensors, edge));
+        Tiled { tensors: self.tensors, ranges }
+    }
+}
+
+/// What every kernel of one call shares: what may see what, and how it is tiled.
+pub(super) struct Tiled<R: CubeRuntime> {
+    tensors: [CubeTensor<R>; 4],
+    pub(super) ranges: Ranges<R>,
+}
+
+impl<R: CubeRuntime> Tiled<R> {
     pub(super) fn queries(&self) -> TokensLaunch<R> {
         tokens(&self.tensors[0], &self.tensors[1])
     }
@@ -64,8 +97,7 @@ pub(super) fn dims<R: CubeRuntime>(x: &CubeTensor<R>) -> [usize; 4] {
     [0, 1, 2, 3].map(|i| x.meta.shape()[i])
 }
 
-/// Attention of queries `[b, h, t, w]` to keys and values `[b, g, s, w]`, g dividing h. The index is
-/// `[query documents, query positions, key documents, key positions]`, `[b, t]` and `[b, s]`, i32.
+/// Attention of queries `[b, h, t, w]` to keys and values `[b, g, s, w]`, g dividing h.
 ///
 /// Returns `o`, allocated as `[b, t, h, w]` and seen as `[b, h, t, w]`, and `lse` `[b, h, t]` in f32.
 #[must_use]
@@ -73,7 +105,7 @@ pub fn forward<R: CubeRuntime>(
     q: CubeTensor<R>,
     k: CubeTensor<R>,
     v: CubeTensor<R>,
-    index: [CubeTensor<R>; 4],
+    index: Index<R>,
 ) -> (CubeTensor<R>, CubeTensor<R>) {
     let [q, k, v] = [q, k, v].map(side_by_side);
     let [b, h, t, w] = dims(&q);
@@ -81,10 +113,10 @@ pub fn forward<R: CubeRuntime>(
     o.meta.swap(1, 2);
     let lse = uninitialized(&q, [b, h, t], DType::F32);
     if let Some(build) = flash::build(&[&q, &k, &v]) {
-        let index = Index::new(index, flash::EDGE);
+        let index = index.tiled(flash::EDGE);
         flash::forward([&q, &k, &v], &index, &o, &lse, build);
     } else {
-        let index = Index::new(index, plain::EDGE);
+        let index = index.tiled(plain::EDGE);
         plain::forward([&q, &k, &v], &index, &o, &lse);
     }
     (o, lse)
@@ -101,18 +133,18 @@ pub fn backward<R: CubeRuntime>(
     o: CubeTensor<R>,
     lse: CubeTensor<R>,
     grad: CubeTensor<R>,
-    index: [CubeTensor<R>; 4],
+    index: Index<R>,
 ) -> CubeTensor<R> {
     let [q, k, v, o, grad] = [q, k, v, o, grad].map(side_by_side);
     let [b, h, t, w] = dims(&q);
     let g = dims(&k)[1];
     let joined = uninitialized(&q, [b, t, h + 2 * g, w], q.dtype);
-    let along = row_products(&o, &grad);
-    if let Some(build) = flash::build(&[&q, &k, &v, &grad]) {
-        let index = Index::new(index, flash::EDGE);
-        gradients::backward([&q, &k, &v], &grad, [&lse, &along], &index, &joined, build);
+    if let Some(build) = flash::build(&[&q, &k, &v, &o, &grad]) {
+        let index = index.tiled(flash::EDGE);
+        gradients::backward([&q, &k, &v], [&o, &grad], &lse, &index, &joined, build);
     } else {
-        let index = Index::new(index, plain::EDGE);
+        let index = index.tiled(plain::EDGE);
+        let along = row_products(&o, &grad);
         plain::backward([&q, &k, &v], &grad, [&lse, &along], &index, &joined);
     }
     joined

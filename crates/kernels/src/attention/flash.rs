@@ -1,9 +1,11 @@
 //! Attention on tensor cores, for f16 and bf16 with heads of 64 or 128.
 //!
 //! A cube of four planes has a tile of queries, 16 or 32 rows a plane, by which tiles of keys and values pass through
-//! shared memory; scores and sums stay in registers. While scores are computed the values are on their way, and while
-//! values are gathered the next keys are. What it trades: registers, of which a unit takes up to 255. What it refuses:
-//! other dtypes and widths, and rows that cannot be read 16 bytes at a time.
+//! shared memory; scores and sums stay in registers. Where shared memory has room, the next keys and values are on their
+//! way all the time that the present ones are worked on, and the softmax runs beside the products; where it has less,
+//! values come while scores are computed, and the next keys while values are gathered. What it trades: registers, of
+//! which a unit takes up to 255, and the last bits of weights below 2^-118 of the greatest. What it refuses: other
+//! dtypes and widths, and rows that cannot be read 16 bytes at a time.
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
@@ -12,18 +14,25 @@ use cubecl::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
-use super::device::{HIDDEN, Index, Tokens, dims};
+use super::device::{HIDDEN, Tiled, Tokens, dims};
 use super::ranges::{FULL, SKIP};
 use super::tiles::{
-    Build, Chunk, Gate, Line, Sums, UNITS, flush, gather, greatest_of_four, head_of, hide, load, load_tokens,
-    next, own_tokens, scores, stage, sum_of_four, zeros,
+    Build, Chunk, Gate, Line, RANGE, Sums, UNITS, flush, gather, greatest_of_four, head_of, hide, load,
+    load_tokens, next, operands, own_tokens, rate_of, scores, stage, sum_of_four, weight, zeros,
 };
 use crate::device::vector_width;
 
 /// Queries or keys for which there is one tile code.
 pub(super) const EDGE: usize = 64;
+/// Bytes of shared memory that a multiprocessor needs so that two cubes with two tiles of keys and values each fit.
+const ROOMY: usize = 200 << 10;
 /// Keys that pass at once.
 const KEYS: usize = 64;
+
+/// Whether the device has what these kernels need, for some dtype.
+pub(super) fn on_device<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
+    !client.properties().features.matmul.ldmatrix.is_empty()
+}
 
 /// How the kernels are to be built if this device and these tensors can take this way.
 pub(super) fn build<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> Option<Build> {
@@ -51,13 +60,16 @@ pub(super) fn build<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> Option<Build>
     } else {
         return None;
     };
-    Some(Build { chunks: width / 8, depth, copies: features.copy_async && depth == 16 })
+    let copies = features.copy_async && depth == 16;
+    let roomy = first.client.properties().hardware.max_shared_memory_size >= ROOMY;
+    Some(Build { chunks: width / 8, depth, copies, roomy: copies && roomy })
 }
 
-/// One cube for each `rows` rows of each head.
+/// One cube for each `rows` rows of each head: the heads' tiles of one place side by side, as what they have to do
+/// differs by place and the longest should begin first.
 pub(super) fn grid<R: CubeRuntime>(x: &CubeTensor<R>, rows: usize) -> CubeCount {
     let [b, heads, t, _] = dims(x);
-    CubeCount::Static(t.div_ceil(rows) as u32, heads as u32, b as u32)
+    CubeCount::Static(heads as u32, t.div_ceil(rows) as u32, b as u32)
 }
 
 pub(super) fn scale_of(build: Build) -> f32 {
@@ -67,7 +79,7 @@ pub(super) fn scale_of(build: Build) -> f32 {
 /// Writes `o` and `lse` of queries, keys and values; see [`super::device::forward`].
 pub(super) fn forward<R: CubeRuntime>(
     [q, k, v]: [&CubeTensor<R>; 3],
-    index: &Index<R>,
+    index: &Tiled<R>,
     o: &CubeTensor<R>,
     lse: &CubeTensor<R>,
     build: Build,
@@ -129,55 +141,100 @@ impl QueryTile {
     }
 }
 
-/// One step of the softmax over 64 keys: scores become weights, sums and totals shrink as the peaks grow.
+/// How far peaks may be behind, in units of [`rate_of`]: 8 powers of two. Weights are taken relative to as much above
+/// the peak, so that none exceeds 1, and sums are seldom rescaled.
+const SLACK: f32 = 8.0 / RANGE;
+
+/// What belongs to this unit's rows: the greatest score that shifts the softmax, and the sum of its own weights.
+#[derive(CubeType)]
+struct Softmax {
+    peaks: Array<f32>,
+    totals: Array<f32>,
+}
+
 #[cube]
-fn soften(
-    values: &mut Sums,
-    sums: &mut Sums,
-    peaks: &mut Array<f32>,
-    totals: &mut Array<f32>,
-    scale: f32,
-    #[comptime] blocks: usize,
-    #[comptime] chunks: usize,
-) {
-    #[unroll]
-    for half in 0..blocks * 2 {
-        let first = comptime!(half / 2 * KEYS / 8);
-        let mut top = peaks[half];
+impl Softmax {
+    fn new(#[comptime] blocks: usize) -> Softmax {
+        let mut peaks = Array::<f32>::new(comptime!(blocks * 2));
+        let mut totals = Array::<f32>::new(comptime!(blocks * 2));
         #[unroll]
-        for n in 0..KEYS / 8 {
-            let pair = values.index(first + n)[half % 2];
-            top = max(top, max(pair[0], pair[1]));
+        for half in 0..blocks * 2 {
+            peaks[half] = f32::new(HIDDEN);
+            totals[half] = f32::new(0.0);
         }
-        top = greatest_of_four(top);
-        // Where all is hidden so far the shift is 0, so that hidden scores weigh nothing.
-        let shift = select(top < f32::new(-1e29), f32::new(0.0), top * scale);
-        let shrink = fma(peaks[half], scale, -shift).exp();
-        peaks[half] = top;
-        let mut total = totals[half] * shrink;
+        Softmax { peaks, totals }
+    }
+
+    /// Takes the peaks of 64 more scores and shrinks sums and totals where they grew, if one grew by much.
+    fn raise(
+        &mut self,
+        values: &Sums,
+        sums: &mut Sums,
+        rate: f32,
+        #[comptime] blocks: usize,
+        #[comptime] chunks: usize,
+    ) {
+        let slack = f32::new(SLACK) / rate;
+        let mut tops = Array::<f32>::new(comptime!(blocks * 2));
+        let mut grew = false;
         #[unroll]
-        for n in 0..KEYS / 8 {
-            let pair = values.index(first + n)[half % 2];
-            let mut weights = Vector::<f32, Const<2>>::empty();
-            weights[0] = fma(pair[0], scale, -shift).exp();
-            weights[1] = fma(pair[1], scale, -shift).exp();
-            total += weights[0] + weights[1];
-            values.index_mut(first + n)[half % 2] = weights;
+        for half in 0..blocks * 2 {
+            let first = comptime!(half / 2 * KEYS / 8);
+            let mut top = self.peaks[half];
+            #[unroll]
+            for n in 0..KEYS / 8 {
+                let pair = values.index(comptime!(first + n))[half % 2];
+                top = max(top, max(pair[0], pair[1]));
+            }
+            tops[half] = greatest_of_four(top);
+            grew = grew || tops[half] > self.peaks[half] + slack;
         }
-        totals[half] = total;
-        #[unroll]
-        for n in 0..chunks {
-            let sum = comptime!(half / 2 * chunks + n);
-            sums.index_mut(sum)[half % 2] = sums.index(sum)[half % 2] * Vector::new(shrink);
+        if plane_any(grew) {
+            #[unroll]
+            for half in 0..blocks * 2 {
+                let shrink = weight(self.peaks[half], rate, shift_of(tops[half], rate, f32::new(0.0)));
+                self.peaks[half] = tops[half];
+                self.totals[half] = self.totals[half] * shrink;
+                #[unroll]
+                for n in 0..chunks {
+                    let sum = comptime!(half / 2 * chunks + n);
+                    sums.index_mut(sum)[half % 2] = sums.index(sum)[half % 2] * Vector::new(shrink);
+                }
+            }
         }
     }
+
+    /// Scores become weights, which are added to the totals.
+    fn soften(&mut self, values: &mut Sums, rate: f32, #[comptime] blocks: usize) {
+        #[unroll]
+        for half in 0..blocks * 2 {
+            let shift = shift_of(self.peaks[half], rate, f32::new(SLACK));
+            let mut total = self.totals[half];
+            #[unroll]
+            for n in 0..KEYS / 8 {
+                let sum = comptime!(half / 2 * KEYS / 8 + n);
+                let pair = values.index(sum)[half % 2];
+                let mut weights = Vector::<f32, Const<2>>::empty();
+                weights[0] = weight(pair[0], rate, shift);
+                weights[1] = weight(pair[1], rate, shift);
+                total += weights[0] + weights[1];
+                values.index_mut(sum)[half % 2] = weights;
+            }
+            self.totals[half] = total;
+        }
+    }
+}
+
+/// Where all is hidden so far the shift is 0, so that hidden scores weigh nothing.
+#[cube]
+fn shift_of(peak: f32, rate: f32, slack: f32) -> f32 {
+    select(peak < f32::new(-1e29), f32::new(0.0), fma(peak, rate, slack))
 }
 
 /// Writes lse of this unit's rows, the first of which is `row`, and gives what their sums are to be multiplied by.
 #[cube]
 fn finish(
-    peaks: &Array<f32>,
-    totals: &Array<f32>,
+    softmax: &Softmax,
     lse: &mut Tensor<f32>,
     line: usize,
     row: usize,
@@ -187,12 +244,12 @@ fn finish(
     let mut factors = Array::<f32>::new(comptime!(blocks * 2));
     #[unroll]
     for half in 0..blocks * 2 {
-        let total = sum_of_four(totals[half]);
-        let some = total > 0.0;
+        let total = sum_of_four(softmax.totals[half]);
+        let some = softmax.peaks[half] > f32::new(-1e29);
         factors[half] = select(some, 1.0 / total, f32::new(0.0));
         let query = row + half * 8;
         if UNIT_POS_PLANE % 4 == 0 && query < lse.shape(2) {
-            let sum = peaks[half] * scale + total.ln();
+            let sum = fma(softmax.peaks[half], scale, total.ln()) + f32::new(SLACK) / rate_of(1.0f32);
             lse[line * lse.shape(2) + query] = select(some, sum, f32::new(HIDDEN));
         }
     }
@@ -216,16 +273,17 @@ fn flash_forward<F: Float>(
     #[define(F)] _dtype: StorageType,
 ) {
     let (blocks, size) = comptime!((build.blocks(), build.queries()));
+    let stages = comptime!(if build.roomy { 2usize } else { 1usize });
     // The last tiles of a causal row have the most to do and begin first.
-    let tile = (codes.shape(1) - 1) / blocks - CUBE_POS_X as usize;
-    let (head, batch) = (CUBE_POS_Y as usize, CUBE_POS_Z as usize);
+    let tile = (codes.shape(1) - 1) / blocks - CUBE_POS_Y as usize;
+    let (head, batch) = (CUBE_POS_X as usize, CUBE_POS_Z as usize);
     let group = head / (q.shape(1) / k.shape(1));
     let row = UNIT_POS as usize / 32 * (blocks * 16);
     let own = tile * size + row + UNIT_POS_PLANE as usize / 4;
     let mut near = SharedMemory::<Chunk>::new_aligned(comptime!(size * build.chunks), 128usize);
-    let mut far = SharedMemory::<Chunk>::new_aligned(comptime!(KEYS * build.chunks), 128usize);
-    let mut values = SharedMemory::<Chunk>::new_aligned(comptime!(KEYS * build.chunks), 128usize);
-    let mut theirs = SharedMemory::<i32>::new(2 * KEYS);
+    let mut far = SharedMemory::<Chunk>::new_aligned(comptime!(stages * KEYS * build.chunks), 128usize);
+    let mut values = SharedMemory::<Chunk>::new_aligned(comptime!(stages * KEYS * build.chunks), 128usize);
+    let mut theirs = SharedMemory::<i32>::new(comptime!(stages * 2 * KEYS));
     let at = QueryTile::new(codes, rows, batch, tile, blocks);
     let mut step = next(codes, &at.first, &at.last, at.start, at.end, 1usize);
     let (k_head, v_head) = (head_of(k, batch, group), head_of(v, batch, group));
@@ -233,50 +291,78 @@ fn flash_forward<F: Float>(
     load(q, &head_of(q, batch, head), tile * size, &mut near, 0usize, size, build);
     if comptime!(build.copies) {
         load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
+        if comptime!(stages == 2) {
+            load(v, &v_head, step * KEYS, &mut values, 0usize, KEYS, build);
+        }
         load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
     }
     gate.commit();
-    let mine = own_tokens(queries, batch, own, blocks);
+    let mine = own_tokens(queries, batch, tile * size, size);
     let (mut sums, mut p) = (zeros(blocks * build.chunks), zeros(blocks * KEYS / 8));
-    let mut peaks = Array::<f32>::new(comptime!(blocks * 2));
-    let mut totals = Array::<f32>::new(comptime!(blocks * 2));
-    #[unroll]
-    for half in 0..blocks * 2 {
-        peaks[half] = f32::new(HIDDEN);
-        totals[half] = f32::new(0.0);
-    }
+    let mut softmax = Softmax::new(blocks);
+    let rate = rate_of(scale);
+    let mut turn = 0usize;
     while step < at.end {
         let code = at.own.code(codes, step);
+        let following = next(codes, &at.first, &at.last, step + 1, at.end, 1usize);
         gate.wait();
-        load(v, &v_head, step * KEYS, &mut values, 0usize, KEYS, build);
-        if comptime!(!build.copies) {
-            load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
-            load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
-            sync_cube();
+        if comptime!(stages == 2) {
+            if following < at.end {
+                let to = 1 - turn;
+                load(k, &k_head, following * KEYS, &mut far, to * KEYS, KEYS, build);
+                load(v, &v_head, following * KEYS, &mut values, to * KEYS, KEYS, build);
+                load_tokens(keys, batch, following * KEYS, &mut theirs, to * (2 * KEYS), KEYS, build);
+            }
+        } else {
+            load(v, &v_head, step * KEYS, &mut values, 0usize, KEYS, build);
+            if comptime!(!build.copies) {
+                load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
+                load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
+                sync_cube();
+            }
         }
         gate.commit();
         if code != SKIP {
-            scores::<F>(&mut p, &near, row, &far, 0usize, KEYS, blocks, build);
+            scores::<F>(&mut p, &near, row, &far, turn * KEYS, KEYS, blocks, build);
             if code != FULL {
                 let (first, total) = (step * KEYS, k_head.last + 1);
-                hide(&mut p, &mine, &theirs, 0usize, first, total, f32::new(HIDDEN), KEYS, blocks, true);
+                let place = turn * (2 * KEYS);
+                hide(
+                    &mut p,
+                    &mine,
+                    row,
+                    &theirs,
+                    place,
+                    first,
+                    total,
+                    f32::new(HIDDEN),
+                    size,
+                    KEYS,
+                    blocks,
+                    true,
+                );
             }
-            soften(&mut p, &mut sums, &mut peaks, &mut totals, scale, blocks, build.chunks);
+            softmax.raise(&p, &mut sums, rate, blocks, build.chunks);
+            softmax.soften(&mut p, rate, blocks);
         }
-        step = next(codes, &at.first, &at.last, step + 1, at.end, 1usize);
-        if comptime!(build.copies) {
+        if comptime!(build.copies && stages == 1) {
             gate.wait();
-            if step < at.end {
-                load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
-                load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
+            if following < at.end {
+                load(k, &k_head, following * KEYS, &mut far, 0usize, KEYS, build);
+                load_tokens(keys, batch, following * KEYS, &mut theirs, 0usize, KEYS, build);
             }
             gate.commit();
         }
         if code != SKIP {
-            gather::<F>(&mut sums, &p, &values, 0usize, KEYS, blocks, build);
+            let weights = operands::<F>(&p, KEYS, blocks);
+            gather::<F>(&mut sums, &weights, &values, turn * KEYS, KEYS, blocks, build);
+        }
+        step = following;
+        if comptime!(stages == 2) {
+            turn = 1 - turn;
         }
     }
-    let factors = finish(&peaks, &totals, lse, batch * q.shape(1) + head, own, scale, blocks);
+    let factors = finish(&softmax, lse, batch * q.shape(1) + head, own, scale, blocks);
     gate.wait();
     stage::<F>(&sums, &factors, row, &mut near, blocks, build);
     sync_cube();

@@ -2,19 +2,22 @@
 //!
 //! Scores are recomputed twice: where queries are the rows, for their gradient, and where keys are, for theirs, so that
 //! each sum stays in the registers of one plane and nothing is added atomically. Two tiles of the other side take turns
-//! in shared memory: one is copied while the other is worked on.
+//! in shared memory: one is copied while the other is worked on. The first kernel also computes D, for itself and for the
+//! second.
 
+use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::device::{HIDDEN, Index, Tokens};
+use super::device::{HIDDEN, Tiled, Tokens, dims};
 use super::flash::{QueryTile, grid, scale_of};
 use super::ranges::{FULL, SKIP};
 use super::tiles::{
     Build, Chunk, Gate, Line, Sums, UNITS, flush, gather, head_of, hide, joined_head, load, load_number,
-    load_tokens, next, own_tokens, scores, stage, zeros,
+    load_tokens, next, operands, own_tokens, rate_of, row_products, scores, stage, weight, zeros,
 };
+use crate::device::uninitialized;
 
 /// Keys that pass at once by queries.
 const KEYS: usize = 32;
@@ -36,14 +39,15 @@ impl Build {
 /// Writes the joined gradient; see [`super::device::backward`].
 pub(super) fn backward<R: CubeRuntime>(
     [q, k, v]: [&CubeTensor<R>; 3],
-    grad: &CubeTensor<R>,
-    [lse, along]: [&CubeTensor<R>; 2],
-    index: &Index<R>,
+    [o, grad]: [&CubeTensor<R>; 2],
+    lse: &CubeTensor<R>,
+    index: &Tiled<R>,
     joined: &CubeTensor<R>,
     build: Build,
 ) {
-    let columns = index.ranges.columns();
-    // SAFETY: as in `flash::forward`; each cube writes its own rows and heads of the joined gradient.
+    let [b, h, t, _] = dims(q);
+    let along = uninitialized(q, [b, h, t], DType::F32);
+    // SAFETY: as in `flash::forward`; the first kernel writes all of `along`, which the second reads; each cube writes its own rows and heads of the joined gradient.
     unsafe {
         flash_query_gradient::launch_unchecked::<R>(
             &q.client,
@@ -52,6 +56,7 @@ pub(super) fn backward<R: CubeRuntime>(
             q.clone().into_tensor_arg(),
             k.clone().into_tensor_arg(),
             v.clone().into_tensor_arg(),
+            o.clone().into_tensor_arg(),
             grad.clone().into_tensor_arg(),
             index.queries(),
             index.keys(),
@@ -75,7 +80,7 @@ pub(super) fn backward<R: CubeRuntime>(
             index.queries(),
             index.keys(),
             index.ranges.codes.clone().into_tensor_arg(),
-            columns.into_tensor_arg(),
+            index.ranges.columns.clone().into_tensor_arg(),
             lse.clone().into_tensor_arg(),
             along.clone().into_tensor_arg(),
             joined.clone().into_tensor_arg(),
@@ -94,7 +99,7 @@ fn slopes_of_rows(
     slopes: &mut Sums,
     norms: &Array<f32>,
     means: &Array<f32>,
-    scale: f32,
+    rate: f32,
     #[comptime] blocks: usize,
 ) {
     #[unroll]
@@ -106,7 +111,7 @@ fn slopes_of_rows(
             let mut slope = slopes.index(n)[half];
             #[unroll]
             for j in 0..2usize {
-                let weight = fma(score[j], scale, -norms[block * 2 + half]).exp();
+                let weight = weight(score[j], rate, norms[block * 2 + half]);
                 slope[j] = weight * (slope[j] - means[block * 2 + half]);
             }
             slopes.index_mut(n)[half] = slope;
@@ -121,7 +126,7 @@ fn slopes_of_columns(
     slopes: &mut Sums,
     statistics: &SharedMemory<f32>,
     place: usize,
-    scale: f32,
+    rate: f32,
     #[comptime] columns: usize,
 ) {
     let column = UNIT_POS_PLANE as usize % 4 * 2;
@@ -130,13 +135,13 @@ fn slopes_of_columns(
         #[unroll]
         for j in 0..2usize {
             // A query that sees nothing has only hidden scores, which have to stay far below its norm.
-            let norm = max(statistics[place + n * 8 + column + j], f32::new(-1e20));
+            let norm = max(statistics[place + n * 8 + column + j], f32::new(-1e20)) * rate_of(1.0f32);
             let mean = statistics[place + columns + n * 8 + column + j];
             #[unroll]
             for half in 0..2usize {
                 let mut score = p.index(n)[half];
                 let mut slope = slopes.index(n)[half];
-                let weight = fma(score[j], scale, -norm).exp();
+                let weight = weight(score[j], rate, norm);
                 slope[j] = weight * (slope[j] - mean);
                 score[j] = weight;
                 p.index_mut(n)[half] = score;
@@ -162,21 +167,22 @@ fn flash_query_gradient<F: Float>(
     q: &Tensor<Chunk>,
     k: &Tensor<Chunk>,
     v: &Tensor<Chunk>,
+    o: &Tensor<Chunk>,
     grad: &Tensor<Chunk>,
     queries: &Tokens,
     keys: &Tokens,
     codes: &Tensor<i32>,
     rows: &Tensor<i32>,
     lse: &Tensor<f32>,
-    along: &Tensor<f32>,
+    along: &mut Tensor<f32>,
     joined: &mut Tensor<Chunk>,
     scale: f32,
     #[comptime] build: Build,
     #[define(F)] _dtype: StorageType,
 ) {
     let (blocks, size, stages) = comptime!((build.blocks(), build.queries(), build.stages()));
-    let tile = (codes.shape(1) - 1) / blocks - CUBE_POS_X as usize;
-    let (head, batch) = (CUBE_POS_Y as usize, CUBE_POS_Z as usize);
+    let tile = (codes.shape(1) - 1) / blocks - CUBE_POS_Y as usize;
+    let (head, batch) = (CUBE_POS_X as usize, CUBE_POS_Z as usize);
     let group = head / (q.shape(1) / k.shape(1));
     let row = UNIT_POS as usize / 32 * (blocks * 16);
     let own = tile * size + row + UNIT_POS_PLANE as usize / 4;
@@ -198,20 +204,33 @@ fn flash_query_gradient<F: Float>(
         load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
     }
     gate.commit();
-    let mine = own_tokens(queries, batch, own, blocks);
+    let mine = own_tokens(queries, batch, tile * size, size);
+    let line = (batch * q.shape(1) + head) * q.shape(2);
+    let products = row_products::<F>(
+        o,
+        &head_of(o, batch, head),
+        grad,
+        &head_of(grad, batch, head),
+        tile * size,
+        along,
+        line,
+        size,
+        build,
+    );
+    sync_cube();
     let mut norms = Array::<f32>::new(comptime!(blocks * 2));
     let mut means = Array::<f32>::new(comptime!(blocks * 2));
     #[unroll]
     for half in 0..blocks * 2 {
         let query = min(own + half * 8, q.shape(2) - 1);
-        let statistic = (batch * q.shape(1) + head) * q.shape(2) + query;
         // A row that sees nothing has only hidden scores, which have to stay far below its norm.
-        norms[half] = max(lse[statistic], f32::new(-1e20));
-        means[half] = along[statistic];
+        norms[half] = max(lse[line + query], f32::new(-1e20)) * rate_of(1.0f32);
+        means[half] = products[row + UNIT_POS_PLANE as usize / 4 + half * 8];
     }
     let mut sums = zeros(blocks * build.chunks);
     let (mut p, mut slopes) = (zeros(blocks * KEYS / 8), zeros(blocks * KEYS / 8));
     let mut turn = 0usize;
+    let rate = rate_of(scale);
     while step < end {
         let code = at.own.code(codes, step / 2);
         let following = next(codes, &at.first, &at.last, step + 1, end, 2usize);
@@ -231,10 +250,24 @@ fn flash_query_gradient<F: Float>(
             scores::<F>(&mut p, &near, row, &far, turn * KEYS, KEYS, blocks, build);
             if code != FULL {
                 let (first, total, at) = (step * KEYS, k_head.last + 1, turn * (2 * KEYS));
-                hide(&mut p, &mine, &theirs, at, first, total, f32::new(HIDDEN), KEYS, blocks, true);
+                hide(
+                    &mut p,
+                    &mine,
+                    row,
+                    &theirs,
+                    at,
+                    first,
+                    total,
+                    f32::new(HIDDEN),
+                    size,
+                    KEYS,
+                    blocks,
+                    true,
+                );
             }
             scores::<F>(&mut slopes, &upstream, row, &values, turn * KEYS, KEYS, blocks, build);
-            slopes_of_rows(&p, &mut slopes, &norms, &means, scale, blocks);
+            slopes_of_rows(&p, &mut slopes, &norms, &means, rate, blocks);
+            let slopes = operands::<F>(&slopes, KEYS, blocks);
             gather::<F>(&mut sums, &slopes, &far, turn * KEYS, KEYS, blocks, build);
         }
         step = following;
@@ -317,7 +350,7 @@ fn flash_key_gradient<F: Float>(
     #[define(F)] _dtype: StorageType,
 ) {
     let (count, parts) = comptime!((build.passing(), 64 / build.passing()));
-    let (tile, group, batch) = (CUBE_POS_X as usize, CUBE_POS_Y as usize, CUBE_POS_Z as usize);
+    let (group, tile, batch) = (CUBE_POS_X as usize, CUBE_POS_Y as usize, CUBE_POS_Z as usize);
     let members = q.shape(1) / k.shape(1);
     let row = UNIT_POS as usize / 32 * 16;
     let mut near = SharedMemory::<Chunk>::new_aligned(comptime!(OWN_KEYS * build.chunks), 128usize);
@@ -329,10 +362,11 @@ fn flash_key_gradient<F: Float>(
     let gate = Gate::new(build);
     load(k, &head_of(k, batch, group), tile * OWN_KEYS, &mut near, 0usize, OWN_KEYS, build);
     load(v, &head_of(v, batch, group), tile * OWN_KEYS, &mut values, 0usize, OWN_KEYS, build);
-    let mine = own_tokens(keys, batch, tile * OWN_KEYS + row + UNIT_POS_PLANE as usize / 4, 1usize);
+    let mine = own_tokens(keys, batch, tile * OWN_KEYS, OWN_KEYS);
     let (mut key_sums, mut value_sums) = (zeros(build.chunks), zeros(build.chunks));
     let (mut p, mut slopes) = (zeros(count / 8), zeros(count / 8));
     let mut turn = 0usize;
+    let rate = rate_of(scale);
     for member in 0..members {
         let head = group * members + member;
         let mut step = next(codes, &line, &line, start, end, parts);
@@ -356,12 +390,14 @@ fn flash_key_gradient<F: Float>(
             if code != FULL {
                 let (first, total, at) = (step * count, q.shape(2), turn * (2 * count));
                 let (tokens, hidden) = (&theirs.tokens, f32::new(HIDDEN));
-                hide(&mut p, &mine, tokens, at, first, total, hidden, count, 1usize, false);
+                hide(&mut p, &mine, row, tokens, at, first, total, hidden, OWN_KEYS, count, 1usize, false);
             }
             scores::<F>(&mut slopes, &values, row, &theirs.upstream, turn * count, count, 1usize, build);
-            slopes_of_columns(&mut p, &mut slopes, &theirs.statistics, turn * (2 * count), scale, count);
-            gather::<F>(&mut value_sums, &p, &theirs.upstream, turn * count, count, 1usize, build);
-            gather::<F>(&mut key_sums, &slopes, &theirs.far, turn * count, count, 1usize, build);
+            slopes_of_columns(&mut p, &mut slopes, &theirs.statistics, turn * (2 * count), rate, count);
+            let weights = operands::<F>(&p, count, 1usize);
+            let inner = operands::<F>(&slopes, count, 1usize);
+            gather::<F>(&mut value_sums, &weights, &theirs.upstream, turn * count, count, 1usize, build);
+            gather::<F>(&mut key_sums, &inner, &theirs.far, turn * count, count, 1usize, build);
             step = following;
             if comptime!(build.copies) {
                 turn = 1 - turn;

@@ -33,7 +33,7 @@ mod gradients;
 #[cfg(feature = "cubecl")]
 mod plain;
 #[cfg(feature = "cubecl")]
-mod ranges;
+pub(crate) mod ranges;
 #[cfg(feature = "cubecl")]
 mod tiles;
 
@@ -51,6 +51,46 @@ pub struct AttentionIndex<B: Backend> {
     pub key_documents: Tensor<B, 2, Int>,
     /// `[b, s]`.
     pub key_positions: Tensor<B, 2, Int>,
+    /// What [`Self::prepared`] adds.
+    pub ranges: Option<AttentionRanges<B>>,
+}
+
+/// Which tiles of queries can see which tiles of keys: what a device's kernels derive from an index.
+#[derive(Clone, Debug)]
+pub struct AttentionRanges<B: Backend> {
+    /// Queries, and keys, of a tile.
+    pub edge: usize,
+    /// A code for each pair of tiles `[b, query tiles · key tiles]`.
+    pub codes: Tensor<B, 2, Int>,
+    /// The half-open range of key tiles that each query tile meets `[b, query tiles · 2]`.
+    pub rows: Tensor<B, 2, Int>,
+    /// The half-open range of query tiles that each key tile meets `[b, key tiles · 2]`.
+    pub columns: Tensor<B, 2, Int>,
+}
+
+impl<B: Backend> AttentionRanges<B> {
+    /// The same numbers under another backend decorator.
+    #[must_use]
+    pub fn map<C: Backend>(
+        &self,
+        mut each: impl FnMut(Tensor<B, 2, Int>) -> Tensor<C, 2, Int>,
+    ) -> AttentionRanges<C> {
+        AttentionRanges {
+            edge: self.edge,
+            codes: each(self.codes.clone()),
+            rows: each(self.rows.clone()),
+            columns: each(self.columns.clone()),
+        }
+    }
+}
+
+impl<B: KernelBackend> AttentionIndex<B> {
+    /// With what the device's kernels derive from it, so that they derive it once and not in every call. Whoever
+    /// changes documents or positions has to prepare anew.
+    #[must_use]
+    pub fn prepared(self) -> Self {
+        Self { ranges: B::attention_ranges(&self), ..self }
+    }
 }
 
 impl<B: Backend> AttentionIndex<B> {
@@ -62,6 +102,7 @@ impl<B: Backend> AttentionIndex<B> {
             query_positions: positions.clone(),
             key_documents: documents,
             key_positions: positions,
+            ranges: None,
         }
     }
 
@@ -88,6 +129,7 @@ impl<B: Backend> AttentionIndex<B> {
             query_positions: each(self.query_positions.clone()),
             key_documents: each(self.key_documents.clone()),
             key_positions: each(self.key_positions.clone()),
+            ranges: self.ranges.as_ref().map(|ranges| ranges.map(&mut each)),
         }
     }
 }

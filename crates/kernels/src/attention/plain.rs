@@ -9,7 +9,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::SEPARATE;
-use super::device::{HIDDEN, Index, Tokens, dims};
+use super::device::{HIDDEN, Tiled, Tokens, dims};
 use super::ranges::{FULL, MASKED, SKIP};
 
 /// Queries and keys in a tile.
@@ -31,7 +31,7 @@ fn scale_of(width: usize) -> f32 {
 /// Writes `o` and `lse` of queries, keys and values; see [`super::device::forward`].
 pub(super) fn forward<R: CubeRuntime>(
     [q, k, v]: [&CubeTensor<R>; 3],
-    index: &Index<R>,
+    index: &Tiled<R>,
     o: &CubeTensor<R>,
     lse: &CubeTensor<R>,
 ) {
@@ -63,11 +63,10 @@ pub(super) fn backward<R: CubeRuntime>(
     [q, k, v]: [&CubeTensor<R>; 3],
     grad: &CubeTensor<R>,
     [lse, along]: [&CubeTensor<R>; 2],
-    index: &Index<R>,
+    index: &Tiled<R>,
     joined: &CubeTensor<R>,
 ) {
     let width = dims(q)[3];
-    let columns = index.ranges.columns();
     // SAFETY: as in `forward`; each cube writes its own rows and heads of the joined gradient.
     unsafe {
         query_gradient::launch_unchecked::<R>(
@@ -100,7 +99,7 @@ pub(super) fn backward<R: CubeRuntime>(
             index.queries(),
             index.keys(),
             index.ranges.codes.clone().into_tensor_arg(),
-            columns.into_tensor_arg(),
+            index.ranges.columns.clone().into_tensor_arg(),
             lse.clone().into_tensor_arg(),
             along.clone().into_tensor_arg(),
             joined.clone().into_tensor_arg(),

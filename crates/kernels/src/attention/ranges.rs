@@ -23,16 +23,18 @@ pub(super) const FULL: i32 = 2;
 const UNITS: u32 = 64;
 
 /// What the main kernels read: codes `[b, query tiles, key tiles]`, and the half-open range of tiles of the other
-/// side for each query tile `[b, query tiles, 2]`.
-pub(super) struct Ranges<R: CubeRuntime> {
-    pub(super) codes: CubeTensor<R>,
-    pub(super) rows: CubeTensor<R>,
-    tiles: [usize; 2],
+/// side for each query tile `[b, query tiles, 2]` and for each key tile `[b, key tiles, 2]`.
+#[derive(Clone, Debug)]
+pub(crate) struct Ranges<R: CubeRuntime> {
+    pub(crate) edge: usize,
+    pub(crate) codes: CubeTensor<R>,
+    pub(crate) rows: CubeTensor<R>,
+    pub(crate) columns: CubeTensor<R>,
 }
 
 impl<R: CubeRuntime> Ranges<R> {
     /// Codes for tiles of `edge` queries and `edge` keys.
-    pub(super) fn new(index: &[CubeTensor<R>; 4], edge: usize) -> Self {
+    pub(crate) fn new(index: &[CubeTensor<R>; 4], edge: usize) -> Self {
         let [b, t] = [0, 1].map(|i| index[0].meta.shape()[i]);
         let s = index[2].meta.shape()[1];
         let tiles = [t.div_ceil(edge), s.div_ceil(edge)];
@@ -52,25 +54,26 @@ impl<R: CubeRuntime> Ranges<R> {
                 edge,
             );
         }
-        Self { codes, rows, tiles }
+        let columns = columns_of(&codes);
+        Self { edge, codes, rows, columns }
     }
+}
 
-    /// The half-open range of query tiles of each key tile `[b, key tiles, 2]`.
-    pub(super) fn columns(&self) -> CubeTensor<R> {
-        let b = self.codes.meta.shape()[0];
-        let columns = uninitialized(&self.codes, [b, self.tiles[1], 2], self.codes.dtype);
-        // SAFETY: units past the last key tile end at once; the others write their own range.
-        unsafe {
-            column_ranges::launch_unchecked::<R>(
-                &self.codes.client,
-                CubeCount::Static((self.tiles[1] as u32).div_ceil(UNITS), b as u32, 1),
-                CubeDim::new_1d(UNITS),
-                self.codes.clone().into_tensor_arg(),
-                columns.clone().into_tensor_arg(),
-            );
-        }
-        columns
+/// The half-open range of query tiles of each key tile `[b, key tiles, 2]`.
+fn columns_of<R: CubeRuntime>(codes: &CubeTensor<R>) -> CubeTensor<R> {
+    let [b, _, tiles] = [0, 1, 2].map(|i| codes.meta.shape()[i]);
+    let columns = uninitialized(codes, [b, tiles, 2], codes.dtype);
+    // SAFETY: units past the last key tile end at once; the others write their own range.
+    unsafe {
+        column_ranges::launch_unchecked::<R>(
+            &codes.client,
+            CubeCount::Static((tiles as u32).div_ceil(UNITS), b as u32, 1),
+            CubeDim::new_1d(UNITS),
+            codes.clone().into_tensor_arg(),
+            columns.clone().into_tensor_arg(),
+        );
     }
+    columns
 }
 
 /// Least and greatest document and position of the tokens from `first` to `end`, those of [`SEPARATE`] left

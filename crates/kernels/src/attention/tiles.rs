@@ -36,7 +36,13 @@ pub(super) struct Build {
     pub(super) depth: usize,
     /// Copies to shared memory run beside the arithmetic, and there is room for larger tiles.
     pub(super) copies: bool,
+    /// Two cubes of the forward pass with two tiles of keys and of values each find room on a multiprocessor.
+    pub(super) roomy: bool,
 }
+
+/// Right operands that are read before the products that need them: a plane waits for what it reads, and where two
+/// planes share a scheduler nobody fills the gap.
+const AHEAD: usize = 2;
 
 impl Build {
     /// Blocks of 16 queries of a plane where queries are the rows.
@@ -186,35 +192,71 @@ pub(super) fn scores<F: Float>(
     #[comptime] build: Build,
 ) {
     let chunks = comptime!(build.chunks);
+    let parts = comptime!(columns / 16);
+    let total = comptime!(parts * chunks / 2);
     let from_a = left_place(chunks) + row * chunks;
     let from_b = right_place(chunks) + first * chunks;
     clear(sums);
+    let mut lefts = Sequence::<Array<Pair<F>>>::new();
+    let mut rights = Sequence::<Array<Pair<F>>>::new();
     #[unroll]
-    for step in 0..chunks / 2 {
-        let mut left = Sequence::<Array<Pair<F>>>::new();
-        #[unroll]
-        for block in 0..blocks {
-            let at = (from_a ^ (step * 2)) + block * 16 * chunks;
-            left.push(read::<F>(a, at, MatrixIdent::A, false));
+    for i in 0..comptime!(total + AHEAD) {
+        if comptime!(i < total) {
+            let (step, n) = comptime!((i / parts, i % parts));
+            if comptime!(n == 0) {
+                #[unroll]
+                for block in 0..blocks {
+                    let at = (from_a ^ comptime!(step * 2)) + comptime!(block * 16 * chunks);
+                    lefts.push(read::<F>(a, at, MatrixIdent::A, false));
+                }
+            }
+            let at = (from_b ^ comptime!(step * 2)) + comptime!(n * 16 * chunks);
+            rights.push(read::<F>(b, at, MatrixIdent::B, false));
         }
-        #[unroll]
-        for n in 0..columns / 16 {
-            let right = read::<F>(b, (from_b ^ (step * 2)) + n * 16 * chunks, MatrixIdent::B, false);
+        if comptime!(i >= AHEAD) {
+            let now = comptime!(i - AHEAD);
+            let (step, n) = comptime!((now / parts, now % parts));
+            let right = rights.index(now);
             #[unroll]
             for block in 0..blocks {
+                let left = lefts.index(comptime!(step * blocks + block));
                 let sum = comptime!(block * columns / 8 + n * 2);
-                multiply::<F>(left.index(block), &right, 0usize, sums.index_mut(sum), build.depth);
-                multiply::<F>(left.index(block), &right, 2usize, sums.index_mut(sum + 1), build.depth);
+                multiply::<F>(left, right, 0usize, sums.index_mut(sum), build.depth);
+                multiply::<F>(left, right, 2usize, sums.index_mut(comptime!(sum + 1)), build.depth);
             }
         }
     }
+}
+
+/// Left operands of `blocks` times 16 × `columns`, rounded from accumulators: those of a depth of 16 side by side.
+#[cube]
+pub(super) fn operands<F: Float>(
+    p: &Sums,
+    #[comptime] columns: usize,
+    #[comptime] blocks: usize,
+) -> Sequence<Array<Pair<F>>> {
+    let mut lefts = Sequence::<Array<Pair<F>>>::new();
+    #[unroll]
+    for step in 0..columns / 16 {
+        #[unroll]
+        for block in 0..blocks {
+            let mut left = Array::<Pair<F>>::new(4usize);
+            #[unroll]
+            for i in 0..4usize {
+                let sum = comptime!(block * columns / 8 + step * 2 + i / 2);
+                left[i] = Vector::cast_from(p.index(sum)[i % 2]);
+            }
+            lefts.push(left);
+        }
+    }
+    lefts
 }
 
 /// `sums += p b`: p `blocks` times 16 × `rows` in registers, b `rows` rows of a tile from `first`.
 #[cube]
 pub(super) fn gather<F: Float>(
     sums: &mut Sums,
-    p: &Sums,
+    p: &Sequence<Array<Pair<F>>>,
     b: &Tile,
     first: usize,
     #[comptime] rows: usize,
@@ -222,28 +264,26 @@ pub(super) fn gather<F: Float>(
     #[comptime] build: Build,
 ) {
     let chunks = comptime!(build.chunks);
+    let parts = comptime!(chunks / 2);
+    let total = comptime!(rows / 16 * parts);
     let from_b = left_place(chunks) + first * chunks;
+    let mut rights = Sequence::<Array<Pair<F>>>::new();
     #[unroll]
-    for step in 0..rows / 16 {
-        let mut left = Sequence::<Array<Pair<F>>>::new();
-        #[unroll]
-        for block in 0..blocks {
-            let mut operand = Array::<Pair<F>>::new(4usize);
-            #[unroll]
-            for i in 0..4usize {
-                let sum = comptime!(block * rows / 8 + step * 2 + i / 2);
-                operand[i] = Vector::cast_from(p.index(sum)[i % 2]);
-            }
-            left.push(operand);
+    for i in 0..comptime!(total + AHEAD) {
+        if comptime!(i < total) {
+            let at = (from_b ^ comptime!(i % parts * 2)) + comptime!(i / parts * 16 * chunks);
+            rights.push(read::<F>(b, at, MatrixIdent::A, true));
         }
-        #[unroll]
-        for n in 0..chunks / 2 {
-            let right = read::<F>(b, (from_b ^ (n * 2)) + step * 16 * chunks, MatrixIdent::A, true);
+        if comptime!(i >= AHEAD) {
+            let now = comptime!(i - AHEAD);
+            let (step, n) = comptime!((now / parts, now % parts));
+            let right = rights.index(now);
             #[unroll]
             for block in 0..blocks {
+                let left = p.index(comptime!(step * blocks + block));
                 let sum = comptime!(block * chunks + n * 2);
-                multiply::<F>(left.index(block), &right, 0usize, sums.index_mut(sum), build.depth);
-                multiply::<F>(left.index(block), &right, 2usize, sums.index_mut(sum + 1), build.depth);
+                multiply::<F>(left, right, 0usize, sums.index_mut(sum), build.depth);
+                multiply::<F>(left, right, 2usize, sums.index_mut(comptime!(sum + 1)), build.depth);
             }
         }
     }
@@ -298,6 +338,49 @@ pub(super) fn load(
     }
 }
 
+/// `rowsum(a ∘ b)` of `rows` rows from `first` on of two heads, to shared memory, and to `out` from `line` on.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn row_products<F: Float>(
+    a: &Tensor<Chunk>,
+    a_head: &Head,
+    b: &Tensor<Chunk>,
+    b_head: &Head,
+    first: usize,
+    out: &mut Tensor<f32>,
+    line: usize,
+    #[comptime] rows: usize,
+    #[comptime] build: Build,
+) -> SharedMemory<f32> {
+    let chunks = comptime!(build.chunks);
+    let mut products = SharedMemory::<f32>::new(rows);
+    let chunk = UNIT_POS as usize % chunks;
+    #[unroll]
+    for i in 0..comptime!(rows * chunks / 128) {
+        let place = UNIT_POS as usize / chunks + i * (128 / chunks);
+        let row = min(first + place, a_head.last);
+        let x = Vector::<F, Const<8>>::reinterpret(a[a_head.base + chunk + row * a_head.stride]);
+        let y = Vector::<F, Const<8>>::reinterpret(b[b_head.base + chunk + row * b_head.stride]);
+        let mut sum = f32::new(0.0);
+        #[unroll]
+        for j in 0..8usize {
+            sum = fma(f32::cast_from(x[j]), f32::cast_from(y[j]), sum);
+        }
+        // The chunks of a row are those of neighbours.
+        #[unroll]
+        for step in 0..comptime!(chunks.ilog2()) {
+            sum += plane_shuffle_xor(sum, comptime!(1u32 << step));
+        }
+        if chunk == 0 {
+            products[place] = sum;
+            if first + place <= a_head.last {
+                out[line + first + place] = sum;
+            }
+        }
+    }
+    products
+}
+
 /// Copies one number of `count` units to shared memory.
 #[cube]
 pub(super) fn load_number<N: Numeric>(
@@ -336,44 +419,57 @@ pub(super) fn load_tokens(
     }
 }
 
-/// Documents, then positions of this unit's rows; `row` is the first one. Past the end, and for the document that
-/// nobody is in, a document that no token has.
+/// Documents of `count` tokens from `first` on, then their positions, to shared memory: those of the rows. Past the
+/// end, and for the document that nobody is in, a document that no token has.
 #[cube]
-pub(super) fn own_tokens(tokens: &Tokens, batch: usize, row: usize, #[comptime] blocks: usize) -> Array<i32> {
-    let mut mine = Array::<i32>::new(comptime!(blocks * 4));
-    #[unroll]
-    for half in 0..blocks * 2 {
-        let i = row + half * 8;
-        mine[half] = comptime!(SEPARATE - 1).runtime();
-        mine[blocks * 2 + half] = i32::new(0);
-        if i < tokens.documents.shape(1) {
+pub(super) fn own_tokens(
+    tokens: &Tokens,
+    batch: usize,
+    first: usize,
+    #[comptime] count: usize,
+) -> SharedMemory<i32> {
+    let mut own = SharedMemory::<i32>::new(comptime!(count * 2));
+    let (unit, row) = (UNIT_POS as usize, first + UNIT_POS as usize);
+    if unit < count {
+        own[unit] = comptime!(SEPARATE - 1).runtime();
+        if row < tokens.documents.shape(1) {
             let document =
-                tokens.documents[batch * tokens.documents.stride(0) + i * tokens.documents.stride(1)];
-            mine[half] = select(document == SEPARATE, comptime!(SEPARATE - 1).runtime(), document);
-            mine[blocks * 2 + half] =
-                tokens.positions[batch * tokens.positions.stride(0) + i * tokens.positions.stride(1)];
+                tokens.documents[batch * tokens.documents.stride(0) + row * tokens.documents.stride(1)];
+            own[unit] = select(document == SEPARATE, comptime!(SEPARATE - 1).runtime(), document);
+            own[count + unit] =
+                tokens.positions[batch * tokens.positions.stride(0) + row * tokens.positions.stride(1)];
         }
     }
-    mine
+    own
 }
 
-/// Hides scores of rows that do not see columns. `mine` is what [`own_tokens`] gave, `theirs` holds the columns' tokens
-/// from `place` on; the first is number `first` of `total`. `by_rows`: rows are queries; else columns are.
+/// Hides scores of rows that do not see columns. `own` is what [`own_tokens`] gave of `count` rows, of which this
+/// plane's begin at `row`; `theirs` holds the columns' tokens from `place` on; the first is number `first` of `total`.
+/// `by_rows`: rows are queries; else columns are.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn hide(
     values: &mut Sums,
-    mine: &Array<i32>,
+    own: &SharedMemory<i32>,
+    row: usize,
     theirs: &SharedMemory<i32>,
     place: usize,
     first: usize,
     total: usize,
     hidden: f32,
+    #[comptime] count: usize,
     #[comptime] columns: usize,
     #[comptime] blocks: usize,
     #[comptime] by_rows: bool,
 ) {
-    let column = UNIT_POS_PLANE as usize % 4 * 2;
+    let lane = UNIT_POS_PLANE as usize;
+    let mut mine = Array::<i32>::new(comptime!(blocks * 4));
+    #[unroll]
+    for half in 0..blocks * 2 {
+        mine[half] = own[row + lane / 4 + half * 8];
+        mine[blocks * 2 + half] = own[count + row + lane / 4 + half * 8];
+    }
+    let column = lane % 4 * 2;
     #[unroll]
     for n in 0..columns / 8 {
         #[unroll]
@@ -489,4 +585,21 @@ pub(super) fn greatest_of_four(x: f32) -> f32 {
 pub(super) fn sum_of_four(x: f32) -> f32 {
     let y = x + plane_shuffle_xor(x, 1);
     y + plane_shuffle_xor(y, 2)
+}
+
+/// Powers of two that a weight may be below 1; what would be less is 2^-126.
+pub(super) const RANGE: f32 = 126.0;
+
+/// What scores, and what they are subtracted from, are multiplied by for [`weight`]; `scale` is that of the softmax.
+#[cube]
+pub(super) fn rate_of(scale: f32) -> f32 {
+    scale * comptime!(std::f32::consts::LOG2_E / RANGE).runtime()
+}
+
+/// `exp(scale · score - shift)` at most 1, with `rate` and `shift` in units of 2^-126 (see [`rate_of`]): kept in bounds
+/// in which the exponential is one instruction.
+#[cube]
+pub(super) fn weight(score: f32, rate: f32, shift: f32) -> f32 {
+    let behind = min(max(fma(score, -rate, shift), f32::new(0.0)), f32::new(1.0));
+    f32::powf(f32::new(2.0), behind * comptime!(-RANGE).runtime())
 }

@@ -236,6 +236,7 @@ impl<B: Backend> PagedIndex<B> {
                 query_positions: row(query_positions),
                 key_documents: row(key_documents),
                 key_positions: row(key_positions),
+                ranges: None,
             },
         }
     }
@@ -401,6 +402,7 @@ mod tests {
                 query_positions: queries,
                 key_documents: keys.zeros_like(),
                 key_positions: keys,
+                ranges: None,
             };
             let q = q.clone().narrow(0, row, sequence.rows);
             let q = q.reshape([1, sequence.rows, 4, HEADS.width]).swap_dims(1, 2);

@@ -34,6 +34,7 @@ inline unsigned max(unsigned a, int b) { return a > (unsigned)b ? a : b; }
 inline unsigned min(int a, unsigned b) { return (unsigned)a < b ? a : b; }
 inline unsigned min(unsigned a, int b) { return a < (unsigned)b ? a : b; }
 inline float __expf(float x) { return expf(x); }
+inline float __powf(float x, float y) { return powf(x, y); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
@@ -197,6 +198,7 @@ inline void __syncwarp() { emu::yield(1); }
 inline void __threadfence() {}
 template <class T> T __shfl_xor_sync(unsigned, T x, unsigned m) { return emu::shuffle(x, emu::lane() ^ m); }
 template <class T> T __shfl_sync(unsigned, T x, unsigned m) { return emu::shuffle(x, m); }
+inline bool __any_sync(unsigned, bool x) { bool any = false; for (unsigned i = 1; i < 32; i *= 2) any = (x = __shfl_xor_sync(0u, x, i) || x); return any; }
 #define __ldmatrix_m8n8___nv_bfloat16_4x(...) emu::ldm<false>(__VA_ARGS__)
 #define __ldmatrix_m8n8___nv_bfloat16_4x_trans(...) emu::ldm<true>(__VA_ARGS__)
 #define __ldmatrix_m8n8___half_4x(...) emu::ldm<false>(__VA_ARGS__)
