@@ -146,7 +146,7 @@ impl Adapter {
         let folder = NewFolder::begin(dir)?;
         write_safetensors(&folder.path().join(TENSORS), &tensors, FloatType::F32, &pytorch_metadata())?;
         write_json(&folder.path().join(CONFIG), &self.config.to_json())?;
-        folder.replace()
+        folder.replace(&[])
     }
 
     /// How many layers have factors.
