@@ -320,6 +320,7 @@ fn merges_that_make_no_sense_are_refused() {
     refused(&["--shard-size", "0"], &["--shard-size"]);
     refused(&["--base", "no/such/model"], &["no/such/model", "--model"]);
     refused(&["--data", "no/such/clues.csv"], &["no/such/clues.csv", "--data"]);
+    refused(&["--eval-from", "2100-01-01"], &["no clue for evaluation"]);
 }
 
 /// What a full disk does: the system refuses to write on, here from 800 KiB in one file on.

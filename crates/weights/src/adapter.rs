@@ -143,7 +143,7 @@ impl Adapter {
         let folder = NewFolder::begin(dir)?;
         write_safetensors(&folder.path().join(TENSORS), &tensors, FloatType::F32, &pytorch_metadata())?;
         write_json(&folder.path().join(CONFIG), &config::to_json(self))?;
-        folder.replace()
+        folder.replace(&[])
     }
 
     /// The number of the last layer with factors, plus one.

@@ -87,13 +87,20 @@ impl NewFolder {
         Ok(())
     }
 
-    /// [`Self::finish`] in place of an older folder; files in that one which this one does not have come along.
-    pub(crate) fn replace(self) -> Result<(), WeightsError> {
+    /// [`Self::finish`] in place of an older folder; files in that one which this one does not have come along, but for
+    /// those that are `outdated` by what this one has.
+    pub(crate) fn replace(self, outdated: &[&str]) -> Result<(), WeightsError> {
         if !self.target.is_dir() {
             return self.finish();
         }
         let fault = |error: std::io::Error| WeightsError::write(&self.target, error);
         bring_along(&self.target, &self.staging).map_err(fault)?;
+        for name in outdated {
+            match fs::remove_file(self.staging.join(name)) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(fault(error)),
+                _ => {}
+            }
+        }
         self.lock.sync_all().map_err(fault)?;
         exchange(&self.staging, &self.target).map_err(fault)?;
         sync_folder(parent_of(&self.target));
@@ -206,7 +213,9 @@ mod tests {
             let folder = NewFolder::begin(&target).unwrap();
             fs::write(folder.path().join("weights"), content).unwrap();
             assert_eq!(target.exists(), round > 0);
-            folder.replace().unwrap();
+            folder.replace(&["outdated"]).unwrap();
+            assert!(!target.join("outdated").exists());
+            fs::write(target.join("outdated"), "an index").unwrap();
             assert_eq!(fs::read_to_string(target.join("weights")).unwrap(), content);
             fs::create_dir_all(target.join("notes")).unwrap();
             fs::write(target.join("notes/README"), "of the user").unwrap();

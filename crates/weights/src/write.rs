@@ -318,7 +318,8 @@ pub fn write_model(
         fields.insert("torch_dtype".into(), float_type.to_string().into());
     }
     write_json(&folder.path().join("config.json"), &config)?;
-    folder.replace()
+    // Readers would prefer an older model's index.
+    folder.replace(&["model.safetensors.index.json"])
 }
 
 /// What Hugging Face's loaders want to see in a file of PyTorch tensors.
@@ -392,6 +393,41 @@ mod tests {
         assert_eq!(FloatType::F16.encode(&values[..2], &mut scratch, &mut bytes), None);
         assert_eq!(bytes, [0x00, 0x3C, 0x06, 0x3C]);
         assert_eq!(FloatType::F32.encode(&[0.0, f32::NAN], &mut scratch, &mut bytes), Some(1));
+    }
+
+    #[test]
+    fn a_file_of_other_tensors_than_planned_is_not_written() {
+        type Fill = fn(&mut TensorSink<'_, '_>) -> Result<(), WeightsError>;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let plan = |name: &str, dtype, length| Planned { name: name.into(), dtype, shape: vec![length] };
+        let write = |fill: Fill| {
+            let planned = vec![plan("a", Dtype::F32, 2), plan("b", Dtype::U8, 5), plan("c", Dtype::U8, 1)];
+            write_tensors(&path, planned, &pytorch_metadata(), fill)
+        };
+        let cases: [(Fill, &str); 6] = [
+            (|sink| sink.floats(&[1.0, 2.0], FloatType::F32), "`b` is not written"),
+            (|sink| sink.floats(&[1.0, 2.0], FloatType::F16), "`a` is not written"),
+            (|sink| sink.floats(&[1.0], FloatType::F32), "1 elements do not fill"),
+            (|sink| sink.bytes(&[0; 8]), "`a` is not written"),
+            (|sink| sink.floats(&[1.0, 2.0], FloatType::F32).and_then(|()| sink.bytes(&[0; 4])), "4 bytes"),
+            (|sink| sink.floats(&[1.0, 2.0], FloatType::F32).and_then(|()| sink.text("longer")), "`b`"),
+        ];
+        for (fill, piece) in cases {
+            let error = write(fill).unwrap_err().to_string();
+            assert!(error.contains(piece), "{error}");
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        }
+        write(|sink| {
+            sink.floats(&[1.0, 2.0], FloatType::F32)?;
+            sink.text("abc")?;
+            sink.bytes(b"d")
+        })
+        .unwrap();
+        let bytes = fs::read(&path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(file.tensor("b").unwrap().data(), b"abc");
+        assert_eq!(file.tensor("c").unwrap().data(), b"d");
     }
 
     #[test]

@@ -254,6 +254,10 @@ fn a_gguf_file_gives_the_logits_of_the_live_adapter() {
             let model = load(folder.path(), Quantization::None).unwrap();
             assert_eq!(model.config(), &config);
             let found = logits(&model, &IDS);
+            if block_type == BlockType::F32 {
+                let folder = merged(&merge, FloatType::F32);
+                assert_eq!(found, logits(&load(folder.path(), Quantization::None).unwrap(), &IDS));
+            }
             let error = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).sum::<f32>() / size;
             assert!(error <= bound, "{block_type:?}: {error}");
             let by_file = load(&folder.path().join("model.gguf"), Quantization::Nf4).unwrap();
