@@ -131,8 +131,8 @@ mod tests {
         let path = plot_confidence(dir.path(), &calibration(&answers), &precision_curve(&answers)).unwrap();
         let svg = fs::read_to_string(path).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-        // Ten bins and twenty shares.
-        assert_eq!(svg.matches("<circle").count(), 30);
+        // Ten bins and twenty shares; each has a dot, which covers the one that its error bar brings.
+        assert_eq!(svg.matches("<circle").count(), 2 * 30);
         assert!(svg.contains("confidence, %") && svg.contains("70 % answered"));
     }
 }
