@@ -17,8 +17,8 @@ use cubecl::prelude::*;
 use super::device::{HIDDEN, Tiled, Tokens, dims};
 use super::ranges::{FULL, SKIP};
 use super::tiles::{
-    Build, Chunk, Gate, Line, RANGE, Sums, UNITS, flush, gather, greatest_of_four, head_of, hide, load,
-    load_tokens, next, operands, own_tokens, rate_of, scores, stage, sum_of_four, weight, zeros,
+    Build, Chunk, Gate, Line, PassingKeys, RANGE, Sums, UNITS, flush, gather, greatest_of_four, head_of,
+    hide, load, next, operands, own_tokens, rate_of, scores, stage, sum_of_four, weight, zeros,
 };
 use crate::device::vector_width;
 
@@ -281,66 +281,43 @@ fn flash_forward<F: Float>(
     let row = UNIT_POS as usize / 32 * (blocks * 16);
     let own = tile * size + row + UNIT_POS_PLANE as usize / 4;
     let mut near = SharedMemory::<Chunk>::new_aligned(comptime!(size * build.chunks), 128usize);
-    let mut far = SharedMemory::<Chunk>::new_aligned(comptime!(stages * KEYS * build.chunks), 128usize);
-    let mut values = SharedMemory::<Chunk>::new_aligned(comptime!(stages * KEYS * build.chunks), 128usize);
-    let mut theirs = SharedMemory::<i32>::new(comptime!(stages * 2 * KEYS));
+    let mut passing = PassingKeys::new(stages, KEYS, build);
     let at = QueryTile::new(codes, rows, batch, tile, blocks);
     let mut step = next(codes, &at.first, &at.last, at.start, at.end, 1usize);
     let (k_head, v_head) = (head_of(k, batch, group), head_of(v, batch, group));
     let gate = Gate::new(build);
     load(q, &head_of(q, batch, head), tile * size, &mut near, 0usize, size, build);
     if comptime!(build.copies) {
-        load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
-        if comptime!(stages == 2) {
-            load(v, &v_head, step * KEYS, &mut values, 0usize, KEYS, build);
-        }
-        load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
+        passing.load_keys(k, &k_head, keys, batch, step, 0usize, KEYS, build);
+    }
+    if comptime!(stages == 2) {
+        passing.load_values(v, &v_head, step, 0usize, KEYS, build);
     }
     gate.commit();
     let mine = own_tokens(queries, batch, tile * size, size);
     let (mut sums, mut p) = (zeros(blocks * build.chunks), zeros(blocks * KEYS / 8));
-    let mut softmax = Softmax::new(blocks);
-    let rate = rate_of(scale);
+    let (mut softmax, rate) = (Softmax::new(blocks), rate_of(scale));
     let mut turn = 0usize;
     while step < at.end {
         let code = at.own.code(codes, step);
         let following = next(codes, &at.first, &at.last, step + 1, at.end, 1usize);
         gate.wait();
-        if comptime!(stages == 2) {
-            if following < at.end {
-                let to = 1 - turn;
-                load(k, &k_head, following * KEYS, &mut far, to * KEYS, KEYS, build);
-                load(v, &v_head, following * KEYS, &mut values, to * KEYS, KEYS, build);
-                load_tokens(keys, batch, following * KEYS, &mut theirs, to * (2 * KEYS), KEYS, build);
-            }
-        } else {
-            load(v, &v_head, step * KEYS, &mut values, 0usize, KEYS, build);
-            if comptime!(!build.copies) {
-                load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
-                load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
-                sync_cube();
-            }
+        if comptime!(stages == 1) {
+            passing.load_values(v, &v_head, step, turn, KEYS, build);
+        } else if following < at.end {
+            passing.load_keys(k, &k_head, keys, batch, following, 1 - turn, KEYS, build);
+            passing.load_values(v, &v_head, following, 1 - turn, KEYS, build);
+        }
+        if comptime!(!build.copies) {
+            passing.load_keys(k, &k_head, keys, batch, step, turn, KEYS, build);
+            sync_cube();
         }
         gate.commit();
         if code != SKIP {
-            scores::<F>(&mut p, &near, row, &far, turn * KEYS, KEYS, blocks, build);
+            scores::<F>(&mut p, &near, row, &passing.keys, turn * KEYS, KEYS, blocks, build);
             if code != FULL {
-                let (first, total) = (step * KEYS, k_head.last + 1);
-                let place = turn * (2 * KEYS);
-                hide(
-                    &mut p,
-                    &mine,
-                    row,
-                    &theirs,
-                    place,
-                    first,
-                    total,
-                    f32::new(HIDDEN),
-                    size,
-                    KEYS,
-                    blocks,
-                    true,
-                );
+                let (tokens, first, total) = (&passing.tokens, step * KEYS, k_head.last + 1);
+                hide(&mut p, &mine, row, tokens, turn, first, total, size, KEYS, blocks, true);
             }
             softmax.raise(&p, &mut sums, rate, blocks, build.chunks);
             softmax.soften(&mut p, rate, blocks);
@@ -348,14 +325,13 @@ fn flash_forward<F: Float>(
         if comptime!(build.copies && stages == 1) {
             gate.wait();
             if following < at.end {
-                load(k, &k_head, following * KEYS, &mut far, 0usize, KEYS, build);
-                load_tokens(keys, batch, following * KEYS, &mut theirs, 0usize, KEYS, build);
+                passing.load_keys(k, &k_head, keys, batch, following, turn, KEYS, build);
             }
             gate.commit();
         }
         if code != SKIP {
             let weights = operands::<F>(&p, KEYS, blocks);
-            gather::<F>(&mut sums, &weights, &values, turn * KEYS, KEYS, blocks, build);
+            gather::<F>(&mut sums, &weights, &passing.values, turn * KEYS, KEYS, blocks, build);
         }
         step = following;
         if comptime!(stages == 2) {

@@ -10,12 +10,13 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::device::{HIDDEN, Tiled, Tokens, dims};
+use super::device::{Tiled, Tokens, dims};
 use super::flash::{QueryTile, grid, scale_of};
 use super::ranges::{FULL, SKIP};
 use super::tiles::{
-    Build, Chunk, Gate, Line, Sums, UNITS, flush, gather, head_of, hide, joined_head, load, load_number,
-    load_tokens, next, operands, own_tokens, rate_of, row_products, scores, stage, weight, zeros,
+    Build, Chunk, Gate, Line, PassingKeys, Sums, UNITS, flush, gather, head_of, hide, joined_head, load,
+    load_number, load_tokens, next, operands, own_tokens, rate_of, row_products, scores, stage, weight,
+    zeros,
 };
 use crate::device::uninitialized;
 
@@ -151,6 +152,37 @@ fn slopes_of_columns(
     }
 }
 
+/// lse of this unit's rows in the units of [`rate_of`]; `own` is the first of them.
+#[cube]
+fn norms_of(
+    lse: &Tensor<f32>,
+    batch: usize,
+    head: usize,
+    own: usize,
+    #[comptime] blocks: usize,
+) -> Array<f32> {
+    let line = (batch * lse.shape(1) + head) * lse.shape(2);
+    let mut norms = Array::<f32>::new(comptime!(blocks * 2));
+    #[unroll]
+    for half in 0..blocks * 2 {
+        let query = min(own + half * 8, lse.shape(2) - 1);
+        // A row that sees nothing has only hidden scores, which have to stay far below its norm.
+        norms[half] = max(lse[line + query], f32::new(-1e20)) * rate_of(1.0f32);
+    }
+    norms
+}
+
+/// D of this unit's rows; this plane's begin at `row`.
+#[cube]
+fn means_of(products: &SharedMemory<f32>, row: usize, #[comptime] blocks: usize) -> Array<f32> {
+    let mut means = Array::<f32>::new(comptime!(blocks * 2));
+    #[unroll]
+    for half in 0..blocks * 2 {
+        means[half] = products[row + UNIT_POS_PLANE as usize / 4 + half * 8];
+    }
+    means
+}
+
 #[cube]
 fn all(value: f32, #[comptime] count: usize) -> Array<f32> {
     let mut factors = Array::<f32>::new(count);
@@ -188,9 +220,7 @@ fn flash_query_gradient<F: Float>(
     let own = tile * size + row + UNIT_POS_PLANE as usize / 4;
     let mut near = SharedMemory::<Chunk>::new_aligned(comptime!(size * build.chunks), 128usize);
     let mut upstream = SharedMemory::<Chunk>::new_aligned(comptime!(size * build.chunks), 128usize);
-    let mut far = SharedMemory::<Chunk>::new_aligned(comptime!(stages * KEYS * build.chunks), 128usize);
-    let mut values = SharedMemory::<Chunk>::new_aligned(comptime!(stages * KEYS * build.chunks), 128usize);
-    let mut theirs = SharedMemory::<i32>::new(comptime!(stages * 2 * KEYS));
+    let mut passing = PassingKeys::new(stages, KEYS, build);
     let at = QueryTile::new(codes, rows, batch, tile, blocks);
     let end = at.end * 2;
     let mut step = next(codes, &at.first, &at.last, at.start * 2, end, 2usize);
@@ -199,38 +229,17 @@ fn flash_query_gradient<F: Float>(
     load(q, &head_of(q, batch, head), tile * size, &mut near, 0usize, size, build);
     load(grad, &head_of(grad, batch, head), tile * size, &mut upstream, 0usize, size, build);
     if comptime!(build.copies) {
-        load(k, &k_head, step * KEYS, &mut far, 0usize, KEYS, build);
-        load(v, &v_head, step * KEYS, &mut values, 0usize, KEYS, build);
-        load_tokens(keys, batch, step * KEYS, &mut theirs, 0usize, KEYS, build);
+        passing.load_keys(k, &k_head, keys, batch, step, 0usize, KEYS, build);
+        passing.load_values(v, &v_head, step, 0usize, KEYS, build);
     }
     gate.commit();
     let mine = own_tokens(queries, batch, tile * size, size);
-    let line = (batch * q.shape(1) + head) * q.shape(2);
-    let products = row_products::<F>(
-        o,
-        &head_of(o, batch, head),
-        grad,
-        &head_of(grad, batch, head),
-        tile * size,
-        along,
-        line,
-        size,
-        build,
-    );
+    let products = row_products::<F>(o, grad, batch, head, tile * size, along, size, build);
     sync_cube();
-    let mut norms = Array::<f32>::new(comptime!(blocks * 2));
-    let mut means = Array::<f32>::new(comptime!(blocks * 2));
-    #[unroll]
-    for half in 0..blocks * 2 {
-        let query = min(own + half * 8, q.shape(2) - 1);
-        // A row that sees nothing has only hidden scores, which have to stay far below its norm.
-        norms[half] = max(lse[line + query], f32::new(-1e20)) * rate_of(1.0f32);
-        means[half] = products[row + UNIT_POS_PLANE as usize / 4 + half * 8];
-    }
-    let mut sums = zeros(blocks * build.chunks);
+    let (norms, means) = (norms_of(lse, batch, head, own, blocks), means_of(&products, row, blocks));
+    let (mut sums, rate) = (zeros(blocks * build.chunks), rate_of(scale));
     let (mut p, mut slopes) = (zeros(blocks * KEYS / 8), zeros(blocks * KEYS / 8));
     let mut turn = 0usize;
-    let rate = rate_of(scale);
     while step < end {
         let code = at.own.code(codes, step / 2);
         let following = next(codes, &at.first, &at.last, step + 1, end, 2usize);
@@ -238,37 +247,23 @@ fn flash_query_gradient<F: Float>(
         // With one tile the present one is copied, with two the next one is.
         let (copied, to) = if comptime!(build.copies) { (following, 1 - turn) } else { (step, turn) };
         if copied < end {
-            load(k, &k_head, copied * KEYS, &mut far, to * KEYS, KEYS, build);
-            load(v, &v_head, copied * KEYS, &mut values, to * KEYS, KEYS, build);
-            load_tokens(keys, batch, copied * KEYS, &mut theirs, to * (2 * KEYS), KEYS, build);
+            passing.load_keys(k, &k_head, keys, batch, copied, to, KEYS, build);
+            passing.load_values(v, &v_head, copied, to, KEYS, build);
         }
         gate.commit();
         if comptime!(!build.copies) {
             sync_cube();
         }
         if code != SKIP {
-            scores::<F>(&mut p, &near, row, &far, turn * KEYS, KEYS, blocks, build);
+            scores::<F>(&mut p, &near, row, &passing.keys, turn * KEYS, KEYS, blocks, build);
             if code != FULL {
-                let (first, total, at) = (step * KEYS, k_head.last + 1, turn * (2 * KEYS));
-                hide(
-                    &mut p,
-                    &mine,
-                    row,
-                    &theirs,
-                    at,
-                    first,
-                    total,
-                    f32::new(HIDDEN),
-                    size,
-                    KEYS,
-                    blocks,
-                    true,
-                );
+                let (tokens, first, total) = (&passing.tokens, step * KEYS, k_head.last + 1);
+                hide(&mut p, &mine, row, tokens, turn, first, total, size, KEYS, blocks, true);
             }
-            scores::<F>(&mut slopes, &upstream, row, &values, turn * KEYS, KEYS, blocks, build);
+            scores::<F>(&mut slopes, &upstream, row, &passing.values, turn * KEYS, KEYS, blocks, build);
             slopes_of_rows(&p, &mut slopes, &norms, &means, rate, blocks);
-            let slopes = operands::<F>(&slopes, KEYS, blocks);
-            gather::<F>(&mut sums, &slopes, &far, turn * KEYS, KEYS, blocks, build);
+            let inner = operands::<F>(&slopes, KEYS, blocks);
+            gather::<F>(&mut sums, &inner, &passing.keys, turn * KEYS, KEYS, blocks, build);
         }
         step = following;
         if comptime!(build.copies) {
@@ -388,9 +383,8 @@ fn flash_key_gradient<F: Float>(
             }
             scores::<F>(&mut p, &near, row, &theirs.far, turn * count, count, 1usize, build);
             if code != FULL {
-                let (first, total, at) = (step * count, q.shape(2), turn * (2 * count));
-                let (tokens, hidden) = (&theirs.tokens, f32::new(HIDDEN));
-                hide(&mut p, &mine, row, tokens, at, first, total, hidden, OWN_KEYS, count, 1usize, false);
+                let (tokens, first, total) = (&theirs.tokens, step * count, q.shape(2));
+                hide(&mut p, &mine, row, tokens, turn, first, total, OWN_KEYS, count, 1usize, false);
             }
             scores::<F>(&mut slopes, &values, row, &theirs.upstream, turn * count, count, 1usize, build);
             slopes_of_columns(&mut p, &mut slopes, &theirs.statistics, turn * (2 * count), rate, count);

@@ -14,7 +14,7 @@ use cubecl::prelude::barrier::{Barrier, copy_async};
 use cubecl::prelude::*;
 
 use super::SEPARATE;
-use super::device::Tokens;
+use super::device::{HIDDEN, Tokens};
 use super::ranges::SKIP;
 
 /// Units of a cube: four planes of 32.
@@ -338,21 +338,22 @@ pub(super) fn load(
     }
 }
 
-/// `rowsum(a ∘ b)` of `rows` rows from `first` on of two heads, to shared memory, and to `out` from `line` on.
+/// `rowsum(a ∘ b)` of `rows` rows from `first` on of a head, to shared memory, and to `out` `[b, h, t]`.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn row_products<F: Float>(
     a: &Tensor<Chunk>,
-    a_head: &Head,
     b: &Tensor<Chunk>,
-    b_head: &Head,
+    batch: usize,
+    head: usize,
     first: usize,
     out: &mut Tensor<f32>,
-    line: usize,
     #[comptime] rows: usize,
     #[comptime] build: Build,
 ) -> SharedMemory<f32> {
     let chunks = comptime!(build.chunks);
+    let (a_head, b_head) = (head_of(a, batch, head), head_of(b, batch, head));
+    let line = (batch * out.shape(1) + head) * out.shape(2);
     let mut products = SharedMemory::<f32>::new(rows);
     let chunk = UNIT_POS as usize % chunks;
     #[unroll]
@@ -419,6 +420,56 @@ pub(super) fn load_tokens(
     }
 }
 
+/// Keys and values that pass by queries, and the keys' tokens; a place for each turn.
+#[derive(CubeType)]
+pub(super) struct PassingKeys {
+    pub(super) keys: Tile,
+    pub(super) values: Tile,
+    pub(super) tokens: SharedMemory<i32>,
+}
+
+#[cube]
+impl PassingKeys {
+    pub(super) fn new(#[comptime] stages: usize, #[comptime] count: usize, #[comptime] build: Build) -> Self {
+        let size = comptime!(stages * count * build.chunks);
+        PassingKeys {
+            keys: SharedMemory::<Chunk>::new_aligned(size, 128usize),
+            values: SharedMemory::<Chunk>::new_aligned(size, 128usize),
+            tokens: SharedMemory::<i32>::new(comptime!(stages * 2 * count)),
+        }
+    }
+
+    /// Copies the keys of a step and their tokens to the place of a turn.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn load_keys(
+        &mut self,
+        k: &Tensor<Chunk>,
+        head: &Head,
+        tokens: &Tokens,
+        batch: usize,
+        step: usize,
+        turn: usize,
+        #[comptime] count: usize,
+        #[comptime] build: Build,
+    ) {
+        load(k, head, step * count, &mut self.keys, turn * count, count, build);
+        load_tokens(tokens, batch, step * count, &mut self.tokens, turn * (2 * count), count, build);
+    }
+
+    /// Copies the values of a step to the place of a turn.
+    pub(super) fn load_values(
+        &mut self,
+        v: &Tensor<Chunk>,
+        head: &Head,
+        step: usize,
+        turn: usize,
+        #[comptime] count: usize,
+        #[comptime] build: Build,
+    ) {
+        load(v, head, step * count, &mut self.values, turn * count, count, build);
+    }
+}
+
 /// Documents of `count` tokens from `first` on, then their positions, to shared memory: those of the rows. Past the
 /// end, and for the document that nobody is in, a document that no token has.
 #[cube]
@@ -444,8 +495,8 @@ pub(super) fn own_tokens(
 }
 
 /// Hides scores of rows that do not see columns. `own` is what [`own_tokens`] gave of `count` rows, of which this
-/// plane's begin at `row`; `theirs` holds the columns' tokens from `place` on; the first is number `first` of `total`.
-/// `by_rows`: rows are queries; else columns are.
+/// plane's begin at `row`; `theirs` holds the columns' tokens at the place of a turn; the first is number `first` of
+/// `total`. `by_rows`: rows are queries; else columns are.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn hide(
@@ -453,10 +504,9 @@ pub(super) fn hide(
     own: &SharedMemory<i32>,
     row: usize,
     theirs: &SharedMemory<i32>,
-    place: usize,
+    turn: usize,
     first: usize,
     total: usize,
-    hidden: f32,
     #[comptime] count: usize,
     #[comptime] columns: usize,
     #[comptime] blocks: usize,
@@ -469,7 +519,7 @@ pub(super) fn hide(
         mine[half] = own[row + lane / 4 + half * 8];
         mine[blocks * 2 + half] = own[count + row + lane / 4 + half * 8];
     }
-    let column = lane % 4 * 2;
+    let (place, column) = (turn * (2 * columns), lane % 4 * 2);
     #[unroll]
     for n in 0..columns / 8 {
         #[unroll]
@@ -487,7 +537,7 @@ pub(super) fn hide(
                 }
                 let sum = comptime!(half / 2 * columns / 8 + n);
                 let mut pair = values.index(sum)[half % 2];
-                pair[j] = select(seen, pair[j], hidden);
+                pair[j] = select(seen, pair[j], f32::new(HIDDEN));
                 values.index_mut(sum)[half % 2] = pair;
             }
         }
