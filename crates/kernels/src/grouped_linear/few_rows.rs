@@ -150,13 +150,33 @@ fn low_kernel<F: Float, G: Float, N: Size>(
         }
         start = end;
     }
-    #[unroll]
-    for i in 0..rows {
-        let sum = over_cube(sums[i], UNITS, planes, false);
-        if UNIT_POS == 0 && first + i < n {
-            u[(first + i) * total + row] = sum;
+    let unit = UNIT_POS as usize;
+    if comptime!(planes) {
+        // A plane has four units or more.
+        let mut parts = SharedMemory::<f32>::new(comptime!(UNITS / 4 * rows));
+        #[unroll]
+        for i in 0..rows {
+            let part = plane_sum(sums[i]);
+            if UNIT_POS_PLANE == 0 {
+                parts[(UNIT_POS / PLANE_DIM) as usize * rows + i] = part;
+            }
         }
         sync_cube();
+        if unit < rows && first + unit < n {
+            let mut sum = f32::new(0.0);
+            for plane in 0..CUBE_DIM.div_ceil(PLANE_DIM) as usize {
+                sum += parts[plane * rows + unit];
+            }
+            u[(first + unit) * total + row] = sum;
+        }
+    } else {
+        for i in 0..rows {
+            let sum = over_cube(sums[i], UNITS, false, false);
+            if unit == 0 && first + i < n {
+                u[(first + i) * total + row] = sum;
+            }
+            sync_cube();
+        }
     }
 }
 
@@ -226,8 +246,6 @@ fn launch<R: ProductRuntime>(
     let b = loras.iter().map(|lora| lora.as_ref().and_then(|_| left.next()).unwrap_or(&b[0]).clone());
     let b = b.map(CubeTensor::into_tensor_arg).collect::<SequenceArg<R, _>>();
     let corrected = loras.iter().any(Option::is_some);
-    let hardware = &x.client.properties().hardware;
-    let planes = has_planes(x) && [hardware.plane_size_min, hardware.plane_size_max] == [LANES as u32; 2];
     let width = vector_width_of(widest(x.dtype), inner, &[x]);
     let added = residual.is_some();
     let residual = residual.unwrap_or_else(|| x.clone());
@@ -249,7 +267,7 @@ fn launch<R: ProductRuntime>(
             inner,
             column,
             low_column,
-            Form { rows: rows_at_once(n), corrected, double, added, planes },
+            Form { rows: rows_at_once(n), corrected, double, added, reach: Reach::of(x) },
             x.dtype.into(),
             factor.into(),
         );
@@ -267,8 +285,37 @@ struct Form {
     double: bool,
     /// Whether there is a residual.
     added: bool,
-    /// Whether planes have as many units as share rows.
-    planes: bool,
+    /// How far the planes reach.
+    reach: Reach,
+}
+
+impl Form {
+    /// Whether loops are written out. A software device takes minutes to compile what a card does in a second.
+    fn unrolled(self) -> bool {
+        self.reach == Reach::All
+    }
+}
+
+/// Which of the units that share rows are in one plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Reach {
+    /// All of them, and nobody else.
+    All,
+    /// Some of them, and nobody else.
+    Some,
+    /// There are no sums over planes, or they would be over too many.
+    None,
+}
+
+impl Reach {
+    fn of<R: CubeRuntime>(x: &CubeTensor<R>) -> Self {
+        let hardware = &x.client.properties().hardware;
+        match (has_planes(x), hardware.plane_size_min as usize, hardware.plane_size_max as usize) {
+            (true, LANES, LANES) => Self::All,
+            (true, _, most) if most <= LANES => Self::Some,
+            _ => Self::None,
+        }
+    }
 }
 
 #[cube(launch_unchecked)]
@@ -319,41 +366,63 @@ fn few_rows_kernel<F: Float, G: Float, N: Size>(
             }
         }
     }
-    let mut parts_of_sums = SharedMemory::<f32>::new(UNITS);
-    #[unroll]
-    for i in 0..rows {
-        #[unroll]
-        for r in 0..OUTS {
-            let sum = over_lanes(sums[i * OUTS + r], &mut parts_of_sums, comptime!(form.planes));
-            if lane == i * OUTS + r && first + i < n && r < here {
-                let place = (first + i) * columns + column + r;
-                if comptime!(form.added) {
-                    y[place] = F::cast_from(sum + f32::cast_from(residual[place]));
-                } else {
-                    y[place] = F::cast_from(sum);
-                }
-            }
+    let count = comptime!(rows * OUTS);
+    let sum = over_lanes(&sums, lane, count, comptime!(form.reach));
+    let (i, r) = (lane / OUTS, lane % OUTS);
+    if lane < count && first + i < n && r < here {
+        let place = (first + i) * columns + column + r;
+        if comptime!(form.added) {
+            y[place] = F::cast_from(sum + f32::cast_from(residual[place]));
+        } else {
+            y[place] = F::cast_from(sum);
         }
     }
 }
 
-/// The sum over the units that share rows.
+/// Sums over the units that share rows; the unit numbered e gets the e-th.
+///
+/// Barriers are few, because a software device keeps all it has in registers across each one of them.
 #[cube]
-fn over_lanes(value: f32, parts: &mut SharedMemory<f32>, #[comptime] planes: bool) -> f32 {
-    if comptime!(planes) {
-        plane_sum(value)
-    } else {
-        let unit = UNIT_POS as usize;
-        sync_cube();
-        parts[unit] = value;
-        sync_cube();
-        let first = unit / LANES * LANES;
-        let mut sum = f32::new(0.0);
-        for i in 0..LANES {
-            sum += parts[first + i];
+fn over_lanes(sums: &Array<f32>, lane: usize, #[comptime] count: usize, #[comptime] reach: Reach) -> f32 {
+    let unit = UNIT_POS as usize;
+    let mut own = f32::new(0.0);
+    if comptime!(reach == Reach::All) {
+        #[unroll]
+        for e in 0..count {
+            let sum = plane_sum(sums[e]);
+            own = select(lane == e, sum, own);
         }
-        sum
+    } else if comptime!(reach == Reach::Some) {
+        // A plane has four units or more.
+        let mut parts = SharedMemory::<f32>::new(comptime!(UNITS / 4 * count));
+        #[unroll]
+        for e in 0..count {
+            let part = plane_sum(sums[e]);
+            if UNIT_POS_PLANE == 0 {
+                parts[(UNIT_POS / PLANE_DIM) as usize * count + e] = part;
+            }
+        }
+        sync_cube();
+        if lane < count {
+            let planes = LANES / PLANE_DIM as usize;
+            for plane in 0..planes {
+                own += parts[(unit / LANES * planes + plane) * count + lane];
+            }
+        }
+    } else {
+        let mut parts = SharedMemory::<f32>::new(UNITS);
+        for e in 0..count {
+            parts[unit] = sums[e];
+            sync_cube();
+            if lane == e {
+                for other in 0..LANES {
+                    own += parts[unit - lane + other];
+                }
+            }
+            sync_cube();
+        }
     }
+    own
 }
 
 /// The scale of a block.
@@ -385,15 +454,16 @@ fn multiply<F: Float, N: Size>(
 ) {
     let words = inner / PER_WORD;
     let blocks = inner / BLOCK;
+    let unrolled = comptime!(form.unrolled());
     let mut base = 0usize;
     while base < words {
         let mut packed = Array::<u32>::new(comptime!(OUTS * AHEAD));
         let mut scales = Array::<f32>::new(OUTS);
         let block = base / AHEAD + lane;
-        #[unroll]
+        #[unroll(unrolled)]
         for r in 0..OUTS {
             let row = min(row + r, part.out - 1);
-            #[unroll]
+            #[unroll(unrolled)]
             for i in 0..AHEAD {
                 let word = min(base + i * LANES + lane, words - 1);
                 packed[r * AHEAD + i] = u32::cast_from(part.codes[row * words + word]);
@@ -402,14 +472,14 @@ fn multiply<F: Float, N: Size>(
             let scale = restore(part, dynamic, row * blocks + min(block, blocks - 1), comptime!(form.double));
             scales[r] = select(block < blocks, scale, f32::new(0.0));
         }
-        #[unroll]
+        #[unroll(unrolled)]
         for i in 0..AHEAD {
             let word = base + i * LANES + lane;
             let mut weights = Array::<f32>::new(comptime!(OUTS * PER_WORD));
-            #[unroll]
+            #[unroll(unrolled)]
             for r in 0..OUTS {
                 let mut scale = scales[r];
-                if comptime!(form.planes) {
+                if comptime!(form.reach == Reach::All) {
                     scale = plane_shuffle(scales[r], (i * (LANES / AHEAD) + lane / AHEAD) as u32);
                 } else {
                     let block = word / AHEAD;
@@ -425,7 +495,7 @@ fn multiply<F: Float, N: Size>(
                 }
             }
             let place = min(word, words - 1) * PER_WORD;
-            add::<F, N>(x, &weights, sums, first, n, inner, place, comptime!(form.rows));
+            add::<F, N>(x, &weights, sums, first, n, inner, place, form);
         }
         base += comptime!(LANES * AHEAD);
     }
@@ -442,11 +512,11 @@ fn add<F: Float, N: Size>(
     n: usize,
     inner: usize,
     place: usize,
-    #[comptime] rows: usize,
+    #[comptime] form: Form,
 ) {
     let width = N::value().comptime();
-    #[unroll]
-    for i in 0..rows {
+    #[unroll(form.unrolled())]
+    for i in 0..comptime!(form.rows) {
         let from = (min(first + i, n - 1) * inner + place) / width;
         #[unroll]
         for k in 0..PER_WORD / width {
