@@ -66,7 +66,8 @@ impl AnswerArgs {
         longest_prompt: usize,
     ) -> Result<Engine<B>, Failure> {
         let max_batch = self.answer_batch as usize;
-        let tokens = longest_prompt.saturating_add(self.max_new_tokens).min(model.config().max_position_embeddings);
+        let tokens =
+            longest_prompt.saturating_add(self.max_new_tokens).min(model.config().max_position_embeddings);
         let page = PagedCache::<B>::page_bytes(model.config(), PAGE_TOKENS, model.dtype());
         // One page belongs to no clue.
         let needed = page * (max_batch * tokens.div_ceil(PAGE_TOKENS) + 1);
@@ -78,7 +79,9 @@ impl AnswerArgs {
             ..EngineSettings::default()
         };
         let engine = Engine::new(model.clone(), settings).map_err(|error| match error {
-            InferError::BudgetTooSmall { .. } => Failure::input(format!("--cache-limit {}: {error}", self.cache_limit)),
+            InferError::BudgetTooSmall { .. } => {
+                Failure::input(format!("--cache-limit {}: {error}", self.cache_limit))
+            }
             error => error.into(),
         })?;
         Ok(engine.with_tokenizer(renderer.tokenizer().clone()))

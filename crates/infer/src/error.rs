@@ -16,7 +16,9 @@ pub enum InferError {
         context: usize,
     },
     /// A token that the model has no row for.
-    #[error("token {token} at place {place} (from 0) of the prompt is not below the model's vocabulary of {vocab}")]
+    #[error(
+        "token {token} at place {place} (from 0) of the prompt is not below the model's vocabulary of {vocab}"
+    )]
     UnknownToken {
         /// The token.
         token: u32,
@@ -34,7 +36,9 @@ pub enum InferError {
         known: String,
     },
     /// An adapter for another number of blocks.
-    #[error("adapter `{name}` has {found} layers and the model {needed}; take one that was trained on this model")]
+    #[error(
+        "adapter `{name}` has {found} layers and the model {needed}; take one that was trained on this model"
+    )]
     AdapterMisfit {
         /// Its name.
         name: String,
@@ -80,9 +84,7 @@ pub enum InferError {
         choose: &'static str,
     },
     /// The model gave a logit that is no number.
-    #[error(
-        "the model gave NaN for the token after {tokens} tokens; check its weights and the adapter"
-    )]
+    #[error("the model gave NaN for the token after {tokens} tokens; check its weights and the adapter")]
     NotANumber {
         /// Tokens so far.
         tokens: usize,

@@ -1,8 +1,8 @@
 //! The next token from the logits, on the host.
 //!
-//! Order of the filters, as in Hugging Face's transformers: repetition penalty, temperature, top-k, top-p, min-p. Ties go to the lower id,
-//! so greedy decoding is the same everywhere. The n-th draw of a request is a function of its seed and n, so a request draws the same
-//! alone, in a batch, and after a pause.
+//! Order of the filters, as in Hugging Face's transformers: repetition penalty, temperature, top-k, top-p, min-p.
+//! Ties go to the lower id, so greedy decoding is the same everywhere. The n-th draw of a request is a function of
+//! its seed and n, so a request draws the same alone, in a batch, and after a pause.
 
 use std::cmp::Ordering;
 
@@ -54,7 +54,11 @@ impl Sampling {
             return wrong("--min-p", self.min_p, "a number from 0 to 1");
         }
         if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
-            return wrong("--repetition-penalty", self.repetition_penalty, "1 (none) or another positive number");
+            return wrong(
+                "--repetition-penalty",
+                self.repetition_penalty,
+                "1 (none) or another positive number",
+            );
         }
         Ok(())
     }
@@ -64,8 +68,8 @@ impl Sampling {
         self.temperature == 0.0 && self.repetition_penalty == 1.0
     }
 
-    /// The token after `before` (prompt and answer), of which `drawn` were drawn for this request, or `None` if a logit is NaN.
-    /// `logits` is `[v]`.
+    /// The token after `before` (prompt and answer), of which `drawn` were drawn for this request, or `None` if a
+    /// logit is NaN. `logits` is `[v]`.
     #[must_use]
     pub fn choose(&self, logits: &[f32], before: &[u32], drawn: usize) -> Option<u32> {
         if logits.iter().any(|logit| logit.is_nan()) {
@@ -193,14 +197,8 @@ pub(crate) fn log_probs(logits: &[f32], chosen: u32, top: usize) -> LogProb {
 mod tests {
     use super::*;
 
-    const SAMPLED: Sampling = Sampling {
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        seed: 0,
-    };
+    const SAMPLED: Sampling =
+        Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 };
 
     fn draws(settings: Sampling, logits: &[f32]) -> Vec<u32> {
         (0..2000).map(|n| settings.choose(logits, &[], n).unwrap()).collect()

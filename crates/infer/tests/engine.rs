@@ -1,4 +1,5 @@
-//! The engine against the training forward pass without cache, and against itself: alone, in a crowd, and short of memory.
+//! The engine against the training forward pass without cache, and against itself: alone, in a crowd, and short of
+//! memory.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::BTreeMap;
@@ -36,7 +37,13 @@ fn engine(settings: EngineSettings) -> Engine<Flex> {
 
 fn bytes_of_pages(pages: usize) -> usize {
     let config = LlamaConfig::tiny_test(VOCAB);
-    pages * 2 * config.num_hidden_layers * SMALL.page_tokens * config.num_key_value_heads * config.head_dim * 4
+    pages
+        * 2
+        * config.num_hidden_layers
+        * SMALL.page_tokens
+        * config.num_key_value_heads
+        * config.head_dim
+        * 4
 }
 
 /// Logits of the token after a text, from the training forward pass.
@@ -169,7 +176,8 @@ fn a_crowd_is_served_from_little_memory() {
         }
         // One that was marked is cancelled at some time, perhaps after its end.
         if random.next_u32().is_multiple_of(3) {
-            let marked: Vec<_> = visitors.iter().filter(|(_, visitor)| visitor.cancelled && !visitor.ended).collect();
+            let marked: Vec<_> =
+                visitors.iter().filter(|(_, visitor)| visitor.cancelled && !visitor.ended).collect();
             if let Some(&(&id, _)) = marked.get(random.next_u32() as usize % marked.len().max(1)) {
                 crowd.cancel(id).unwrap();
             }
@@ -233,7 +241,8 @@ fn with_lora(seed: u64) -> Llama<Flex> {
                 let dims = lora.b.val().dims();
                 let noise = |_| random.next_u32() as f32 / u32::MAX as f32 - 0.5;
                 let values = (0..dims[0] * dims[1]).map(noise).collect::<Vec<f32>>();
-                lora.b = lora.b.clone().map(|b| Tensor::from_data(TensorData::new(values, dims), &b.device()));
+                lora.b =
+                    lora.b.clone().map(|b| Tensor::from_data(TensorData::new(values, dims), &b.device()));
             }
         }
     }
@@ -315,7 +324,9 @@ fn what_cannot_be_answered_is_refused_with_a_reason() {
     assert!(matches!(token, InferError::UnknownToken { token: 300, place: 1, vocab: VOCAB }), "{token}");
     assert!(matches!(refused(Request::new(vec![5]).with_stop("x")), InferError::NoTokenizer));
     let penalty = Sampling { repetition_penalty: -1.0, ..Sampling::default() };
-    assert!(refused(Request::new(vec![5]).with_sampling(penalty)).to_string().contains("--repetition-penalty"));
+    assert!(
+        refused(Request::new(vec![5]).with_sampling(penalty)).to_string().contains("--repetition-penalty")
+    );
     assert_empty(&engine);
     let mut engine = engine.with_tokenizer(Tokenizer::byte_level_test());
     assert!(engine.submit(Request::new(vec![5]).with_stop("")).unwrap_err().to_string().contains("stop"));
@@ -327,7 +338,8 @@ fn what_cannot_be_answered_is_refused_with_a_reason() {
 #[test]
 fn the_context_ends_an_answer() {
     let mut engine = engine(SMALL);
-    let answers = engine.complete([Request::new(vec![5; 255]), Request::new(vec![5; 250])], |_, _| {}).unwrap();
+    let answers =
+        engine.complete([Request::new(vec![5; 255]), Request::new(vec![5; 250])], |_, _| {}).unwrap();
     assert_eq!(answers.iter().map(|answer| answer.tokens.len()).collect::<Vec<_>>(), [1, 6]);
     assert!(answers.iter().all(|answer| answer.reason == FinishReason::Length));
 }
@@ -335,14 +347,16 @@ fn the_context_ends_an_answer() {
 #[test]
 fn no_new_tokens_are_an_answer_too() {
     let mut engine = engine(SMALL);
-    let answer = engine.complete([Request::new(vec![5; 9]).with_max_new_tokens(0)], |_, _| {}).unwrap().remove(0);
+    let answer =
+        engine.complete([Request::new(vec![5; 9]).with_max_new_tokens(0)], |_, _| {}).unwrap().remove(0);
     assert_eq!((answer.tokens.len(), answer.reason), (0, FinishReason::Length));
     assert_eq!(answer.usage, Usage { prompt_tokens: 9, cached_tokens: 0, new_tokens: 0 });
 }
 
 #[test]
 fn a_budget_is_kept_and_one_that_is_too_small_is_named() {
-    let with = |pages: usize| Engine::new(model(), EngineSettings { budget_bytes: bytes_of_pages(pages), ..SMALL });
+    let with =
+        |pages: usize| Engine::new(model(), EngineSettings { budget_bytes: bytes_of_pages(pages), ..SMALL });
     let none = with(1).unwrap_err().to_string();
     assert!(none.contains(&bytes_of_pages(1).to_string()), "{none}");
     // Three pages of four tokens; the answer's last token needs no place.
@@ -422,11 +436,10 @@ fn a_deadline_ends_what_runs_and_what_waits() {
             answers[event.request().0 as usize].add(event);
         }
     }
-    assert_eq!(answers.each_ref().map(|answer| answer.reason), [
-        FinishReason::Deadline,
-        FinishReason::Deadline,
-        FinishReason::Length
-    ]);
+    assert_eq!(
+        answers.each_ref().map(|answer| answer.reason),
+        [FinishReason::Deadline, FinishReason::Deadline, FinishReason::Length]
+    );
     assert_eq!(answers.map(|answer| answer.tokens.len()), [1, 0, 2]);
     assert_empty(&engine);
 }
@@ -444,11 +457,10 @@ fn a_request_that_gives_nan_ends_alone() {
     let alone = engine.complete([good.clone()], |_, _| {}).unwrap().remove(0);
     for _ in 0..3 {
         let answers = engine.complete([bad.clone(), good.clone(), bad.clone()], |_, _| {}).unwrap();
-        assert_eq!(answers.iter().map(|answer| answer.reason).collect::<Vec<_>>(), [
-            FinishReason::NotANumber,
-            FinishReason::Length,
-            FinishReason::NotANumber
-        ]);
+        assert_eq!(
+            answers.iter().map(|answer| answer.reason).collect::<Vec<_>>(),
+            [FinishReason::NotANumber, FinishReason::Length, FinishReason::NotANumber]
+        );
         assert_eq!(answers[1].tokens, alone.tokens);
     }
     assert_empty(&engine);

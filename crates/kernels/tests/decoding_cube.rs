@@ -71,7 +71,9 @@ impl<R: ProductRuntime> Runner<'_, R> {
         let group = |(number, &(rows, rank)): (u64, &(usize, usize))| RowGroup {
             rows,
             loras: (0..outs.len())
-                .map(|layer| has(layer, rank).then(|| lora(rank, 100 * number + 10 * layer as u64 + 50, outs[layer])))
+                .map(|layer| {
+                    has(layer, rank).then(|| lora(rank, 100 * number + 10 * layer as u64 + 50, outs[layer]))
+                })
                 .collect(),
         };
         Layers {
@@ -88,7 +90,8 @@ impl<R: ProductRuntime> Runner<'_, R> {
         };
         let found = run(self.layers(case, self.device, self.dtype));
         let expected = self.layers::<Flex>(case, &Default::default(), DType::F32);
-        let expected = Flex::grouped_linear(expected.x, &expected.weights, &expected.groups, expected.residual);
+        let expected =
+            Flex::grouped_linear(expected.x, &expected.weights, &expected.groups, expected.residual);
         self.close(&format!("{case:?}"), &found, &host(expected));
     }
 
@@ -96,7 +99,10 @@ impl<R: ProductRuntime> Runner<'_, R> {
         assert_eq!(found.len(), expected.len(), "{what}");
         for (place, (found, expected)) in found.iter().zip(expected).enumerate() {
             let error = (found - expected).abs();
-            assert!(error <= self.bound * (1.0 + expected.abs()), "{what} at {place}: {found} for {expected}");
+            assert!(
+                error <= self.bound * (1.0 + expected.abs()),
+                "{what} at {place}: {found} for {expected}"
+            );
         }
     }
 
@@ -109,7 +115,13 @@ impl<R: ProductRuntime> Runner<'_, R> {
         self.linear(Case { outs: &[33], inner: 2048 + 192, groups: &[(2, 40)], ..case });
         self.linear(Case { outs: &[12, 20], inner: 192, groups: &[(8, 3)], double: false, ..case });
         self.linear(Case { outs: &[12], inner: 192, groups: &[(13, 0)], added: true, ..case });
-        self.linear(Case { outs: &[6, 6, 6], inner: 128, groups: &[(2, 3), (1, 0), (4, 5)], added: true, ..case });
+        self.linear(Case {
+            outs: &[6, 6, 6],
+            inner: 128,
+            groups: &[(2, 3), (1, 0), (4, 5)],
+            added: true,
+            ..case
+        });
         // Too many rows, and a width of half a block: by the other way.
         self.linear(Case { outs: &[12], inner: 128, groups: &[(17, 2)], ..case });
         self.linear(Case { outs: &[12], inner: 96, groups: &[(2, 2)], ..case });

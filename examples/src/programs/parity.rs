@@ -336,13 +336,18 @@ impl<B: KernelBackend> Golden<'_, B> {
         }
         found.extend(engine.complete(requests, |_, _| {})?);
         let expected = expected.iter().chain(&expected);
-        let answers = found.iter().zip(expected).filter(|(found, expected)| found.tokens != **expected).count();
+        let answers =
+            found.iter().zip(expected).filter(|(found, expected)| found.tokens != **expected).count();
         self.check(
             format!("tokens of {} prompts, prompts that differ", references.len()),
             prompts as f64,
             0.0,
         );
-        self.check(format!("greedy continuations of {} prompts, alone and together, that differ", references.len()), answers as f64, 0.0);
+        self.check(
+            format!("greedy continuations of {} prompts, alone and together, that differ", references.len()),
+            answers as f64,
+            0.0,
+        );
         Ok(())
     }
 }

@@ -1,14 +1,16 @@
 //! Products of few rows with weights in four bits, and the corrections in the same pass.
 //!
-//! Thirty-two units share four rows of a weight and up to eight rows of x. Each unit reads eight words of eight codes of each of the
-//! four rows before it uses one: neighbours read neighbouring words and neighbouring vectors of x, and the loads in flight hide
-//! the memory's delay. Levels come from 16 words of shared memory, one bank each. A unit restores one scale for 64 values; the
-//! others get it from that unit's register where planes have 32 units. The low-rank part adds `s u Bᵀ`, with u = x Aᵀ from
-//! a small kernel before. Weights that share x are one launch.
+//! Thirty-two units share four rows of a weight and up to eight rows of x. Each unit reads eight words of eight
+//! codes of each of the four rows before it uses one: neighbours read neighbouring words and neighbouring vectors
+//! of x, and the loads in flight hide the memory's delay. Levels come from 16 words of shared memory, one bank
+//! each. A unit restores one scale for 64 values; the others get it from that unit's register where planes have 32
+//! units. The low-rank part adds `s u Bᵀ`, with u = x Aᵀ from a small kernel before. Weights that share x are one
+//! launch.
 //!
-//! Bytes moved: codes and scales of the weights once for every eight rows, A and B once. What it trades: products are taken in f32,
-//! without tensor cores, so that from some sixteen rows on unpacking the weights for a large product is faster. The order of a
-//! row's sums does not depend on the other rows. What it refuses: dense weights, widths that are no multiple of a block.
+//! Bytes moved: codes and scales of the weights once for every eight rows, A and B once. What it trades: products
+//! are taken in f32, without tensor cores, so that from some sixteen rows on unpacking the weights for a large
+//! product is faster. The order of a row's sums does not depend on the other rows. What it refuses: dense weights,
+//! widths that are no multiple of a block.
 
 use burn::tensor::{DType, Tensor as DenseTensor};
 use burn_cubecl::CubeRuntime;
@@ -83,8 +85,10 @@ fn low<R: CubeRuntime>(x: &CubeTensor<R>, a: Vec<CubeTensor<R>>) -> CubeTensor<R
     let total: usize = a.iter().map(|a| a.meta.shape()[0]).sum();
     let u = uninitialized(x, [n, total], DType::F32);
     let (factor, most) = (a[0].dtype, widest(x.dtype).min(widest(a[0].dtype)));
-    let width = vector_width_of(most, inner, &[x]).min(vector_width_of(most, inner, &a.iter().collect::<Vec<_>>()));
-    // SAFETY: a cube reads one row of an A that has it, and rows of x that are clamped to the last; it writes elements of rows below n.
+    let width =
+        vector_width_of(most, inner, &[x]).min(vector_width_of(most, inner, &a.iter().collect::<Vec<_>>()));
+    // SAFETY: a cube reads one row of an A that has it, and rows of x that are clamped to the last; it writes
+    // elements of rows below n.
     unsafe {
         low_kernel::launch_unchecked::<R>(
             &x.client,
@@ -249,8 +253,8 @@ fn launch<R: ProductRuntime>(
     let width = vector_width_of(widest(x.dtype), inner, &[x]);
     let added = residual.is_some();
     let residual = residual.unwrap_or_else(|| x.clone());
-    // SAFETY: rows of weights and of x are clamped to their last, words and blocks to the last of a row; only elements that exist are
-    // written, each by one unit.
+    // SAFETY: rows of weights and of x are clamped to their last, words and blocks to the last of a row; only
+    // elements that exist are written, each by one unit.
     unsafe {
         few_rows_kernel::launch_unchecked::<R>(
             &x.client,
@@ -484,7 +488,8 @@ fn multiply<F: Float, N: Size>(
                 } else {
                     let block = word / AHEAD;
                     let row = min(row + r, part.out - 1);
-                    let own = restore(part, dynamic, row * blocks + min(block, blocks - 1), comptime!(form.double));
+                    let own =
+                        restore(part, dynamic, row * blocks + min(block, blocks - 1), comptime!(form.double));
                     scale = select(block < blocks, own, f32::new(0.0));
                 }
                 #[unroll]

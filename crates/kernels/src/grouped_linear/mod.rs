@@ -4,9 +4,9 @@
 //! y[i] = x[i] Wᵀ + s · x[i] Aᵀ Bᵀ (+ r[i])      A, B, s: those of the adapter of row i
 //! ```
 //!
-//! Shapes are those of [`qlora_linear`](crate::qlora_linear), whose form without dropout this is: for answering, where the requests of
-//! one batch may have chosen different adapters over one base. Rows of one adapter stand together. The frozen product is taken once for
-//! all rows. What it refuses: gradients.
+//! Shapes are those of [`qlora_linear`](crate::qlora_linear), whose form without dropout this is: for answering,
+//! where the requests of one batch may have chosen different adapters over one base. Rows of one adapter stand
+//! together. The frozen product is taken once for all rows. What it refuses: gradients.
 
 #[cfg(feature = "cubecl")]
 pub(crate) mod few_rows;
@@ -117,8 +117,7 @@ mod tests {
         let mut start = 0;
         for group in &groups {
             let some = |all: &Tensor<Flex, 2>| all.clone().narrow(0, start, group.rows);
-            let alone =
-                reference(some(&x), &weights(), std::slice::from_ref(group), Some(some(&residual)));
+            let alone = reference(some(&x), &weights(), std::slice::from_ref(group), Some(some(&residual)));
             close(some(&together), alone, 1e-6);
             start += group.rows;
         }

@@ -1,10 +1,12 @@
-//! The operation on a device: rows turned and stored by one kernel, and single rows attended for by cubes that share out their keys.
+//! The operation on a device: rows turned and stored by one kernel, and single rows attended for by cubes that
+//! share out their keys.
 //!
-//! A cube has one row, one head and 128 keys. Each unit takes the product with one key; then the units of the cube weigh the values
-//! together, a vector each, and write sums that a second kernel joins, unless there were no more keys than one cube has. So a single long
-//! sequence keeps many cubes busy. Bytes moved: keys and values once for each of the heads that share them, of which all but the
-//! first find them in the device's cache; k + 2 numbers for 128 keys. Sequences of more rows are gathered and go through
-//! [`attention`](crate::attention). What it refuses: heads wider than 256.
+//! A cube has one row, one head and 128 keys. Each unit takes the product with one key; then the units of the cube
+//! weigh the values together, a vector each, and write sums that a second kernel joins, unless there were no more
+//! keys than one cube has. So a single long sequence keeps many cubes busy. Bytes moved: keys and values once for
+//! each of the heads that share them, of which all but the first find them in the device's cache; k + 2 numbers for
+//! 128 keys. Sequences of more rows are gathered and go through [`attention`](crate::attention). What it refuses:
+//! heads wider than 256.
 
 use burn::tensor::{DType, Tensor as DenseTensor};
 use burn_cubecl::kernel::into_contiguous;
@@ -24,7 +26,8 @@ const WIDEST: usize = 256;
 /// Below every score.
 const NOTHING: f32 = -1e30;
 
-/// Counts are vectors: `half` of half a head, `queries` and `keys` of the first halves of all heads, `values` of all values.
+/// Counts are vectors: `half` of half a head, `queries` and `keys` of the first halves of all heads, `values` of
+/// all values.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments, reason = "a kernel has no other way to take them")]
 fn store_kernel<F: Float, N: Size>(
@@ -93,8 +96,8 @@ pub(crate) fn store<R: ProductRuntime>(
     let half = half / width;
     let (cubes, units) = launch_shape(n, (heads.queries + 3 * heads.keys) * half);
     let strides = [&rows, &cos, &sin].map(|x| row_stride(x, width));
-    // SAFETY: units past the last row or past its last column do nothing; the index's places lie in the pages, and no two rows but those of
-    // the scratch page have the same.
+    // SAFETY: units past the last row or past its last column do nothing; the index's places lie in the pages, and
+    // no two rows but those of the scratch page have the same.
     unsafe {
         store_kernel::launch_unchecked::<R>(
             &q.client,
@@ -158,8 +161,8 @@ fn attend_singles<R: ProductRuntime>(
     let sums = uninitialized(&q, [joined], DType::F32);
     let width = vector_width(heads.width, &[&q, &keys, &values]);
     let client = q.client.clone();
-    // SAFETY: a cube reads places below its sequence's length, which its pages hold; it writes the sums or the result of its own row, head and
-    // split. The second kernel reads the sums of its row and head.
+    // SAFETY: a cube reads places below its sequence's length, which its pages hold; it writes the sums or the
+    // result of its own row, head and split. The second kernel reads the sums of its row and head.
     unsafe {
         split_kernel::launch_unchecked::<R>(
             &client,

@@ -1,8 +1,9 @@
 //! The operation on the processor, straight over the pages.
 //!
-//! The composition of plain operations copies the pages of every sequence in every pass, and computes the scores of every
-//! pair of a row and a key of all sequences. Here a row reads the keys that it may see and no others. What it trades: sums are in eight
-//! parts, so that they are vector instructions, and are not added in the reference's order. What it refuses: any dtype but f32.
+//! The composition of plain operations copies the pages of every sequence in every pass, and computes the scores of
+//! every pair of a row and a key of all sequences. Here a row reads the keys that it may see and no others. What it
+//! trades: sums are in eight parts, so that they are vector instructions, and are not added in the reference's
+//! order. What it refuses: any dtype but f32.
 
 use burn::tensor::{DType, Tensor, TensorData, TensorPrimitive};
 use burn_flex::{Flex, FlexTensor};
@@ -103,7 +104,12 @@ pub(crate) fn attend_on_host(
     let attend = |scores: &mut Vec<f32>, row: usize, o: &mut [f32]| {
         let (sequence, position) = rows[row];
         let place = |at: usize| sequence.place(at, page_tokens);
-        Row { heads, keys, values, length: position + 1 }.attend(&q[row * width..][..width], o, scores, place);
+        Row { heads, keys, values, length: position + 1 }.attend(
+            &q[row * width..][..width],
+            o,
+            scores,
+            place,
+        );
     };
     let products: usize = rows.iter().map(|(_, position)| (position + 1) * width).sum();
     if products < FEW_PRODUCTS {

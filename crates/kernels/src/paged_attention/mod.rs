@@ -5,13 +5,14 @@
 //! ```
 //!
 //! Kwon et al., "PagedAttention", <https://arxiv.org/abs/2309.06180>. A page holds the keys and values of so many
-//! neighbouring tokens of a sequence; a sequence is a list of pages, and sequences whose texts begin alike may list the same
-//! page. Rows are new tokens: joined heads `[n, (h + 2 g) k]` as for [`attention`](crate::attention), first turned by their
-//! positions and put into their pages ([`store`]), then attended for ([`reference`]). Within a pass, all rows are stored before
-//! one is attended for, so a sequence may list pages that another one fills in the same pass.
+//! neighbouring tokens of a sequence; a sequence is a list of pages, and sequences whose texts begin alike may list
+//! the same page. Rows are new tokens: joined heads `[n, (h + 2 g) k]` as for [`attention`](crate::attention),
+//! first turned by their positions and put into their pages ([`store`]), then attended for ([`reference`]). Within
+//! a pass, all rows are stored before one is attended for, so a sequence may list pages that another one fills in
+//! the same pass.
 //!
-//! Bytes moved for a token with s places before it: 2 s g k elements read. The reference gathers the pages of all sequences
-//! and runs attention isolated by document, one document a sequence.
+//! Bytes moved for a token with s places before it: 2 s g k elements read. The reference gathers the pages of all
+//! sequences and runs attention isolated by document, one document a sequence.
 
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
@@ -65,7 +66,8 @@ pub struct PagedIndex<B: Backend> {
 #[cfg(feature = "cubecl")]
 #[derive(Clone, Debug)]
 pub(crate) struct Tables<B: Backend> {
-    /// The place of each row `[n]`; then the lengths of the sequences of one row `[m]` that come first; then their pages `[m, p]`.
+    /// The place of each row `[n]`; then the lengths of the sequences of one row `[m]` that come first; then their
+    /// pages `[m, p]`.
     pub(crate) numbers: Tensor<B, 1, Int>,
     /// m.
     pub(crate) singles: usize,
@@ -158,7 +160,9 @@ impl<B: Backend> PagedIndex<B> {
 
     /// Of each row its sequence and its position.
     pub(crate) fn each_row(&self) -> impl Iterator<Item = (&PagedSequence, usize)> {
-        self.sequences.iter().flat_map(|sequence| sequence.positions().map(move |position| (sequence, position)))
+        self.sequences
+            .iter()
+            .flat_map(|sequence| sequence.positions().map(move |position| (sequence, position)))
     }
 
     /// Rows that are neighbours in a page: the first row, the first place, and their number.
@@ -174,8 +178,8 @@ impl<B: Backend> PagedIndex<B> {
         runs
     }
 
-    /// The pages of all sequences but the first so many, which a backend may have a better way for. The first call decides
-    /// how many those are.
+    /// The pages of all sequences but the first so many, which a backend may have a better way for. The first call
+    /// decides how many those are.
     pub fn gathered(&self, after: usize) -> &Gathered<B> {
         self.gathered.get_or_init(|| self.gather(after))
     }
@@ -183,7 +187,8 @@ impl<B: Backend> PagedIndex<B> {
     #[cfg(feature = "cubecl")]
     pub(crate) fn tables(&self) -> &Tables<B> {
         self.tables.get_or_init(|| {
-            let places = self.each_row().map(|(sequence, position)| sequence.place(position, self.page_tokens));
+            let places =
+                self.each_row().map(|(sequence, position)| sequence.place(position, self.page_tokens));
             let mut numbers: Vec<i32> = places.map(|place| place as i32).collect();
             let singles = self.sequences.iter().take_while(|sequence| sequence.rows == 1);
             let singles = &self.sequences[..singles.count()];
@@ -212,7 +217,8 @@ impl<B: Backend> PagedIndex<B> {
             let used = sequence.length.div_ceil(self.page_tokens);
             pages.extend(sequence.pages[..used].iter().map(|&page| page as i32));
             let places = used * self.page_tokens;
-            key_documents.extend((0..places).map(|at| if at < sequence.length { document } else { SEPARATE }));
+            key_documents
+                .extend((0..places).map(|at| if at < sequence.length { document } else { SEPARATE }));
             key_positions.extend(0..places as i32);
             query_documents.extend(std::iter::repeat_n(document, sequence.rows));
             query_positions.extend(sequence.positions().map(|position| position as i32));
@@ -257,8 +263,8 @@ impl<B: Backend> Pages<B> {
     }
 }
 
-/// Turns queries and keys of joined rows `[n, (h + 2 g) k]` by their positions, puts keys and values into their pages, and gives
-/// the queries `[n, h k]`.
+/// Turns queries and keys of joined rows `[n, (h + 2 g) k]` by their positions, puts keys and values into their
+/// pages, and gives the queries `[n, h k]`.
 #[must_use]
 pub fn store<B: KernelBackend>(
     rows: Tensor<B, 2>,
@@ -319,10 +325,15 @@ mod tests {
         PagedSequence { pages: pages.to_vec(), length, rows }
     }
 
-    /// A sequence that is in the middle of its text, one that begins, a filler and a single row, out of order in memory.
+    /// A sequence that is in the middle of its text, one that begins, a filler and a single row, out of order in
+    /// memory.
     fn index() -> PagedIndex<Flex> {
-        let sequences =
-            vec![sequence(&[9, 2], 7, 3), sequence(&[1, 5, 3], 9, 9), sequence(&[0], 1, 1), sequence(&[7, 4], 5, 1)];
+        let sequences = vec![
+            sequence(&[9, 2], 7, 3),
+            sequence(&[1, 5, 3], 9, 9),
+            sequence(&[0], 1, 1),
+            sequence(&[7, 4], 5, 1),
+        ];
         PagedIndex::new(sequences, PAGE, &Default::default())
     }
 
@@ -374,11 +385,13 @@ mod tests {
         let q = Flex::rotary(rows, &angles(&index), 6).narrow(1, 0, 4 * HEADS.width);
         let mut row = 0;
         for sequence in index.sequences() {
-            let places: Vec<i32> =
-                (0..sequence.length).map(|at| sequence.place(at, PAGE) as i32).collect();
+            let places: Vec<i32> = (0..sequence.length).map(|at| sequence.place(at, PAGE) as i32).collect();
             let places = Tensor::<Flex, 1, Int>::from_data(&places[..], &Default::default());
             let [k, v] = [&pages.keys, &pages.values].map(|all| {
-                all.clone().select(0, places.clone()).reshape([1, sequence.length, 2, HEADS.width]).swap_dims(1, 2)
+                all.clone()
+                    .select(0, places.clone())
+                    .reshape([1, sequence.length, 2, HEADS.width])
+                    .swap_dims(1, 2)
             });
             let line = |range: Range<usize>| {
                 let positions: Vec<i32> = range.map(|at| at as i32).collect();

@@ -8,7 +8,10 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_flex::Flex;
 use buzzer_kernels::{PagedIndex, PagedSequence};
-use buzzer_model::{AdapterRows, BlockContext, Llama, LlamaConfig, LoraSettings, PagedCache, PagedPass, Target, Weight, block_tensor};
+use buzzer_model::{
+    AdapterRows, BlockContext, Llama, LlamaConfig, LoraSettings, PagedCache, PagedPass, Target, Weight,
+    block_tensor,
+};
 use buzzer_weights::{
     Absmax, Adapter, Checkpoint, FloatType, Nf4Stored, Quantization, TensorToWrite, WeightsError,
     adapter_settings, attach_adapter, extract_adapter, load_llama, model_tensors, read_config, write_model,
