@@ -7,9 +7,8 @@ use crate::device::{Cube, int_primitive, primitive, tensor};
 use crate::product::ProductRuntime;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, Card, CrossEntropyGradient, Dropout,
-    FrozenWeight, Heads, KernelBackend, LinearPart, Nf4Tensor, PagedIndex, Pages, Projection, RotaryAngles,
-    RowGroup, adamw, attention, cross_entropy, dropout, grouped_linear, nf4, paged_attention, qlora_linear,
-    rms_norm, rotary, swiglu,
+    Heads, KernelBackend, LinearPart, Nf4Tensor, PagedIndex, Pages, Projection, RotaryAngles, adamw,
+    attention, cross_entropy, dropout, nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
@@ -125,20 +124,6 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         let Some(log_sum) = attended.log_sum else { return attention::backward(qkv, index, grad) };
         let ([q, k, v], o) = (qkv.map(primitive), primitive(attended.o));
         tensor(attention::device::backward(q, k, v, o, primitive(log_sum), primitive(grad), tokens(index)))
-    }
-
-    fn grouped_linear(
-        x: Tensor<Self, 2>,
-        weights: &[FrozenWeight<Self>],
-        groups: &[RowGroup<Self>],
-        residual: Option<Tensor<Self, 2>>,
-    ) -> Tensor<Self, 2> {
-        if !grouped_linear::few_rows::fits(x.dims()[0], weights) {
-            return grouped_linear::reference(x, weights, groups, residual);
-        }
-        grouped_linear::by_groups(x.clone(), weights, groups, |loras| {
-            grouped_linear::few_rows::forward(x, weights, loras, residual)
-        })
     }
 
     fn paged_store(

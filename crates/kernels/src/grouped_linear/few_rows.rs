@@ -23,10 +23,10 @@ use crate::nf4::kernel::{DeviceScales, load_table};
 use crate::nf4::{BLOCK, NESTED_BLOCK, NF4_CODE, dynamic_code};
 use crate::product::ProductRuntime;
 use crate::reduce::{has_planes, over_cube};
-use crate::{FrozenWeight, LoraTerm};
+use crate::{FrozenWeight, LoraTerm, RowGroup};
 
 /// Most rows that this is for.
-pub(crate) const MOST_ROWS: usize = 16;
+const MOST_ROWS: usize = 16;
 /// Rows of x that are multiplied at once.
 const ROWS: usize = 8;
 /// Most weights that share x.
@@ -41,8 +41,23 @@ const PER_WORD: usize = 8;
 /// Words that a unit reads before it uses one, so that each unit has one scale to restore.
 const AHEAD: usize = BLOCK / PER_WORD;
 
+/// The operation by this kernel; `None` for rows and weights that it is not for.
+///
+/// The backend does not use it yet: it has not run on a card, and software Vulkan takes minutes to compile it.
+#[must_use]
+pub fn grouped<R: ProductRuntime>(
+    x: DenseTensor<Cube<R>, 2>,
+    weights: &[FrozenWeight<Cube<R>>],
+    groups: &[RowGroup<Cube<R>>],
+    residual: Option<DenseTensor<Cube<R>, 2>>,
+) -> Option<DenseTensor<Cube<R>, 2>> {
+    let input = x.clone();
+    fits(x.dims()[0], weights)
+        .then(|| super::by_groups(x, weights, groups, |loras| forward(input, weights, loras, residual)))
+}
+
 /// Whether the kernel multiplies rows of these weights.
-pub(crate) fn fits<R: ProductRuntime>(n: usize, weights: &[FrozenWeight<Cube<R>>]) -> bool {
+fn fits<R: ProductRuntime>(n: usize, weights: &[FrozenWeight<Cube<R>>]) -> bool {
     let packed = |weight: &FrozenWeight<Cube<R>>| match weight {
         FrozenWeight::Nf4(weight) => Some((weight.is_double(), weight.dims()[1])),
         FrozenWeight::Dense(_) => None,
@@ -54,7 +69,7 @@ pub(crate) fn fits<R: ProductRuntime>(n: usize, weights: &[FrozenWeight<Cube<R>>
 }
 
 /// x `[n, in]` to `[n, Σ out]`, for weights that [`fits`] names.
-pub(crate) fn forward<R: ProductRuntime>(
+fn forward<R: ProductRuntime>(
     x: DenseTensor<Cube<R>, 2>,
     weights: &[FrozenWeight<Cube<R>>],
     loras: &[Option<LoraTerm<Cube<R>>>],

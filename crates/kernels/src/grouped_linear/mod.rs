@@ -9,7 +9,7 @@
 //! together. The frozen product is taken once for all rows. What it refuses: gradients.
 
 #[cfg(feature = "cubecl")]
-pub(crate) mod few_rows;
+pub mod few_rows;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};

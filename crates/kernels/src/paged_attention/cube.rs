@@ -227,7 +227,8 @@ fn split_kernel<F: Float, N: Size>(
 ) {
     let unit = UNIT_POS as usize;
     let (part, head, row) = (CUBE_POS_X as usize, CUBE_POS_Y as usize, CUBE_POS_Z as usize);
-    let width = comptime!(vectors * N::value().comptime());
+    let per_vector = N::value().comptime();
+    let width = comptime!(vectors * per_vector);
     let stride = comptime!(heads / shared * vectors);
     let column = head / shared * vectors;
     let length = numbers[n + row] as usize;
@@ -251,21 +252,7 @@ fn split_kernel<F: Float, N: Size>(
     sync_cube();
     let mut score = f32::new(NOTHING);
     if at < length {
-        let mut sum = Vector::<f32, N>::new(0.0);
-        for i in 0..vectors {
-            let key = Vector::<f32, N>::cast_from(keys[place + i]);
-            let mut own = Vector::<f32, N>::empty();
-            #[unroll]
-            for j in 0..N::value() {
-                own[j] = query[i * N::value() + j];
-            }
-            sum += key * own;
-        }
-        score = f32::new(0.0);
-        #[unroll]
-        for j in 0..N::value() {
-            score += sum[j];
-        }
+        score = product::<F, N>(keys, &query, place, vectors);
     }
     let largest = over_cube(score, KEYS, planes, true);
     let mut weight = f32::new(0.0);
@@ -278,19 +265,11 @@ fn split_kernel<F: Float, N: Size>(
     // So many rows of values at a time, a vector for each unit.
     let lines = comptime!(KEYS / vectors);
     let (line, vector) = (unit / vectors, unit % vectors);
-    let mut sum = Vector::<f32, N>::new(0.0);
-    if line < lines {
-        let mut count = 0usize;
-        if part * KEYS < length {
-            count = min(length - part * KEYS, KEYS);
-        }
-        let mut key = line;
-        while key < count {
-            let value = Vector::<f32, N>::cast_from(values[places[key] as usize + vector]);
-            sum += value * Vector::new(weights[key]);
-            key += lines;
-        }
+    let mut count = 0usize;
+    if part * KEYS < length && line < lines {
+        count = min(length - part * KEYS, KEYS);
     }
+    let sum = weighed::<F, N>(values, &places, &weights, line, vector, count, lines);
     let mut parts = SharedMemory::<f32>::new(comptime!(lines * width));
     if line < lines {
         #[unroll]
@@ -319,6 +298,53 @@ fn split_kernel<F: Float, N: Size>(
             sums[start + comptime!(width + 1)] = total;
         }
     }
+}
+
+/// The product of a query in shared memory and the key at a place.
+#[cube]
+fn product<F: Float, N: Size>(
+    keys: &Tensor<Vector<F, N>>,
+    query: &SharedMemory<f32>,
+    place: usize,
+    #[comptime] vectors: usize,
+) -> f32 {
+    let mut sum = Vector::<f32, N>::new(0.0);
+    for i in 0..vectors {
+        let key = Vector::<f32, N>::cast_from(keys[place + i]);
+        let mut own = Vector::<f32, N>::empty();
+        #[unroll]
+        for j in 0..N::value() {
+            own[j] = query[i * N::value() + j];
+        }
+        sum += key * own;
+    }
+    let mut score = f32::new(0.0);
+    #[unroll]
+    for j in 0..N::value() {
+        score += sum[j];
+    }
+    score
+}
+
+/// One vector of the weighted sum of every `lines`-th value, from `line` on.
+#[cube]
+fn weighed<F: Float, N: Size>(
+    values: &Tensor<Vector<F, N>>,
+    places: &SharedMemory<u32>,
+    weights: &SharedMemory<f32>,
+    line: usize,
+    vector: usize,
+    count: usize,
+    #[comptime] lines: usize,
+) -> Vector<f32, N> {
+    let mut sum = Vector::<f32, N>::new(0.0);
+    let mut key = line;
+    while key < count {
+        let value = Vector::<f32, N>::cast_from(values[places[key] as usize + vector]);
+        sum += value * Vector::new(weights[key]);
+        key += lines;
+    }
+    sum
 }
 
 /// One row and head; a unit has a column.
