@@ -1,9 +1,10 @@
 //! Times answering: prompts, then tokens, for one user and for many.
 //!
-//! `cargo bench --bench decode --features cuda -- --model llama2-7b --random-init --adapter-rank 64 --batch 1,8,32 --prompt 512 --new 128
-//! --json FILE`. With no arguments and no card it runs a tiny shape on the processor. Speed does not depend on the weights' values, so they
-//! are random, and prompts are random tokens without a common beginning. Tokens a second are counted while all answers of a batch
-//! are in progress: from the last first token to the first end.
+//! `cargo bench --bench decode --features cuda -- --model llama2-7b --random-init --adapter-rank 64 --batch 1,8,32
+//! --prompt 512 --new 128 --json FILE`. With no arguments and no card it runs a tiny shape on the processor. Speed
+//! does not depend on the weights' values, so they are random, and prompts are random tokens without a common
+//! beginning. Tokens a second are counted while all answers of a batch are in progress: from the last first token
+//! to the first end.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -250,7 +251,8 @@ impl<B: KernelBackend> Setup<'_, B> {
         (0..self.arguments.prompt).map(|_| id()).collect()
     }
 
-    /// Bytes that a step has to read: weights, factors in the compute dtype, the head, and keys and values of so many tokens.
+    /// Bytes that a step has to read: weights, factors in the compute dtype, the head, and keys and values of so
+    /// many tokens.
     fn step_bytes(&self, batch: usize, tokens: usize) -> f64 {
         let config = self.model.config();
         let size = self.dtype.size();

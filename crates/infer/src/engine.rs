@@ -1,14 +1,15 @@
 //! Many requests at once over one model.
 //!
-//! Each [`Engine::step`] is one pass over the model: one row for every answer in progress, and beside them up to `prefill_chunk` rows
-//! of prompts, in the order in which they came. Requests join when there is room and leave when they end, at any step. A request
-//! begins only when the pages of its longest possible answer can be set aside, so that none has to be put back once it has begun; until
-//! then it waits, and the first in line is never overtaken. What it trades: an answer that ends early held room that another
-//! could have begun in; in return nothing is computed twice, and no request is lost or slowed down by a later one. What it refuses: a
-//! request that would not fit alone.
+//! Each [`Engine::step`] is one pass over the model: one row for every answer in progress, and beside them up to
+//! `prefill_chunk` rows of prompts, in the order in which they came. Requests join when there is room and leave
+//! when they end, at any step. A request begins only when the pages of its longest possible answer can be set
+//! aside, so that none has to be put back once it has begun; until then it waits, and the first in line is never
+//! overtaken. What it trades: an answer that ends early held room that another could have begun in; in return
+//! nothing is computed twice, and no request is lost or slowed down by a later one. What it refuses: a request that
+//! would not fit alone.
 //!
-//! Greedy answers do not depend on what else is in the batch, but for rounding: a device may add the terms of a product in another
-//! order when it multiplies more rows.
+//! Greedy answers do not depend on what else is in the batch, but for rounding: a device may add the terms of a
+//! product in another order when it multiplies more rows.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -28,7 +29,8 @@ use crate::{Answer, Event, FinishReason, InferError, Request, RequestId, Usage};
 /// What an engine may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineSettings {
-    /// Bytes for keys and values at most. Less is taken where `max_batch` requests of the model's whole context need less.
+    /// Bytes for keys and values at most. Less is taken where `max_batch` requests of the model's whole context
+    /// need less.
     pub budget_bytes: usize,
     /// Tokens a page holds. Smaller pages waste less at an answer's end and share more; larger ones are read faster.
     pub page_tokens: usize,
@@ -164,9 +166,9 @@ impl<B: KernelBackend> Engine<B> {
     /// Takes a request in. It runs when there is room.
     ///
     /// # Errors
-    /// If the prompt is empty, leaves no room for an answer in the model's context, or has a token that the model does not know; if a
-    /// setting makes no sense, or the adapter is unknown; if the cache could not hold the request alone; or if it has stop
-    /// strings and there is no tokenizer.
+    /// If the prompt is empty, leaves no room for an answer in the model's context, or has a token that the model
+    /// does not know; if a setting makes no sense, or the adapter is unknown; if the cache could not hold the
+    /// request alone; or if it has stop strings and there is no tokenizer.
     pub fn submit(&mut self, request: Request) -> Result<RequestId, InferError> {
         let (adapter, limit) = self.check(&request)?;
         let id = RequestId(self.requests);
@@ -264,8 +266,8 @@ impl<B: KernelBackend> Engine<B> {
         Ok(self.events.drain(..).collect())
     }
 
-    /// Takes requests in, runs until they have ended, and gives their answers in order; `on_event` hears of all events, with the place
-    /// of the request. What other requests tell meanwhile comes with the next step.
+    /// Takes requests in, runs until they have ended, and gives their answers in order; `on_event` hears of all
+    /// events, with the place of the request. What other requests tell meanwhile comes with the next step.
     ///
     /// # Errors
     /// As [`Self::submit`] and [`Self::step`]; then none of these requests is left in the engine.
@@ -300,7 +302,8 @@ impl<B: KernelBackend> Engine<B> {
         Ok(answers)
     }
 
-    /// Takes a request in and gives its events as they come. The request is cancelled if the stream is dropped before its end.
+    /// Takes a request in and gives its events as they come. The request is cancelled if the stream is dropped
+    /// before its end.
     ///
     /// # Errors
     /// As [`Self::submit`].
@@ -349,7 +352,8 @@ impl<B: KernelBackend> Engine<B> {
         Ok(())
     }
 
-    /// The rows of the next pass: single ones first, since backends have a faster way for those, and those of one adapter together.
+    /// The rows of the next pass: single ones first, since backends have a faster way for those, and those of one
+    /// adapter together.
     fn plan(&mut self) -> Vec<Planned> {
         let page_tokens = self.settings.page_tokens;
         let mut room = self.settings.prefill_chunk;
@@ -463,8 +467,8 @@ struct Rows {
 }
 
 impl Rows {
-    /// With `fill`, rows that belong to nobody make their number one of few, behind the single rows: where memory is kept by
-    /// exact size, each new size would be kept for good.
+    /// With `fill`, rows that belong to nobody make their number one of few, behind the single rows: where memory
+    /// is kept by exact size, each new size would be kept for good.
     fn of(plan: Vec<Planned>, fill: bool) -> Self {
         let rows: usize = plan.iter().map(|planned| planned.sequence.rows).sum();
         let mut fillers = if fill { few_sizes(rows) - rows } else { 0 };
@@ -484,8 +488,8 @@ impl Rows {
         all
     }
 
-    /// The rows that logits are needed of, some twice if it takes that to make their number one of few; `None` if the rows from the first
-    /// to the last are those.
+    /// The rows that logits are needed of, some twice if it takes that to make their number one of few; `None` if
+    /// the rows from the first to the last are those.
     fn chosen(&self) -> Option<Vec<i32>> {
         let count = self.complete.len();
         let count = if self.fill && count > 0 { few_sizes(count) } else { count };

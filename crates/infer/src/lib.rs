@@ -1,9 +1,10 @@
 //! Prompts to answers: many requests at once over one model.
 //!
-//! [`Engine`] takes [`Request`]s and gives [`Event`]s. Prompts run in chunks beside the answers in progress, requests join and leave at
-//! every step, keys and values lie in pages that requests with a common beginning share, and each request chooses its adapter and its
-//! way of sampling. What it trades: the cache's memory is taken at the start. What it refuses: an empty prompt, one that leaves no
-//! room for an answer, an adapter or a token that it does not know, a request that would not fit into its cache alone; and to print anything.
+//! [`Engine`] takes [`Request`]s and gives [`Event`]s. Prompts run in chunks beside the answers in progress,
+//! requests join and leave at every step, keys and values lie in pages that requests with a common beginning share,
+//! and each request chooses its adapter and its way of sampling. What it trades: the cache's memory is taken at the
+//! start. What it refuses: an empty prompt, one that leaves no room for an answer, an adapter or a token that it
+//! does not know, a request that would not fit into its cache alone; and to print anything.
 //!
 //! A base and an adapter from their folders, and an answer as it comes:
 //!

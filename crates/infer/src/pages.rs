@@ -1,9 +1,9 @@
 //! Which pages of the cache are free, and which hold what.
 //!
-//! A page is held by so many sequences. Whoever fills a page may publish it under what it follows and what it holds; a later
-//! sequence that begins alike then holds it too instead of computing it again. A published page that nobody holds is idle: it keeps what
-//! it has until its room is needed, the longest idle one first. What it trades: only whole pages are shared. What it refuses: to
-//! hand out a page that was promised to another.
+//! A page is held by so many sequences. Whoever fills a page may publish it under what it follows and what it
+//! holds; a later sequence that begins alike then holds it too instead of computing it again. A published page that
+//! nobody holds is idle: it keeps what it has until its room is needed, the longest idle one first. What it trades:
+//! only whole pages are shared. What it refuses: to hand out a page that was promised to another.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -44,7 +44,8 @@ pub(crate) struct PagePool {
     pages: Vec<Page>,
     /// Pages that nobody holds and that are not published.
     free: Vec<u32>,
-    /// Published pages that nobody held when they were put here, the longest idle first; those held again are passed over.
+    /// Published pages that nobody held when they were put here, the longest idle first; those held again are
+    /// passed over.
     idle: VecDeque<u32>,
     idle_count: usize,
     index: HashMap<Content, u32>,
@@ -165,8 +166,8 @@ impl PagePool {
         }
     }
 
-    /// Publishes a held page as what holds these tokens after a chapter; gives the chapter that it ends. If another page is published
-    /// as that, this one stays unpublished.
+    /// Publishes a held page as what holds these tokens after a chapter; gives the chapter that it ends. If another
+    /// page is published as that, this one stays unpublished.
     pub(crate) fn publish(&mut self, page: u32, after: Chapter, tokens: &[u32]) -> Chapter {
         if let Some((_, chapter)) = self.find(after, tokens) {
             return chapter;

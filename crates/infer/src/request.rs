@@ -17,8 +17,9 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Whether the tokenizer's end token is a token like others.
     pub ignore_end: bool,
-    /// Texts that end the answer and are no part of its text. They are looked for in whole characters, wherever tokens begin and end;
-    /// the first one to be complete counts, and of several that end together the first in this list.
+    /// Texts that end the answer and are no part of its text. They are looked for in whole characters, wherever
+    /// tokens begin and end; the first one to be complete counts, and of several that end together the first in
+    /// this list.
     pub stop_strings: Vec<String>,
     /// The adapter by name; the model as it was given if there is none.
     pub adapter: Option<String>,
@@ -50,7 +51,8 @@ pub enum Event {
         request: RequestId,
         /// The token.
         token: u32,
-        /// The text that is certain now: it can be empty, since half a character or what may become a stop string is held back.
+        /// The text that is certain now: it can be empty, since half a character or what may become a stop string
+        /// is held back.
         text: String,
         /// If it was asked for.
         log_prob: Option<LogProb>,

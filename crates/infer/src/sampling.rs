@@ -1,8 +1,8 @@
 //! The next token from the logits, on the host.
 //!
-//! Order of the filters, as in Hugging Face's transformers: repetition penalty, temperature, top-k, top-p, min-p. Ties go to the lower id,
-//! so greedy decoding is the same everywhere. The n-th draw of a request is a function of its seed and n, so a request draws the same
-//! alone, in a batch, and after a pause.
+//! Order of the filters, as in Hugging Face's transformers: repetition penalty, temperature, top-k, top-p, min-p.
+//! Ties go to the lower id, so greedy decoding is the same everywhere. The n-th draw of a request is a function of
+//! its seed and n, so a request draws the same alone, in a batch, and after a pause.
 
 use std::cmp::Ordering;
 
@@ -68,8 +68,8 @@ impl Sampling {
         self.temperature == 0.0 && self.repetition_penalty == 1.0
     }
 
-    /// The token after `before` (prompt and answer), of which `drawn` were drawn for this request, or `None` if a logit is NaN.
-    /// `logits` is `[v]`.
+    /// The token after `before` (prompt and answer), of which `drawn` were drawn for this request, or `None` if a
+    /// logit is NaN. `logits` is `[v]`.
     #[must_use]
     pub fn choose(&self, logits: &[f32], before: &[u32], drawn: usize) -> Option<u32> {
         if logits.iter().any(|logit| logit.is_nan()) {

@@ -72,8 +72,9 @@ impl Sequence {
         self.request.deadline.is_some_and(|deadline| deadline <= now)
     }
 
-    /// Holds the pages that others have filled with the prompt's beginning, and sets aside all others that it can need; says whether
-    /// there were as many. The prompt's last token is always computed, since the first logits come from it.
+    /// Holds the pages that others have filled with the prompt's beginning, and sets aside all others that it can
+    /// need; says whether there were as many. The prompt's last token is always computed, since the first logits
+    /// come from it.
     pub(crate) fn start(&mut self, pool: &mut PagePool, page_tokens: usize) -> bool {
         let shareable = &self.tokens[..self.tokens.len() - 1];
         let (mut chapter, mut found) = (self.chapter, Vec::new());
@@ -96,8 +97,8 @@ impl Sequence {
 
     /// Plans the next tokens of this sequence: takes pages for them and publishes those that become full.
     ///
-    /// A page is published before it is computed. Whoever finds it computes later tokens in the same pass or in a later one, and a pass
-    /// stores the keys of all its rows before it reads any.
+    /// A page is published before it is computed. Whoever finds it computes later tokens in the same pass or in a
+    /// later one, and a pass stores the keys of all its rows before it reads any.
     pub(crate) fn plan(&mut self, rows: usize, pool: &mut PagePool, page_tokens: usize) -> PagedSequence {
         self.computed += rows;
         while self.pages.len() * page_tokens < self.computed {

@@ -1,7 +1,7 @@
 //! Text as it comes, up to a stop string.
 //!
-//! What may be the beginning of a stop string is held back until it is known. A stop string is text, so it is found however its
-//! characters are cut into tokens, and never inside the bytes of another character.
+//! What may be the beginning of a stop string is held back until it is known. A stop string is text, so it is found
+//! however its characters are cut into tokens, and never inside the bytes of another character.
 
 use buzzer_text::{StreamDecoder, TextError, Tokenizer};
 

@@ -1,4 +1,5 @@
-//! The engine against the training forward pass without cache, and against itself: alone, in a crowd, and short of memory.
+//! The engine against the training forward pass without cache, and against itself: alone, in a crowd, and short of
+//! memory.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::BTreeMap;

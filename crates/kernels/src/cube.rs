@@ -9,9 +9,9 @@ use crate::device::{Cube, int_primitive, primitive, tensor};
 use crate::product::ProductRuntime;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
-    CrossEntropyGradient, Dropout, FrozenWeight, Heads, InputGradient, KernelBackend, LinearPart, Nf4Tensor,
-    PagedIndex, Pages, Projection, RotaryAngles, RowGroup, SpaciousRows, Spent, adamw, attention,
-    cross_entropy, dropout, grouped_linear, nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
+    CrossEntropyGradient, Dropout, Heads, InputGradient, KernelBackend, LinearPart, Nf4Tensor, PagedIndex,
+    Pages, Projection, RotaryAngles, SpaciousRows, Spent, adamw, attention, cross_entropy, dropout, nf4,
+    paged_attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
@@ -134,20 +134,6 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         let ([q, k, v], o) = (qkv.map(primitive), primitive(attended.o));
         let (log_sum, grad) = (primitive(log_sum), primitive(grad));
         tensor(attention::device::backward(q, k, v, o, log_sum, grad, attention_index(index)))
-    }
-
-    fn grouped_linear(
-        x: Tensor<Self, 2>,
-        weights: &[FrozenWeight<Self>],
-        groups: &[RowGroup<Self>],
-        residual: Option<Tensor<Self, 2>>,
-    ) -> Tensor<Self, 2> {
-        if !grouped_linear::few_rows::fits(x.dims()[0], weights) {
-            return grouped_linear::reference(x, weights, groups, residual);
-        }
-        grouped_linear::by_groups(x.clone(), weights, groups, |loras| {
-            grouped_linear::few_rows::forward(x, weights, loras, residual)
-        })
     }
 
     fn paged_store(

@@ -111,8 +111,8 @@ impl<B: Backend> Block<B> {
 }
 
 impl<B: KernelBackend> Block<B> {
-    /// Rows `x [n, d]` of b rows of t tokens, n = b t, to `[n, d]`. `dropout` is this block's; layers that share an input
-    /// share a mask derived from it. The differentiable form.
+    /// Rows `x [n, d]` of b rows of t tokens, n = b t, to `[n, d]`. `dropout` is this block's; layers that share an
+    /// input share a mask derived from it. The differentiable form.
     #[must_use]
     pub fn forward(
         &self,
@@ -140,8 +140,8 @@ impl<B: KernelBackend> Block<B> {
         self.project(&[Target::O], o, dropout)
     }
 
-    /// New tokens `x [n, d]` of sequences whose keys and values lie in pages, to `[n, d]`. For answering: the corrections are those of
-    /// the rows' adapters and not the block's own, there is no dropout, and no gradient.
+    /// New tokens `x [n, d]` of sequences whose keys and values lie in pages, to `[n, d]`. For answering: the
+    /// corrections are those of the rows' adapters and not the block's own, there is no dropout, and no gradient.
     #[must_use]
     pub(crate) fn forward_paged(
         &self,

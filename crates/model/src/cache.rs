@@ -1,7 +1,7 @@
 //! Keys and values of every block, in pages that sequences share out among themselves.
 //!
-//! Which page belongs to which sequence is not known here: a pass comes with its [`PagedIndex`]. What it trades: the whole
-//! memory is taken at the start. What it refuses: to grow, and to forget by itself.
+//! Which page belongs to which sequence is not known here: a pass comes with its [`PagedIndex`]. What it trades:
+//! the whole memory is taken at the start. What it refuses: to grow, and to forget by itself.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};

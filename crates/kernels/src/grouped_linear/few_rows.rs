@@ -1,14 +1,16 @@
 //! Products of few rows with weights in four bits, and the corrections in the same pass.
 //!
-//! Thirty-two units share four rows of a weight and up to eight rows of x. Each unit reads eight words of eight codes of each of the
-//! four rows before it uses one: neighbours read neighbouring words and neighbouring vectors of x, and the loads in flight hide
-//! the memory's delay. Levels come from 16 words of shared memory, one bank each. A unit restores one scale for 64 values; the
-//! others get it from that unit's register where planes have 32 units. The low-rank part adds `s u Bᵀ`, with u = x Aᵀ from
-//! a small kernel before. Weights that share x are one launch.
+//! Thirty-two units share four rows of a weight and up to eight rows of x. Each unit reads eight words of eight
+//! codes of each of the four rows before it uses one: neighbours read neighbouring words and neighbouring vectors
+//! of x, and the loads in flight hide the memory's delay. Levels come from 16 words of shared memory, one bank
+//! each. A unit restores one scale for 64 values; the others get it from that unit's register where planes have 32
+//! units. The low-rank part adds `s u Bᵀ`, with u = x Aᵀ from a small kernel before. Weights that share x are one
+//! launch.
 //!
-//! Bytes moved: codes and scales of the weights once for every eight rows, A and B once. What it trades: products are taken in f32,
-//! without tensor cores, so that from some sixteen rows on unpacking the weights for a large product is faster. The order of a
-//! row's sums does not depend on the other rows. What it refuses: dense weights, widths that are no multiple of a block.
+//! Bytes moved: codes and scales of the weights once for every eight rows, A and B once. What it trades: products
+//! are taken in f32, without tensor cores, so that from some sixteen rows on unpacking the weights for a large
+//! product is faster. The order of a row's sums does not depend on the other rows. What it refuses: dense weights,
+//! widths that are no multiple of a block.
 
 use burn::tensor::{DType, Tensor as DenseTensor};
 use burn_cubecl::CubeRuntime;
@@ -21,10 +23,10 @@ use crate::nf4::kernel::{DeviceScales, load_table};
 use crate::nf4::{BLOCK, NESTED_BLOCK, NF4_CODE, dynamic_code};
 use crate::product::ProductRuntime;
 use crate::reduce::{has_planes, over_cube};
-use crate::{FrozenWeight, LoraTerm};
+use crate::{FrozenWeight, LoraTerm, RowGroup};
 
 /// Most rows that this is for.
-pub(crate) const MOST_ROWS: usize = 16;
+const MOST_ROWS: usize = 16;
 /// Rows of x that are multiplied at once.
 const ROWS: usize = 8;
 /// Most weights that share x.
@@ -39,8 +41,23 @@ const PER_WORD: usize = 8;
 /// Words that a unit reads before it uses one, so that each unit has one scale to restore.
 const AHEAD: usize = BLOCK / PER_WORD;
 
+/// The operation by this kernel; `None` for rows and weights that it is not for.
+///
+/// The backend does not use it yet: it has not run on a card, and software Vulkan takes minutes to compile it.
+#[must_use]
+pub fn grouped<R: ProductRuntime>(
+    x: DenseTensor<Cube<R>, 2>,
+    weights: &[FrozenWeight<Cube<R>>],
+    groups: &[RowGroup<Cube<R>>],
+    residual: Option<DenseTensor<Cube<R>, 2>>,
+) -> Option<DenseTensor<Cube<R>, 2>> {
+    let input = x.clone();
+    fits(x.dims()[0], weights)
+        .then(|| super::by_groups(x, weights, groups, |loras| forward(input, weights, loras, residual)))
+}
+
 /// Whether the kernel multiplies rows of these weights.
-pub(crate) fn fits<R: ProductRuntime>(n: usize, weights: &[FrozenWeight<Cube<R>>]) -> bool {
+fn fits<R: ProductRuntime>(n: usize, weights: &[FrozenWeight<Cube<R>>]) -> bool {
     let packed = |weight: &FrozenWeight<Cube<R>>| match weight {
         FrozenWeight::Nf4(weight) => Some((weight.is_double(), weight.dims()[1])),
         FrozenWeight::Dense(_) => None,
@@ -52,7 +69,7 @@ pub(crate) fn fits<R: ProductRuntime>(n: usize, weights: &[FrozenWeight<Cube<R>>
 }
 
 /// x `[n, in]` to `[n, Σ out]`, for weights that [`fits`] names.
-pub(crate) fn forward<R: ProductRuntime>(
+fn forward<R: ProductRuntime>(
     x: DenseTensor<Cube<R>, 2>,
     weights: &[FrozenWeight<Cube<R>>],
     loras: &[Option<LoraTerm<Cube<R>>>],
@@ -85,7 +102,8 @@ fn low<R: CubeRuntime>(x: &CubeTensor<R>, a: Vec<CubeTensor<R>>) -> CubeTensor<R
     let (factor, most) = (a[0].dtype, widest(x.dtype).min(widest(a[0].dtype)));
     let width =
         vector_width_of(most, inner, &[x]).min(vector_width_of(most, inner, &a.iter().collect::<Vec<_>>()));
-    // SAFETY: a cube reads one row of an A that has it, and rows of x that are clamped to the last; it writes elements of rows below n.
+    // SAFETY: a cube reads one row of an A that has it, and rows of x that are clamped to the last; it writes
+    // elements of rows below n.
     unsafe {
         low_kernel::launch_unchecked::<R>(
             &x.client,
@@ -151,13 +169,33 @@ fn low_kernel<F: Float, G: Float, N: Size>(
         }
         start = end;
     }
-    #[unroll]
-    for i in 0..rows {
-        let sum = over_cube(sums[i], UNITS, planes, false);
-        if UNIT_POS == 0 && first + i < n {
-            u[(first + i) * total + row] = sum;
+    let unit = UNIT_POS as usize;
+    if comptime!(planes) {
+        // A plane has four units or more.
+        let mut parts = SharedMemory::<f32>::new(comptime!(UNITS / 4 * rows));
+        #[unroll]
+        for i in 0..rows {
+            let part = plane_sum(sums[i]);
+            if UNIT_POS_PLANE == 0 {
+                parts[(UNIT_POS / PLANE_DIM) as usize * rows + i] = part;
+            }
         }
         sync_cube();
+        if unit < rows && first + unit < n {
+            let mut sum = f32::new(0.0);
+            for plane in 0..CUBE_DIM.div_ceil(PLANE_DIM) as usize {
+                sum += parts[plane * rows + unit];
+            }
+            u[(first + unit) * total + row] = sum;
+        }
+    } else {
+        for i in 0..rows {
+            let sum = over_cube(sums[i], UNITS, false, false);
+            if unit == 0 && first + i < n {
+                u[(first + i) * total + row] = sum;
+            }
+            sync_cube();
+        }
     }
 }
 
@@ -227,13 +265,11 @@ fn launch<R: ProductRuntime>(
     let b = loras.iter().map(|lora| lora.as_ref().and_then(|_| left.next()).unwrap_or(&b[0]).clone());
     let b = b.map(CubeTensor::into_tensor_arg).collect::<SequenceArg<R, _>>();
     let corrected = loras.iter().any(Option::is_some);
-    let hardware = &x.client.properties().hardware;
-    let planes = has_planes(x) && [hardware.plane_size_min, hardware.plane_size_max] == [LANES as u32; 2];
     let width = vector_width_of(widest(x.dtype), inner, &[x]);
     let added = residual.is_some();
     let residual = residual.unwrap_or_else(|| x.clone());
-    // SAFETY: rows of weights and of x are clamped to their last, words and blocks to the last of a row; only elements that exist are
-    // written, each by one unit.
+    // SAFETY: rows of weights and of x are clamped to their last, words and blocks to the last of a row; only
+    // elements that exist are written, each by one unit.
     unsafe {
         few_rows_kernel::launch_unchecked::<R>(
             &x.client,
@@ -250,7 +286,7 @@ fn launch<R: ProductRuntime>(
             inner,
             column,
             low_column,
-            Form { rows: rows_at_once(n), corrected, double, added, planes },
+            Form { rows: rows_at_once(n), corrected, double, added, reach: Reach::of(x) },
             x.dtype.into(),
             factor.into(),
         );
@@ -268,8 +304,37 @@ struct Form {
     double: bool,
     /// Whether there is a residual.
     added: bool,
-    /// Whether planes have as many units as share rows.
-    planes: bool,
+    /// How far the planes reach.
+    reach: Reach,
+}
+
+impl Form {
+    /// Whether loops are written out. A software device takes minutes to compile what a card does in a second.
+    fn unrolled(self) -> bool {
+        self.reach == Reach::All
+    }
+}
+
+/// Which of the units that share rows are in one plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Reach {
+    /// All of them, and nobody else.
+    All,
+    /// Some of them, and nobody else.
+    Some,
+    /// There are no sums over planes, or they would be over too many.
+    None,
+}
+
+impl Reach {
+    fn of<R: CubeRuntime>(x: &CubeTensor<R>) -> Self {
+        let hardware = &x.client.properties().hardware;
+        match (has_planes(x), hardware.plane_size_min as usize, hardware.plane_size_max as usize) {
+            (true, LANES, LANES) => Self::All,
+            (true, _, most) if most <= LANES => Self::Some,
+            _ => Self::None,
+        }
+    }
 }
 
 #[cube(launch_unchecked)]
@@ -320,41 +385,63 @@ fn few_rows_kernel<F: Float, G: Float, N: Size>(
             }
         }
     }
-    let mut parts_of_sums = SharedMemory::<f32>::new(UNITS);
-    #[unroll]
-    for i in 0..rows {
-        #[unroll]
-        for r in 0..OUTS {
-            let sum = over_lanes(sums[i * OUTS + r], &mut parts_of_sums, comptime!(form.planes));
-            if lane == i * OUTS + r && first + i < n && r < here {
-                let place = (first + i) * columns + column + r;
-                if comptime!(form.added) {
-                    y[place] = F::cast_from(sum + f32::cast_from(residual[place]));
-                } else {
-                    y[place] = F::cast_from(sum);
-                }
-            }
+    let count = comptime!(rows * OUTS);
+    let sum = over_lanes(&sums, lane, count, comptime!(form.reach));
+    let (i, r) = (lane / OUTS, lane % OUTS);
+    if lane < count && first + i < n && r < here {
+        let place = (first + i) * columns + column + r;
+        if comptime!(form.added) {
+            y[place] = F::cast_from(sum + f32::cast_from(residual[place]));
+        } else {
+            y[place] = F::cast_from(sum);
         }
     }
 }
 
-/// The sum over the units that share rows.
+/// Sums over the units that share rows; the unit numbered e gets the e-th.
+///
+/// Barriers are few, because a software device keeps all it has in registers across each one of them.
 #[cube]
-fn over_lanes(value: f32, parts: &mut SharedMemory<f32>, #[comptime] planes: bool) -> f32 {
-    if comptime!(planes) {
-        plane_sum(value)
-    } else {
-        let unit = UNIT_POS as usize;
-        sync_cube();
-        parts[unit] = value;
-        sync_cube();
-        let first = unit / LANES * LANES;
-        let mut sum = f32::new(0.0);
-        for i in 0..LANES {
-            sum += parts[first + i];
+fn over_lanes(sums: &Array<f32>, lane: usize, #[comptime] count: usize, #[comptime] reach: Reach) -> f32 {
+    let unit = UNIT_POS as usize;
+    let mut own = f32::new(0.0);
+    if comptime!(reach == Reach::All) {
+        #[unroll]
+        for e in 0..count {
+            let sum = plane_sum(sums[e]);
+            own = select(lane == e, sum, own);
         }
-        sum
+    } else if comptime!(reach == Reach::Some) {
+        // A plane has four units or more.
+        let mut parts = SharedMemory::<f32>::new(comptime!(UNITS / 4 * count));
+        #[unroll]
+        for e in 0..count {
+            let part = plane_sum(sums[e]);
+            if UNIT_POS_PLANE == 0 {
+                parts[(UNIT_POS / PLANE_DIM) as usize * count + e] = part;
+            }
+        }
+        sync_cube();
+        if lane < count {
+            let planes = LANES / PLANE_DIM as usize;
+            for plane in 0..planes {
+                own += parts[(unit / LANES * planes + plane) * count + lane];
+            }
+        }
+    } else {
+        let mut parts = SharedMemory::<f32>::new(UNITS);
+        for e in 0..count {
+            parts[unit] = sums[e];
+            sync_cube();
+            if lane == e {
+                for other in 0..LANES {
+                    own += parts[unit - lane + other];
+                }
+            }
+            sync_cube();
+        }
     }
+    own
 }
 
 /// The scale of a block.
@@ -386,15 +473,16 @@ fn multiply<F: Float, N: Size>(
 ) {
     let words = inner / PER_WORD;
     let blocks = inner / BLOCK;
+    let unrolled = comptime!(form.unrolled());
     let mut base = 0usize;
     while base < words {
         let mut packed = Array::<u32>::new(comptime!(OUTS * AHEAD));
         let mut scales = Array::<f32>::new(OUTS);
         let block = base / AHEAD + lane;
-        #[unroll]
+        #[unroll(unrolled)]
         for r in 0..OUTS {
             let row = min(row + r, part.out - 1);
-            #[unroll]
+            #[unroll(unrolled)]
             for i in 0..AHEAD {
                 let word = min(base + i * LANES + lane, words - 1);
                 packed[r * AHEAD + i] = u32::cast_from(part.codes[row * words + word]);
@@ -403,14 +491,14 @@ fn multiply<F: Float, N: Size>(
             let scale = restore(part, dynamic, row * blocks + min(block, blocks - 1), comptime!(form.double));
             scales[r] = select(block < blocks, scale, f32::new(0.0));
         }
-        #[unroll]
+        #[unroll(unrolled)]
         for i in 0..AHEAD {
             let word = base + i * LANES + lane;
             let mut weights = Array::<f32>::new(comptime!(OUTS * PER_WORD));
-            #[unroll]
+            #[unroll(unrolled)]
             for r in 0..OUTS {
                 let mut scale = scales[r];
-                if comptime!(form.planes) {
+                if comptime!(form.reach == Reach::All) {
                     scale = plane_shuffle(scales[r], (i * (LANES / AHEAD) + lane / AHEAD) as u32);
                 } else {
                     let block = word / AHEAD;
@@ -427,7 +515,7 @@ fn multiply<F: Float, N: Size>(
                 }
             }
             let place = min(word, words - 1) * PER_WORD;
-            add::<F, N>(x, &weights, sums, first, n, inner, place, comptime!(form.rows));
+            add::<F, N>(x, &weights, sums, first, n, inner, place, form);
         }
         base += comptime!(LANES * AHEAD);
     }
@@ -444,11 +532,11 @@ fn add<F: Float, N: Size>(
     n: usize,
     inner: usize,
     place: usize,
-    #[comptime] rows: usize,
+    #[comptime] form: Form,
 ) {
     let width = N::value().comptime();
-    #[unroll]
-    for i in 0..rows {
+    #[unroll(form.unrolled())]
+    for i in 0..comptime!(form.rows) {
         let from = (min(first + i, n - 1) * inner + place) / width;
         #[unroll]
         for k in 0..PER_WORD / width {

@@ -4,12 +4,12 @@
 //! y[i] = x[i] Wᵀ + s · x[i] Aᵀ Bᵀ (+ r[i])      A, B, s: those of the adapter of row i
 //! ```
 //!
-//! Shapes are those of [`qlora_linear`](crate::qlora_linear), whose form without dropout this is: for answering, where the requests of
-//! one batch may have chosen different adapters over one base. Rows of one adapter stand together. The frozen product is taken once for
-//! all rows. What it refuses: gradients.
+//! Shapes are those of [`qlora_linear`](crate::qlora_linear), whose form without dropout this is: for answering,
+//! where the requests of one batch may have chosen different adapters over one base. Rows of one adapter stand
+//! together. The frozen product is taken once for all rows. What it refuses: gradients.
 
 #[cfg(feature = "cubecl")]
-pub(crate) mod few_rows;
+pub mod few_rows;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};

@@ -1,10 +1,12 @@
-//! The operation on a device: rows turned and stored by one kernel, and single rows attended for by cubes that share out their keys.
+//! The operation on a device: rows turned and stored by one kernel, and single rows attended for by cubes that
+//! share out their keys.
 //!
-//! A cube has one row, one head and 128 keys. Each unit takes the product with one key; then the units of the cube weigh the values
-//! together, a vector each, and write sums that a second kernel joins, unless there were no more keys than one cube has. So a single long
-//! sequence keeps many cubes busy. Bytes moved: keys and values once for each of the heads that share them, of which all but the
-//! first find them in the device's cache; k + 2 numbers for 128 keys. Sequences of more rows are gathered and go through
-//! [`attention`](crate::attention). What it refuses: heads wider than 256.
+//! A cube has one row, one head and 128 keys. Each unit takes the product with one key; then the units of the cube
+//! weigh the values together, a vector each, and write sums that a second kernel joins, unless there were no more
+//! keys than one cube has. So a single long sequence keeps many cubes busy. Bytes moved: keys and values once for
+//! each of the heads that share them, of which all but the first find them in the device's cache; k + 2 numbers for
+//! 128 keys. Sequences of more rows are gathered and go through [`attention`](crate::attention). What it refuses:
+//! heads wider than 256.
 
 use burn::tensor::{DType, Tensor as DenseTensor};
 use burn_cubecl::kernel::into_contiguous;
@@ -24,7 +26,8 @@ const WIDEST: usize = 256;
 /// Below every score.
 const NOTHING: f32 = -1e30;
 
-/// Counts are vectors: `half` of half a head, `queries` and `keys` of the first halves of all heads, `values` of all values.
+/// Counts are vectors: `half` of half a head, `queries` and `keys` of the first halves of all heads, `values` of
+/// all values.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments, reason = "a kernel has no other way to take them")]
 fn store_kernel<F: Float, N: Size>(
@@ -93,8 +96,8 @@ pub(crate) fn store<R: ProductRuntime>(
     let half = half / width;
     let (cubes, units) = launch_shape(n, (heads.queries + 3 * heads.keys) * half);
     let strides = [&rows, &cos, &sin].map(|x| row_stride(x, width));
-    // SAFETY: units past the last row or past its last column do nothing; the index's places lie in the pages, and no two rows but those of
-    // the scratch page have the same.
+    // SAFETY: units past the last row or past its last column do nothing; the index's places lie in the pages, and
+    // no two rows but those of the scratch page have the same.
     unsafe {
         store_kernel::launch_unchecked::<R>(
             &q.client,
@@ -158,8 +161,8 @@ fn attend_singles<R: ProductRuntime>(
     let sums = uninitialized(&q, [joined], DType::F32);
     let width = vector_width(heads.width, &[&q, &keys, &values]);
     let client = q.client.clone();
-    // SAFETY: a cube reads places below its sequence's length, which its pages hold; it writes the sums or the result of its own row, head and
-    // split. The second kernel reads the sums of its row and head.
+    // SAFETY: a cube reads places below its sequence's length, which its pages hold; it writes the sums or the
+    // result of its own row, head and split. The second kernel reads the sums of its row and head.
     unsafe {
         split_kernel::launch_unchecked::<R>(
             &client,
@@ -224,7 +227,8 @@ fn split_kernel<F: Float, N: Size>(
 ) {
     let unit = UNIT_POS as usize;
     let (part, head, row) = (CUBE_POS_X as usize, CUBE_POS_Y as usize, CUBE_POS_Z as usize);
-    let width = comptime!(vectors * N::value().comptime());
+    let per_vector = N::value().comptime();
+    let width = comptime!(vectors * per_vector);
     let stride = comptime!(heads / shared * vectors);
     let column = head / shared * vectors;
     let length = numbers[n + row] as usize;
@@ -248,21 +252,7 @@ fn split_kernel<F: Float, N: Size>(
     sync_cube();
     let mut score = f32::new(NOTHING);
     if at < length {
-        let mut sum = Vector::<f32, N>::new(0.0);
-        for i in 0..vectors {
-            let key = Vector::<f32, N>::cast_from(keys[place + i]);
-            let mut own = Vector::<f32, N>::empty();
-            #[unroll]
-            for j in 0..N::value() {
-                own[j] = query[i * N::value() + j];
-            }
-            sum += key * own;
-        }
-        score = f32::new(0.0);
-        #[unroll]
-        for j in 0..N::value() {
-            score += sum[j];
-        }
+        score = product::<F, N>(keys, &query, place, vectors);
     }
     let largest = over_cube(score, KEYS, planes, true);
     let mut weight = f32::new(0.0);
@@ -275,19 +265,11 @@ fn split_kernel<F: Float, N: Size>(
     // So many rows of values at a time, a vector for each unit.
     let lines = comptime!(KEYS / vectors);
     let (line, vector) = (unit / vectors, unit % vectors);
-    let mut sum = Vector::<f32, N>::new(0.0);
-    if line < lines {
-        let mut count = 0usize;
-        if part * KEYS < length {
-            count = min(length - part * KEYS, KEYS);
-        }
-        let mut key = line;
-        while key < count {
-            let value = Vector::<f32, N>::cast_from(values[places[key] as usize + vector]);
-            sum += value * Vector::new(weights[key]);
-            key += lines;
-        }
+    let mut count = 0usize;
+    if part * KEYS < length && line < lines {
+        count = min(length - part * KEYS, KEYS);
     }
+    let sum = weighed::<F, N>(values, &places, &weights, line, vector, count, lines);
     let mut parts = SharedMemory::<f32>::new(comptime!(lines * width));
     if line < lines {
         #[unroll]
@@ -316,6 +298,53 @@ fn split_kernel<F: Float, N: Size>(
             sums[start + comptime!(width + 1)] = total;
         }
     }
+}
+
+/// The product of a query in shared memory and the key at a place.
+#[cube]
+fn product<F: Float, N: Size>(
+    keys: &Tensor<Vector<F, N>>,
+    query: &SharedMemory<f32>,
+    place: usize,
+    #[comptime] vectors: usize,
+) -> f32 {
+    let mut sum = Vector::<f32, N>::new(0.0);
+    for i in 0..vectors {
+        let key = Vector::<f32, N>::cast_from(keys[place + i]);
+        let mut own = Vector::<f32, N>::empty();
+        #[unroll]
+        for j in 0..N::value() {
+            own[j] = query[i * N::value() + j];
+        }
+        sum += key * own;
+    }
+    let mut score = f32::new(0.0);
+    #[unroll]
+    for j in 0..N::value() {
+        score += sum[j];
+    }
+    score
+}
+
+/// One vector of the weighted sum of every `lines`-th value, from `line` on.
+#[cube]
+fn weighed<F: Float, N: Size>(
+    values: &Tensor<Vector<F, N>>,
+    places: &SharedMemory<u32>,
+    weights: &SharedMemory<f32>,
+    line: usize,
+    vector: usize,
+    count: usize,
+    #[comptime] lines: usize,
+) -> Vector<f32, N> {
+    let mut sum = Vector::<f32, N>::new(0.0);
+    let mut key = line;
+    while key < count {
+        let value = Vector::<f32, N>::cast_from(values[places[key] as usize + vector]);
+        sum += value * Vector::new(weights[key]);
+        key += lines;
+    }
+    sum
 }
 
 /// One row and head; a unit has a column.

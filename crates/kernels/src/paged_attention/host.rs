@@ -1,8 +1,9 @@
 //! The operation on the processor, straight over the pages.
 //!
-//! The composition of plain operations copies the pages of every sequence in every pass, and computes the scores of every
-//! pair of a row and a key of all sequences. Here a row reads the keys that it may see and no others. What it trades: sums are in eight
-//! parts, so that they are vector instructions, and are not added in the reference's order. What it refuses: any dtype but f32.
+//! The composition of plain operations copies the pages of every sequence in every pass, and computes the scores of
+//! every pair of a row and a key of all sequences. Here a row reads the keys that it may see and no others. What it
+//! trades: sums are in eight parts, so that they are vector instructions, and are not added in the reference's
+//! order. What it refuses: any dtype but f32.
 
 use burn::tensor::{DType, Tensor, TensorData, TensorPrimitive};
 use burn_flex::{Flex, FlexTensor};

@@ -5,13 +5,14 @@
 //! ```
 //!
 //! Kwon et al., "PagedAttention", <https://arxiv.org/abs/2309.06180>. A page holds the keys and values of so many
-//! neighbouring tokens of a sequence; a sequence is a list of pages, and sequences whose texts begin alike may list the same
-//! page. Rows are new tokens: joined heads `[n, (h + 2 g) k]` as for [`attention`](crate::attention), first turned by their
-//! positions and put into their pages ([`store`]), then attended for ([`reference`]). Within a pass, all rows are stored before
-//! one is attended for, so a sequence may list pages that another one fills in the same pass.
+//! neighbouring tokens of a sequence; a sequence is a list of pages, and sequences whose texts begin alike may list
+//! the same page. Rows are new tokens: joined heads `[n, (h + 2 g) k]` as for [`attention`](crate::attention),
+//! first turned by their positions and put into their pages ([`store`]), then attended for ([`reference`]). Within
+//! a pass, all rows are stored before one is attended for, so a sequence may list pages that another one fills in
+//! the same pass.
 //!
-//! Bytes moved for a token with s places before it: 2 s g k elements read. The reference gathers the pages of all sequences
-//! and runs attention isolated by document, one document a sequence.
+//! Bytes moved for a token with s places before it: 2 s g k elements read. The reference gathers the pages of all
+//! sequences and runs attention isolated by document, one document a sequence.
 
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
@@ -65,7 +66,8 @@ pub struct PagedIndex<B: Backend> {
 #[cfg(feature = "cubecl")]
 #[derive(Clone, Debug)]
 pub(crate) struct Tables<B: Backend> {
-    /// The place of each row `[n]`; then the lengths of the sequences of one row `[m]` that come first; then their pages `[m, p]`.
+    /// The place of each row `[n]`; then the lengths of the sequences of one row `[m]` that come first; then their
+    /// pages `[m, p]`.
     pub(crate) numbers: Tensor<B, 1, Int>,
     /// m.
     pub(crate) singles: usize,
@@ -176,8 +178,8 @@ impl<B: Backend> PagedIndex<B> {
         runs
     }
 
-    /// The pages of all sequences but the first so many, which a backend may have a better way for. The first call decides
-    /// how many those are.
+    /// The pages of all sequences but the first so many, which a backend may have a better way for. The first call
+    /// decides how many those are.
     pub fn gathered(&self, after: usize) -> &Gathered<B> {
         self.gathered.get_or_init(|| self.gather(after))
     }
@@ -262,8 +264,8 @@ impl<B: Backend> Pages<B> {
     }
 }
 
-/// Turns queries and keys of joined rows `[n, (h + 2 g) k]` by their positions, puts keys and values into their pages, and gives
-/// the queries `[n, h k]`.
+/// Turns queries and keys of joined rows `[n, (h + 2 g) k]` by their positions, puts keys and values into their
+/// pages, and gives the queries `[n, h k]`.
 #[must_use]
 pub fn store<B: KernelBackend>(
     rows: Tensor<B, 2>,
@@ -324,7 +326,8 @@ mod tests {
         PagedSequence { pages: pages.to_vec(), length, rows }
     }
 
-    /// A sequence that is in the middle of its text, one that begins, a filler and a single row, out of order in memory.
+    /// A sequence that is in the middle of its text, one that begins, a filler and a single row, out of order in
+    /// memory.
     fn index() -> PagedIndex<Flex> {
         let sequences = vec![
             sequence(&[9, 2], 7, 3),
