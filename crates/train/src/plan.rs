@@ -15,6 +15,7 @@ use buzzer_kernels::WORKSPACE_BYTES;
 use buzzer_kernels::adamw::BLOCK_8BIT;
 use buzzer_kernels::cross_entropy::{CHUNK_ROWS, CHUNK_VALUES};
 use buzzer_kernels::nf4::{BLOCK, NESTED_BLOCK};
+use buzzer_kernels::qlora_linear::uses_most;
 use buzzer_model::{LlamaConfig, LoraSettings, Target};
 use serde::{Deserialize, Serialize};
 
@@ -70,7 +71,7 @@ pub struct PlanSettings {
     pub lora: LoraSettings,
     /// Sizes of a batch.
     pub shape: Shape,
-    /// Batches of a step; gradients of two, then of one and their sum, are alive at once where there is more than one.
+    /// Batches of a step; gradients of two are alive at once where there is more than one.
     pub accumulation: usize,
     /// How linears are held.
     pub frozen: FrozenFormat,
@@ -232,21 +233,13 @@ impl<'a> Walk<'a> {
         self.moments();
         let batch = self.batch();
         self.name_parts();
-        let mut gradients = self.pass();
+        let first = self.pass();
         if self.settings.accumulation > 1 {
-            // A second batch has gradients of its own, and their sum is a third set, which takes in those to come.
+            // A second batch has gradients of its own, which are then added to those of the first.
             let second = self.pass();
-            let sizes = self.factors();
-            let sum: Vec<Buffer> =
-                sizes.into_iter().map(|count| self.ledger.take(Part::Gradients, 4 * count)).collect();
-            self.ledger.give(gradients.into_iter().chain(second));
-            gradients = sum;
+            self.ledger.give(second);
         }
-        if self.settings.accumulation > 2 {
-            let third = self.pass();
-            self.ledger.give(third);
-        }
-        self.ledger.give(gradients.into_iter().chain(batch));
+        self.ledger.give(first.into_iter().chain(batch));
         self.ledger
     }
 
@@ -269,14 +262,15 @@ impl<'a> Walk<'a> {
     }
 
     /// Numbers in the gradients that have memory of their own, buffer by buffer: on a card those of the last block, since
-    /// others lie where inputs of finished blocks lay.
+    /// others lie where inputs of finished blocks lay, unless they are to be added up.
     fn gradient_sizes(&self) -> Vec<usize> {
         let groups = [&QKV[..], &[Target::O], &GATE_UP, &[Target::Down]];
         let block = groups.map(|targets| self.gradient_sizes_of(targets)).concat();
-        match self.settings.engine {
-            Engine::Card => block,
-            Engine::Host => block.repeat(self.settings.config.num_hidden_layers),
+        if self.spends_inputs() {
+            return block;
         }
+        let sets = if self.settings.accumulation > 1 { 2 } else { 1 };
+        block.repeat(sets * self.settings.config.num_hidden_layers)
     }
 
     /// One buffer for each B, and one for all A of linears that share an input.
@@ -529,6 +523,10 @@ impl<'a> Walk<'a> {
         dx
     }
 
+    fn spends_inputs(&self) -> bool {
+        self.settings.engine == Engine::Card && self.settings.accumulation == 1
+    }
+
     /// Memory for a gradient, unless it finds room in the last input that was offered.
     fn gradient(&mut self, bytes: usize) -> Option<Buffer> {
         self.asked += bytes;
@@ -542,8 +540,10 @@ impl<'a> Walk<'a> {
     /// The input of a finished block, which is given up, or kept as long as the gradients if there is too little room for
     /// those of another block.
     fn offer(&mut self, x: Buffer, gradients: &mut Vec<Buffer>) {
-        if self.settings.engine == Engine::Card && self.left < self.asked {
-            self.left = self.n * self.d * self.e;
+        let bytes = self.n * self.d * self.e;
+        let refused = self.settings.checkpoint_every > 1 && !uses_most(bytes, self.asked);
+        if self.spends_inputs() && self.left < self.asked && !refused {
+            self.left = bytes;
             gradients.push(x);
         } else {
             self.ledger.give([x]);
@@ -708,15 +708,15 @@ mod tests {
         let eight_bit = total(&|settings| settings.eight_bit = true);
         assert!(eight_bit.optimizer * 7 / 2 < base.optimizer, "2 bytes and scales instead of 8");
         let accumulated = total(&|settings| settings.accumulation = 4);
-        assert!(accumulated.gradients >= base.gradients + 4 * 159_907_840, "a sum of all");
+        assert_eq!(accumulated.gradients, 2 * 4 * 159_907_840);
         let longer = total(&|settings| settings.shape.row_len = 2048);
         assert!(longer.block_peak > base.block_peak * 19 / 10);
         let sparse = total(&|settings| settings.checkpoint_every = 4);
         let input = 4 * 1024 * 4096 * 2;
         let saved = (base.total() - sparse.total()) as f64 / input as f64;
         assert!(
-            (16.0..=21.0).contains(&saved),
-            "three inputs of a stretch are made again, and less is left for gradients"
+            (8.0..21.0).contains(&saved),
+            "{saved}: three inputs of a stretch are made again, and fewer are there for gradients"
         );
         assert!(total(&|settings| settings.dropout = false).block_peak < base.block_peak);
         let answers = total(&|settings| settings.loss_share = 0.12);

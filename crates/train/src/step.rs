@@ -42,13 +42,16 @@ pub struct PassSettings {
     pub dropout: Option<Dropout>,
     /// Keep the input of every so many blocks only, and compute those between again: less memory, more work.
     pub checkpoint_every: usize,
+    /// Place gradients where inputs of finished blocks lay. Those that are to be added up are better off in memory of
+    /// their own, in which the sum takes the place of one of them.
+    pub spend_inputs: bool,
 }
 
 impl PassSettings {
     /// No dropout, and every block's input kept.
     #[must_use]
     pub fn new(scale: f64) -> Self {
-        Self { scale, dropout: None, checkpoint_every: 1 }
+        Self { scale, dropout: None, checkpoint_every: 1, spend_inputs: true }
     }
 
     fn of_block(&self, layer: usize) -> Option<Dropout> {
@@ -78,7 +81,8 @@ pub fn backward_by_blocks<B: KernelBackend>(
     let (loss, upstream) = backward_of_head(model, batch, x, settings.scale);
     let mut upstream = Some(upstream);
     let mut gradients = LoraGradients::default();
-    let mut spent = Spent::default();
+    // Where few inputs are kept, their memory serves those that are computed again.
+    let mut spent = if every > 1 { Spent::frugal() } else { Spent::default() };
     while let Some(checkpoint) = checkpoints.pop() {
         let first = checkpoints.len() * every;
         let last = model.blocks.len().min(first + every) - 1;
@@ -94,6 +98,9 @@ pub fn backward_by_blocks<B: KernelBackend>(
             let found = model.blocks[layer].backward(input, &context, dropout, grad, layer > 0, &mut spent);
             gradients.factors.extend(found.factors.into_iter().map(|(target, pair)| ((layer, target), pair)));
             upstream = found.x;
+            if !settings.spend_inputs {
+                spent = Spent::default();
+            }
         }
     }
     BlockPass { loss, gradients }

@@ -416,6 +416,7 @@ impl<B: KernelBackend> Trainer<B> {
                 scale: scale * loss_scale,
                 dropout: self.dropout(step, number),
                 checkpoint_every: self.settings.checkpoint_every,
+                spend_inputs: uploaded.len() == 1,
             };
             let pass = backward_by_blocks(&self.model, batch, &settings);
             losses.push((number, pass.loss));

@@ -235,7 +235,11 @@ fn block_by_block_equals_autodiff_over_the_whole_model() {
         .flat_map(|d| [1, 2, 3, 5].map(|n| (d, n)))
     {
         let (loss, expected) = plain_autodiff(&model, &batch, dropout);
-        let found = backward_by_blocks(&model, &batch, &PassSettings { scale, dropout, checkpoint_every });
+        let found = backward_by_blocks(
+            &model,
+            &batch,
+            &PassSettings { dropout, checkpoint_every, ..PassSettings::new(scale) },
+        );
         close(found.loss_sum() * scale, loss, 1e-5);
         assert_eq!(found.gradients.factors.len(), 3 * 7);
         for (place, expected) in &expected.factors {

@@ -204,6 +204,11 @@ fn attend_singles<R: ProductRuntime>(
 }
 
 /// One row, one head, 128 keys. `numbers` are those of [`Tables`](super::Tables).
+#[allow(
+    clippy::collapsible_if,
+    clippy::too_many_lines,
+    reason = "one branch is taken when the kernel is built; one kernel"
+)]
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments, reason = "a kernel has no other way to take them")]
 fn split_kernel<F: Float, N: Size>(

@@ -35,6 +35,7 @@ fn is_f32(tensors: &[&Tensor<Flex, 2>]) -> bool {
 }
 
 /// [`store`](super::store), or the rows back if they or the pages are not f32.
+#[allow(clippy::result_large_err, reason = "the query goes back to who asked, once a block")]
 pub(crate) fn store_on_host(
     rows: Tensor<Flex, 2>,
     angles: &RotaryAngles<Flex>,

@@ -115,27 +115,43 @@ pub struct Spent<B: Backend> {
     used: usize,
     /// Bytes that were asked for since the last offer.
     asked: usize,
+    /// Whether tensors are refused of which much would stay idle.
+    frugal: bool,
 }
 
 impl<B: Backend> Default for Spent<B> {
     /// No memory: gradients get their own.
     fn default() -> Self {
-        Self { tensor: None, used: 0, asked: 0 }
+        Self { tensor: None, used: 0, asked: 0, frugal: false }
     }
 }
 
 impl<B: Backend> Spent<B> {
+    /// No memory yet, and none to come of which more than a quarter would stay idle: for passes in which others have a use
+    /// for it.
+    #[must_use]
+    pub fn frugal() -> Self {
+        Self { frugal: true, ..Self::default() }
+    }
+
     /// Takes a tensor in place of the one at hand, if what is left of that is less than was asked for since the last
     /// offer.
     pub fn offer(&mut self, tensor: Tensor<B, 2>) {
         let bytes = |tensor: &Tensor<B, 2>| tensor.dims().iter().product::<usize>() * tensor.dtype().size();
         let left = self.tensor.as_ref().map_or(0, |tensor| bytes(tensor).saturating_sub(self.used));
-        if left < self.asked {
+        let refused = self.frugal && !uses_most(bytes(&tensor), self.asked);
+        if left < self.asked && !refused {
             self.tensor = Some(tensor);
             self.used = 0;
         }
         self.asked = 0;
     }
+}
+
+/// Whether gradients that take so many bytes at a time fill three quarters of a piece of memory or more.
+#[must_use]
+pub fn uses_most(bytes: usize, at_a_time: usize) -> bool {
+    bytes / at_a_time.max(1) * at_a_time >= bytes / 4 * 3
 }
 
 /// What the layers read.
