@@ -439,7 +439,7 @@ fn norms<B: KernelBackend>(bench: &mut Bench<'_, B>) -> Result<(), BenchError> {
     });
     bench.measure(case.against(|| {
         let y = reference();
-        (y.clone().into(), burn_dropout(y))
+        (y.clone(), burn_dropout(y))
     }))
 }
 
@@ -526,7 +526,7 @@ fn gates<B: KernelBackend>(bench: &mut Bench<'_, B>) -> Result<(), BenchError> {
     let case = Case::new("swiglu_dropout", shape.clone(), bytes(4), call);
     bench.measure(case.against(|| {
         let y = swiglu::reference(gate_up.clone());
-        (y.clone().into(), burn_dropout(y))
+        (y.clone(), burn_dropout(y))
     }))?;
     let call = || B::swiglu_backward(gate_up.clone(), grad.clone().into());
     let case = Case::new("swiglu_backward", shape, bytes(5), call);
