@@ -115,7 +115,7 @@ fn flat<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
     CubeTensor::new_contiguous(x.client, x.device, Shape::from(vec![count]), x.handle, x.dtype)
 }
 
-/// One step of a parameter, [`reference`](super::reference) with the gradient multiplied by `gradient_scale` first.
+/// One step of a parameter, [`reference()`](super::reference) with the gradient multiplied by `gradient_scale` first.
 ///
 /// Parameter (any float dtype), first and second moment (f32) are written **in place**, whether or not others hold their
 /// buffers: clones of these tensors change with them. The gradient may have another float dtype.

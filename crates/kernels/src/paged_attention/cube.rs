@@ -124,7 +124,7 @@ pub(crate) fn store<R: ProductRuntime>(
     tensor(q)
 }
 
-/// See [`reference`](super::reference).
+/// See [`reference()`](super::reference).
 pub(crate) fn attend<R: ProductRuntime>(
     q: DenseTensor<Cube<R>, 2>,
     heads: Heads,

@@ -87,7 +87,7 @@ fn turn(heads: &[f32], (cos, sin): (&[f32], &[f32]), turned: &mut [f32]) {
     }
 }
 
-/// [`reference`](super::reference); `None` if queries or pages are not f32.
+/// [`reference()`](super::reference); `None` if queries or pages are not f32.
 pub(crate) fn attend_on_host(
     q: &Tensor<Flex, 2>,
     heads: Heads,

@@ -7,7 +7,7 @@
 //! Kwon et al., "PagedAttention", <https://arxiv.org/abs/2309.06180>. A page holds the keys and values of so many
 //! neighbouring tokens of a sequence; a sequence is a list of pages, and sequences whose texts begin alike may list
 //! the same page. Rows are new tokens: joined heads `[n, (h + 2 g) k]` as for [`attention`](crate::attention),
-//! first turned by their positions and put into their pages ([`store`]), then attended for ([`reference`]). Within
+//! first turned by their positions and put into their pages ([`store`]), then attended for ([`reference()`]). Within
 //! a pass, all rows are stored before one is attended for, so a sequence may list pages that another one fills in
 //! the same pass.
 //!
