@@ -12,14 +12,14 @@ use std::time::Instant;
 
 use buzzer::burn::tensor::DType;
 use buzzer::infer::{Engine, EngineSettings, Event, Request};
-use buzzer::kernels::KernelBackend;
+use buzzer::kernels::{Card, KernelBackend};
 use buzzer::model::{Llama, LlamaConfig, LoraSettings, PagedCache, Target};
 use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
-    BATCH_SECONDS, BenchError, Compute, Row, commit, dtype_name, is_large, median_seconds, random, run_bench,
+    BATCH_SECONDS, BenchError, Compute, Row, Shapes, commit, copy_rate, dtype_name, random_ids, run_bench,
     wait, write_rows,
 };
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 
 /// Tokens of a page.
 const PAGE_TOKENS: usize = 16;
@@ -70,15 +70,6 @@ struct Arguments {
     bench: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Shapes {
-    /// Llama-2-7B
-    #[value(name = "llama2-7b")]
-    Llama2_7b,
-    /// Two narrow blocks
-    Tiny,
-}
-
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     run_bench("decode", arguments.device, Job(&arguments))
@@ -92,7 +83,7 @@ impl DeviceJob for Job<'_> {
     fn run<B: KernelBackend>(self, device: &B::Device) -> Self::Output {
         let card = B::card(device);
         let dtype = Compute::dtype(self.0.dtype, card.as_ref());
-        let config = self.0.config(is_large(card.as_ref()));
+        let config = self.0.config(card.as_ref());
         let name = card.as_ref().map_or_else(|| self.0.device.to_string(), |card| card.name.clone());
         println!(
             "decode on {name}, {dtype:?}: {} parameters, rank {}",
@@ -100,7 +91,7 @@ impl DeviceJob for Job<'_> {
             self.0.adapter_rank
         );
         let elements = if card.is_some() { COPIED } else { COPIED_ON_HOST };
-        let bandwidth = bandwidth::<B>(elements, device)?;
+        let bandwidth = copy_rate::<B>(elements, BATCH_SECONDS, device)?;
         let mut model = Llama::<B>::random_frozen(&config, dtype, device);
         if self.0.adapter_rank > 0 {
             let targets = Target::ALL.to_vec();
@@ -124,31 +115,11 @@ impl DeviceJob for Job<'_> {
 }
 
 impl Arguments {
-    fn config(&self, large: bool) -> LlamaConfig {
-        let shape = self.model.unwrap_or(if large { Shapes::Llama2_7b } else { Shapes::Tiny });
-        let config = match shape {
-            Shapes::Llama2_7b => LlamaConfig::llama2_7b(),
-            Shapes::Tiny => LlamaConfig {
-                vocab_size: 512,
-                hidden_size: 128,
-                intermediate_size: 384,
-                num_hidden_layers: 2,
-                num_attention_heads: 4,
-                num_key_value_heads: 4,
-                head_dim: 32,
-                ..LlamaConfig::llama2_7b()
-            },
-        };
+    fn config(&self, card: Option<&Card>) -> LlamaConfig {
+        let config = Shapes::or_of(self.model, card).config();
         let layers = self.layers.map_or(config.num_hidden_layers, |layers| layers as usize);
         LlamaConfig { num_hidden_layers: layers, ..config }
     }
-}
-
-/// Bytes a second of a large copy, read and written.
-fn bandwidth<B: KernelBackend>(elements: usize, device: &B::Device) -> Result<f64, BenchError> {
-    let x = random::<B, 1>([elements], DType::F32, device);
-    let seconds = median_seconds::<B>(device, BATCH_SECONDS, || drop(x.clone().mul_scalar(1.5)))?;
-    Ok((8 * elements) as f64 / seconds)
 }
 
 struct Setup<'a, B: KernelBackend> {
@@ -211,7 +182,8 @@ impl<B: KernelBackend> Setup<'_, B> {
 
     fn answer(&self, engine: &mut Engine<B>, batch: usize, run: u64) -> Result<Measured, BenchError> {
         for request in 0..batch as u64 {
-            let prompt = self.prompt((run << 32) | request);
+            let number = ((run << 32) | request) + 1;
+            let prompt = random_ids(number, self.arguments.prompt as usize, self.model.config().vocab_size);
             engine.submit(Request::new(prompt).with_max_new_tokens(self.arguments.new as usize))?;
         }
         let begin = Instant::now();
@@ -237,18 +209,6 @@ impl<B: KernelBackend> Setup<'_, B> {
             }
         }
         Ok(Measured { first: first.into_iter().flatten().collect(), rate })
-    }
-
-    /// Tokens that look random, another prompt for every number.
-    fn prompt(&self, number: u64) -> Vec<u32> {
-        let mut state = number.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        let mut id = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            ((state >> 20) % self.model.config().vocab_size as u64) as u32
-        };
-        (0..self.arguments.prompt).map(|_| id()).collect()
     }
 
     /// Bytes that a step has to read: weights, factors in the compute dtype, the head, and keys and values of so

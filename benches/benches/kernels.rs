@@ -22,8 +22,8 @@ use buzzer::kernels::{
 };
 use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
-    BATCH_SECONDS, BenchError, Compute, Row, commit, dtype_name, is_large, median_seconds, peak_memory_bytes,
-    product_rate, product_rows, random, run_bench, write_rows,
+    BATCH_SECONDS, BenchError, Compute, Row, commit, copy_rate, dtype_name, is_large, median_seconds,
+    peak_memory_bytes, product_rate, product_rows, random, run_bench, write_rows,
 };
 use clap::Parser;
 
@@ -252,10 +252,7 @@ impl<'a, B: KernelBackend> Bench<'a, B> {
     fn find_ceilings(&mut self) -> Result<(), BenchError> {
         let Sizes { n, d, f, copied, .. } = self.sizes;
         println!("{} in {}, {n} rows", self.device_name, dtype_name(self.dtype));
-        let x = self.random_f32([copied]);
-        let seconds = self.seconds(|| drop(x.clone().mul_scalar(1.0)))?;
-        drop(x);
-        let bytes = (2 * 4 * copied) as f64 / seconds;
+        let bytes = copy_rate::<B>(copied, self.batch_seconds, self.device)?;
         let rows = product_rows(d);
         let flop = product_rate::<B>([rows, d, f], self.dtype, self.batch_seconds, self.device)?;
         B::memory_cleanup(self.device);

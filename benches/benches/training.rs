@@ -19,8 +19,8 @@ use buzzer::train::{
 };
 use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
-    BATCH_SECONDS, BenchError, Compute, Row, commit, dtype_name, is_large, product_rate, product_rows,
-    run_bench, wait, write_rows,
+    BATCH_SECONDS, BenchError, Compute, Row, Shapes, commit, dtype_name, product_rate, product_rows,
+    random_ids, run_bench, wait, write_rows,
 };
 use clap::{Parser, ValueEnum};
 
@@ -88,15 +88,6 @@ struct Arguments {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Shapes {
-    /// Llama-2-7B
-    #[value(name = "llama2-7b")]
-    Llama2_7b,
-    /// Two narrow blocks
-    Tiny,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Rows {
     /// One document of random tokens a row
     Dense,
@@ -156,24 +147,10 @@ struct Measured {
 impl Setup {
     fn new<B: KernelBackend>(arguments: &Arguments, device: &B::Device) -> Result<Self, BenchError> {
         let card = B::card(device);
-        let shape =
-            arguments.model.unwrap_or(if is_large(card.as_ref()) { Shapes::Llama2_7b } else { Shapes::Tiny });
-        let config = match shape {
-            Shapes::Llama2_7b => LlamaConfig::llama2_7b(),
-            Shapes::Tiny => LlamaConfig {
-                vocab_size: 512,
-                hidden_size: 128,
-                intermediate_size: 352,
-                num_hidden_layers: 2,
-                num_attention_heads: 4,
-                num_key_value_heads: 4,
-                head_dim: 32,
-                ..LlamaConfig::llama2_7b()
-            },
-        };
+        let shape = Shapes::or_of(arguments.model, card.as_ref());
         let targets = Target::parse_list(&arguments.targets)?;
         Ok(Self {
-            config,
+            config: shape.config(),
             lora: LoraSettings { rank: arguments.rank as usize, alpha: 16.0, rslora: false, targets },
             train: TrainSettings {
                 batch_rows: arguments.batch as usize,
@@ -235,14 +212,7 @@ impl Setup {
     }
 
     fn dense_row(&self, row: u64) -> PackedRow {
-        let mut state = row.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        let mut id = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state % self.config.vocab_size as u64) as u32
-        };
-        let ids = (0..self.seq).map(|_| id()).collect::<Vec<_>>();
+        let ids = random_ids(row, self.seq, self.config.vocab_size);
         let labels = ids.iter().enumerate().map(|(place, &id)| if place == 0 { -100 } else { id as i32 });
         PackedRow {
             labels: labels.collect(),

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use buzzer::burn::tensor::{DType, Distribution, Tensor};
 use buzzer::kernels::{Card, FrozenWeight, KernelBackend, LinearPart, qlora_linear};
+use buzzer::model::LlamaConfig;
 use buzzer::{Device, DeviceJob};
 use clap::ValueEnum;
 use serde::Serialize;
@@ -224,6 +225,69 @@ pub fn median_seconds<B: KernelBackend>(
     let mut seconds = (0..REPEATS).map(|_| timed(calls)).collect::<Result<Vec<_>, _>>()?;
     seconds.sort_by(f64::total_cmp);
     Ok(seconds[REPEATS / 2])
+}
+
+/// Shapes of models that benches draw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shapes {
+    /// Llama-2-7B
+    #[value(name = "llama2-7b")]
+    Llama2_7b,
+    /// Two narrow blocks
+    Tiny,
+}
+
+impl Shapes {
+    /// The one asked for, or the one that the device is for.
+    #[must_use]
+    pub fn or_of(asked: Option<Self>, card: Option<&Card>) -> Self {
+        asked.unwrap_or(if is_large(card) { Self::Llama2_7b } else { Self::Tiny })
+    }
+
+    /// Its sizes.
+    #[must_use]
+    pub fn config(self) -> LlamaConfig {
+        match self {
+            Self::Llama2_7b => LlamaConfig::llama2_7b(),
+            Self::Tiny => LlamaConfig {
+                vocab_size: 512,
+                hidden_size: 128,
+                intermediate_size: 352,
+                num_hidden_layers: 2,
+                num_attention_heads: 4,
+                num_key_value_heads: 4,
+                head_dim: 32,
+                ..LlamaConfig::llama2_7b()
+            },
+        }
+    }
+}
+
+/// Token ids below `vocabulary` that look random, others for every number.
+#[must_use]
+pub fn random_ids(number: u64, count: usize, vocabulary: usize) -> Vec<u32> {
+    let mut state = number.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut id = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % vocabulary as u64) as u32
+    };
+    (0..count).map(|_| id()).collect()
+}
+
+/// Bytes a second that a copy of so many numbers in f32 reads and writes, the ceiling of everything that moves memory.
+///
+/// # Errors
+/// If the device fails.
+pub fn copy_rate<B: KernelBackend>(
+    elements: usize,
+    batch_seconds: f64,
+    device: &B::Device,
+) -> Result<f64, BenchError> {
+    let x = random::<B, 1>([elements], DType::F32, device);
+    let seconds = median_seconds::<B>(device, batch_seconds, || drop(x.clone().mul_scalar(1.0)))?;
+    Ok((2 * size_of::<f32>() * elements) as f64 / seconds)
 }
 
 /// Rows of a product that is as fast as products of this width get.

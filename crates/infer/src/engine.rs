@@ -277,20 +277,32 @@ impl<B: KernelBackend> Engine<B> {
         mut on_event: impl FnMut(usize, &Event),
     ) -> Result<Vec<Answer>, InferError> {
         let first = self.requests;
-        let submitted = requests.into_iter().try_for_each(|request| self.submit(request).map(drop));
-        let ours = first..self.requests;
-        if let Err(error) = submitted {
-            self.end_those(FinishReason::Cancelled, |sequence| ours.contains(&sequence.id.0))?;
-            self.events.retain(|event| !ours.contains(&event.request().0));
-            return Err(error);
+        let mut others = Vec::new();
+        let answers = self.run_to_the_end(requests, first, &mut others, &mut on_event);
+        self.events.extend(others);
+        if answers.is_err() {
+            (first..self.requests).for_each(|number| self.forget(RequestId(number)));
         }
+        answers
+    }
+
+    /// [`Self::complete`] for requests from number `first` on; what others tell goes to `others`.
+    fn run_to_the_end(
+        &mut self,
+        requests: impl IntoIterator<Item = Request>,
+        first: u64,
+        others: &mut Vec<Event>,
+        on_event: &mut impl FnMut(usize, &Event),
+    ) -> Result<Vec<Answer>, InferError> {
+        requests.into_iter().try_for_each(|request| self.submit(request).map(drop))?;
+        let ours = first..self.requests;
         let mut answers = vec![Answer::default(); ours.clone().count()];
-        let (mut left, mut others) = (answers.len(), VecDeque::new());
+        let mut left = answers.len();
         while left > 0 {
             for event in self.step()? {
                 let RequestId(number) = event.request();
                 if !ours.contains(&number) {
-                    others.push_back(event);
+                    others.push(event);
                     continue;
                 }
                 let place = (number - first) as usize;
@@ -298,7 +310,6 @@ impl<B: KernelBackend> Engine<B> {
                 left -= usize::from(answers[place].add(event));
             }
         }
-        self.events.extend(others);
         Ok(answers)
     }
 

@@ -184,7 +184,9 @@ pub(crate) fn log_probs(logits: &[f32], chosen: u32, top: usize) -> LogProb {
     let sum: f64 = logits.iter().map(|&logit| f64::from(logit - best).exp()).sum();
     let normalizer = f64::from(best) + sum.ln();
     let log_prob = |logit: f64| (logit - normalizer) as f32;
-    let mut likeliest: Vec<(u32, f64)> = (0..).zip(logits.iter().map(|&logit| f64::from(logit))).collect();
+    let all = (0..).zip(logits.iter().map(|&logit| f64::from(logit)));
+    // Most ask for none, and a vocabulary is long.
+    let mut likeliest: Vec<(u32, f64)> = if top == 0 { Vec::new() } else { all.collect() };
     keep_likeliest(&mut likeliest, top);
     likeliest.sort_unstable_by(likelier);
     LogProb {

@@ -28,7 +28,7 @@ impl<B: KernelBackend> Iterator for Stream<'_, B> {
             return None;
         }
         let event = self.engine.next_event(self.request);
-        self.ended = !matches!(event, Ok(Some(Event::Token { .. })));
+        self.ended = matches!(event, Ok(None | Some(Event::Finished { .. })));
         event.transpose()
     }
 }

@@ -6,7 +6,6 @@ mod common;
 
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::Flex;
-use buzzer_kernels::grouped_linear::few_rows;
 use buzzer_kernels::{
     Cube, FrozenWeight, Heads, KernelBackend, LoraTerm, Nf4Tensor, PagedIndex, PagedSequence, Pages,
     ProductRuntime, RotaryAngles, RowGroup,
@@ -20,8 +19,6 @@ struct Runner<'a, R: ProductRuntime> {
     device: &'a Device<R>,
     dtype: DType,
     bound: f32,
-    /// Whether it compiles kernels whose loops are written out in seconds.
-    is_card: bool,
 }
 
 fn host<B: burn::tensor::backend::Backend, const D: usize>(x: Tensor<B, D>) -> Vec<f32> {
@@ -95,15 +92,7 @@ impl<R: ProductRuntime> Runner<'_, R> {
         let expected = self.layers::<Flex>(case, &Default::default(), DType::F32);
         let expected =
             Flex::grouped_linear(expected.x, &expected.weights, &expected.groups, expected.residual);
-        let expected = host(expected);
-        self.close(&format!("{case:?}"), &found, &expected);
-        if !self.is_card {
-            return;
-        }
-        let Layers { x, weights, groups, residual } = self.layers::<Cube<R>>(case, self.device, self.dtype);
-        if let Some(found) = few_rows::grouped::<R>(x, &weights, &groups, residual) {
-            self.close(&format!("few rows, {case:?}"), &host(found), &expected);
-        }
+        self.close(&format!("{case:?}"), &found, &host(expected));
     }
 
     fn close(&self, what: &str, found: &[f32], expected: &[f32]) {
@@ -122,7 +111,6 @@ impl<R: ProductRuntime> Runner<'_, R> {
         self.linear(case);
         self.linear(Case { outs: &[7], double: false, ..case });
         self.linear(Case { outs: &[5, 9, 6], inner: 320, groups: &[(3, 4)], added: true, ..case });
-        // More words than a unit reads ahead, and a number of blocks that is no multiple of anything.
         self.linear(Case { outs: &[33], inner: 2048 + 192, groups: &[(2, 40)], ..case });
         self.linear(Case { outs: &[12, 20], inner: 192, groups: &[(8, 3)], double: false, ..case });
         self.linear(Case { outs: &[12], inner: 192, groups: &[(13, 0)], added: true, ..case });
@@ -133,7 +121,6 @@ impl<R: ProductRuntime> Runner<'_, R> {
             added: true,
             ..case
         });
-        // Too many rows, and a width of half a block: by the other way.
         self.linear(Case { outs: &[12], inner: 128, groups: &[(17, 2)], ..case });
         self.linear(Case { outs: &[12], inner: 96, groups: &[(2, 2)], ..case });
     }
@@ -191,17 +178,12 @@ impl<R: ProductRuntime> Runner<'_, R> {
 
 #[cfg(feature = "wgpu")]
 fn vulkan() -> Runner<'static, cubecl::wgpu::WgpuRuntime> {
-    Runner {
-        device: &buzzer_kernels::WgpuDevice::DefaultDevice,
-        dtype: DType::F32,
-        bound: 2e-5,
-        is_card: false,
-    }
+    Runner { device: &buzzer_kernels::WgpuDevice::DefaultDevice, dtype: DType::F32, bound: 2e-5 }
 }
 
 #[cfg(feature = "wgpu")]
 #[test]
-fn few_rows_on_wgpu() {
+fn grouped_layers_on_wgpu() {
     vulkan().linears();
 }
 
@@ -221,13 +203,13 @@ fn on_cuda(run: impl Fn(Runner<'_, cubecl::cuda::CudaRuntime>)) {
     let device = buzzer_kernels::CudaDevice::new(0);
     for (dtype, bound) in [(DType::F32, 2e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
         println!("{dtype:?}");
-        run(Runner { device: &device, dtype, bound, is_card: true });
+        run(Runner { device: &device, dtype, bound });
     }
 }
 
 #[cfg(feature = "cuda")]
 #[test]
-fn few_rows_on_cuda() {
+fn grouped_layers_on_cuda() {
     on_cuda(|runner| runner.linears());
 }
 

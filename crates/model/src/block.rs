@@ -7,6 +7,7 @@ use buzzer_kernels::{
     AttentionIndex, Dropout, Heads, KernelBackend, PagedIndex, Pages, RotaryAngles, RowGroup,
 };
 
+use crate::cache::BlockLoras;
 use crate::linear::project;
 use crate::{LlamaConfig, Lora, LoraLinear, Target, Weight};
 
@@ -36,7 +37,7 @@ pub struct BlockContext<B: Backend> {
 }
 
 /// Rows that follow each other, and the corrections of this block's linears that they get.
-pub(crate) type BlockRows<'a, B> = (usize, &'a [Option<Lora<B>>; Target::ALL.len()]);
+pub(crate) type BlockRows<'a, B> = (usize, &'a BlockLoras<B>);
 
 impl<B: KernelBackend> BlockContext<B> {
     /// Rows `[b, t]` that see only themselves.

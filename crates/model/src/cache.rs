@@ -10,12 +10,14 @@ use buzzer_kernels::{Heads, PagedIndex, Pages};
 use crate::{LlamaConfig, Lora, Target};
 
 /// Keys and values of every block.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct PagedCache<B: Backend> {
     pub(crate) layers: Vec<Pages<B>>,
-    pages: usize,
     page_tokens: usize,
 }
+
+/// The corrections of a block's linears in the order of [`Target::ALL`].
+pub(crate) type BlockLoras<B> = [Option<Lora<B>>; Target::ALL.len()];
 
 /// Which tokens a pass runs, where their keys and values go, and which corrections their rows get.
 #[derive(Debug)]
@@ -40,8 +42,7 @@ pub struct AdapterRows<'a, B: Backend> {
 /// The corrections of a whole model, apart from the model: those of one adapter.
 #[derive(Clone, Debug)]
 pub struct LoraSet<B: Backend> {
-    /// By block, then by linear in the order of [`Target::ALL`].
-    pub(crate) layers: Vec<[Option<Lora<B>>; Target::ALL.len()]>,
+    pub(crate) layers: Vec<BlockLoras<B>>,
 }
 
 impl<B: Backend> PagedCache<B> {
@@ -60,7 +61,7 @@ impl<B: Backend> PagedCache<B> {
             width: config.head_dim,
         };
         let layer = |_| Pages::zeros(pages * page_tokens, heads, dtype, device);
-        Self { layers: (0..config.num_hidden_layers).map(layer).collect(), pages, page_tokens }
+        Self { layers: (0..config.num_hidden_layers).map(layer).collect(), page_tokens }
     }
 
     /// Bytes of a page in all blocks.
@@ -68,18 +69,6 @@ impl<B: Backend> PagedCache<B> {
     pub fn page_bytes(config: &LlamaConfig, page_tokens: usize, dtype: DType) -> usize {
         let row = config.num_key_value_heads * config.head_dim * dtype.size();
         2 * config.num_hidden_layers * page_tokens * row
-    }
-
-    /// Their number.
-    #[must_use]
-    pub fn pages(&self) -> usize {
-        self.pages
-    }
-
-    /// Tokens a page holds.
-    #[must_use]
-    pub fn page_tokens(&self) -> usize {
-        self.page_tokens
     }
 
     /// Makes pages zero, so that what was computed wrongly there cannot spread: a weight of zero times NaN is NaN.
@@ -115,13 +104,7 @@ impl<B: Backend> LoraSet<B> {
     #[must_use]
     pub fn cast(&self, dtype: DType) -> Self {
         let lora = |lora: &Lora<B>| Lora::new(lora.a.val().cast(dtype), lora.b.val().cast(dtype), lora.scale);
-        let layer = |layer: &[Option<Lora<B>>; 7]| layer.each_ref().map(|own| own.as_ref().map(lora));
+        let layer = |layer: &BlockLoras<B>| layer.each_ref().map(|own| own.as_ref().map(lora));
         Self { layers: self.layers.iter().map(layer).collect() }
-    }
-
-    /// Whether nothing is corrected.
-    #[must_use]
-    pub fn is_none(&self) -> bool {
-        self.layers.iter().flatten().all(Option::is_none)
     }
 }

@@ -56,7 +56,7 @@ struct Pass<'a, B: KernelBackend> {
 }
 
 impl<B: KernelBackend> Block<B> {
-    /// The block's result for rows `x [n, d]`, as [`Block::forward`] without a cache and without autodiff.
+    /// The block's result for rows `x [n, d]`, as [`Block::forward`] without autodiff.
     #[must_use]
     pub fn run(&self, x: Tensor<B, 2>, context: &BlockContext<B>, dropout: Option<Dropout>) -> Tensor<B, 2> {
         let pass = Pass { block: self, context, dropout };

@@ -8,9 +8,6 @@
 //! where the requests of one batch may have chosen different adapters over one base. Rows of one adapter stand
 //! together. The frozen product is taken once for all rows. What it refuses: gradients.
 
-#[cfg(feature = "cubecl")]
-pub mod few_rows;
-
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 
@@ -34,27 +31,18 @@ pub fn reference<B: KernelBackend>(
     groups: &[RowGroup<B>],
     residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
-    by_groups(x.clone(), weights, groups, |loras| {
+    let project = |loras: &[Option<LoraTerm<B>>], residual| {
         let part = |(weight, lora): (&FrozenWeight<B>, &Option<LoraTerm<B>>)| LinearPart {
             weight: weight.clone(),
             lora: lora.clone(),
         };
         let parts: Vec<_> = weights.iter().zip(loras).map(part).collect();
-        B::qlora_project(Input { x: x.clone().into(), dropped: x, residual }, &parts).y
-    })
-}
-
-/// The operation, given one for a single group.
-pub(crate) fn by_groups<B: KernelBackend>(
-    x: Tensor<B, 2>,
-    weights: &[FrozenWeight<B>],
-    groups: &[RowGroup<B>],
-    project: impl FnOnce(&[Option<LoraTerm<B>>]) -> Tensor<B, 2>,
-) -> Tensor<B, 2> {
+        B::qlora_project(Input { x: x.clone().into(), dropped: x.clone(), residual }, &parts).y
+    };
     if let [group] = groups {
-        return project(&group.loras);
+        return project(&group.loras, residual);
     }
-    let y = project(&vec![None; weights.len()]);
+    let y = project(&vec![None; weights.len()], residual);
     match corrections(&x, weights, groups) {
         Some(corrections) => y + corrections,
         None => y,

@@ -31,8 +31,8 @@ pub(crate) use host::{attend_on_host, store_on_host};
 /// The page that belongs to no sequence: rows that only fill up a batch write to it and read it.
 pub const SCRATCH_PAGE: u32 = 0;
 
-/// Keys and values of one block, in pages.
-#[derive(Clone, Debug)]
+/// Keys and values of one block, in pages, which are written where they lie.
+#[derive(Debug)]
 pub struct Pages<B: Backend> {
     /// `[places, g k]`, the places of a page side by side.
     pub keys: Tensor<B, 2>,
@@ -79,11 +79,11 @@ pub(crate) struct Tables<B: Backend> {
 
 /// The pages of some sequences, one after the other, as keys of an attention isolated by document.
 #[derive(Clone, Debug)]
-pub struct Gathered<B: Backend> {
+struct Gathered<B: Backend> {
     /// `[p]`: a power of two, so that the tensors of different passes have few sizes.
-    pub pages: Tensor<B, 1, Int>,
+    pages: Tensor<B, 1, Int>,
     /// Of queries `[1, n]` and keys `[1, p page_tokens]`.
-    pub index: AttentionIndex<B>,
+    index: AttentionIndex<B>,
 }
 
 impl PagedSequence {
@@ -178,12 +178,6 @@ impl<B: Backend> PagedIndex<B> {
         runs
     }
 
-    /// The pages of all sequences but the first so many, which a backend may have a better way for. The first call
-    /// decides how many those are.
-    pub fn gathered(&self, after: usize) -> &Gathered<B> {
-        self.gathered.get_or_init(|| self.gather(after))
-    }
-
     #[cfg(feature = "cubecl")]
     pub(crate) fn tables(&self) -> &Tables<B> {
         self.tables.get_or_init(|| {
@@ -207,6 +201,14 @@ impl<B: Backend> PagedIndex<B> {
                 longest: singles.iter().map(|sequence| sequence.length).max().unwrap_or(0),
             }
         })
+    }
+}
+
+impl<B: KernelBackend> PagedIndex<B> {
+    /// The pages of all sequences but the first so many, which a backend may have a better way for. The first call
+    /// decides how many those are.
+    fn gathered(&self, after: usize) -> &Gathered<B> {
+        self.gathered.get_or_init(|| self.gather(after))
     }
 
     fn gather(&self, after: usize) -> Gathered<B> {
@@ -239,7 +241,8 @@ impl<B: Backend> PagedIndex<B> {
                 key_documents: row(key_documents),
                 key_positions: row(key_positions),
                 ranges: None,
-            },
+            }
+            .prepared(),
         }
     }
 }
