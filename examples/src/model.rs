@@ -94,7 +94,7 @@ impl ModelArgs {
     pub fn open_tokenizer(&self) -> Result<Tokenizer, Failure> {
         // A GGUF file's tokenizer is looked for beside it.
         let is_gguf = self.model.extension().is_some_and(|extension| extension == "gguf");
-        let beside = if is_gguf { self.model.with_file_name("tokenizer.json") } else { self.model.clone() };
+        let beside = if is_gguf { self.model.with_file_name(".") } else { self.model.clone() };
         Ok(Tokenizer::from_file(self.tokenizer.as_deref().unwrap_or(&beside))?)
     }
 

@@ -129,13 +129,15 @@ pub fn write_predictions(dir: &Path, predictions: &[Prediction]) -> Result<PathB
 /// # Errors
 /// If the file cannot be read or a line of it is no prediction; the message names the line.
 pub fn read_predictions(run: &Path) -> Result<Vec<Prediction>, Failure> {
-    let path = match run.file_name() {
-        Some(name) if !run.is_dir() && name != FILE => run.with_file_name(FILE),
-        _ if run.is_dir() => run.join(FILE),
-        _ => run.to_owned(),
+    let path = if run.is_dir() {
+        run.join(FILE)
+    } else if run.file_name().is_some_and(|name| name == "report.json") {
+        run.with_file_name(FILE)
+    } else {
+        run.to_owned()
     };
     let text = fs::read_to_string(&path).map_err(|error| {
-        let wanted = "give --compare a folder that `evaluate --out` wrote";
+        let wanted = format!("give --compare a folder with {FILE} that `evaluate --out` wrote");
         Failure::input(format!("{}: {error}; {wanted}", path.display()))
     })?;
     let parse = |(place, line): (usize, &str)| {

@@ -60,7 +60,7 @@ impl Checkpoint {
         Ok(Self { path, flag, files, entries })
     }
 
-    /// The file that was opened: the single file or the index.
+    /// What was opened: the single file, the index, or Meta's folder.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path

@@ -149,7 +149,10 @@ fn exchange(new: &Path, old: &Path) -> std::io::Result<()> {
     }
     let aside = new.with_extension("old");
     fs::rename(old, &aside)?;
-    fs::rename(new, old)?;
+    if let Err(error) = fs::rename(new, old) {
+        fs::rename(&aside, old)?;
+        return Err(error);
+    }
     fs::rename(&aside, new)
 }
 

@@ -88,10 +88,7 @@ pub fn load_llama<B: KernelBackend>(
     if let Some(file) = gguf_file(dir) {
         return load_gguf(&file, quantization, dtype, device);
     }
-    let config = read_config(dir)?;
-    let checkpoint = Checkpoint::open(dir)?;
-    refuse_foreign(&checkpoint, &config)?;
-    let quantization = if Nf4Stored::any_stored(&checkpoint) { Quantization::None } else { quantization };
+    let (config, checkpoint, quantization) = open_base(dir, quantization)?;
     let mut loader = Loader { checkpoint: &checkpoint, quantization, dtype, device, buffer: Vec::new() };
     let table = [config.vocab_size, config.hidden_size];
     let embedding = loader.table("model.embed_tokens.weight", table)?;
@@ -102,6 +99,18 @@ pub fn load_llama<B: KernelBackend>(
     // Checkpoints of tied models may leave the head out or hold a copy of the embedding.
     let head = (!config.tie_word_embeddings).then(|| loader.table("lm_head.weight", table)).transpose()?;
     Ok(Llama::new(&config, embedding, blocks, norm, head))
+}
+
+/// The sizes and tensors of a folder, and what of a quantization is left to do where bitsandbytes was there before.
+pub(crate) fn open_base(
+    dir: &Path,
+    quantization: Quantization,
+) -> Result<(LlamaConfig, Checkpoint, Quantization), WeightsError> {
+    let config = read_config(dir)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    refuse_foreign(&checkpoint, &config)?;
+    let quantization = if Nf4Stored::any_stored(&checkpoint) { Quantization::None } else { quantization };
+    Ok((config, checkpoint, quantization))
 }
 
 /// Refuses what would be left out of the computation: biases, other tensors of a block, blocks beyond the last.

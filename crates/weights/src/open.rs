@@ -18,7 +18,7 @@ use crate::mapped::{MappedFile, Tensors};
 use crate::{WeightsError, meta};
 
 /// Hugging Face's file names, in the order in which they are looked for.
-const FILES: [&str; 4] = [
+pub(crate) const FILES: [&str; 4] = [
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",

@@ -3,6 +3,7 @@
 //! One tensor at a time, restored to f32 and quantized again only if NF4 is asked for. What it refuses: architectures other
 //! than `llama`, scaled rotary positions, and rotary positions over a part of a head.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use burn::module::Param;
@@ -12,21 +13,21 @@ use buzzer_model::{Block, Llama, LlamaConfig, Weight};
 
 use super::{Gguf, Metadata, from_gguf_rows, reordered_heads};
 use crate::error::Place;
+use crate::open::FILES;
 use crate::parts::Part;
-use crate::{Quantization, WeightsError};
+use crate::{Quantization, WeightsError, meta};
 
 const FLAG: &str = "--model";
-/// Larger sizes than any model has would make products of two of them overflow.
-const MAX_SIZE: i128 = 1 << 24;
+/// Larger sizes than any model has would make the number of all weights overflow.
+const MAX_SIZE: i128 = 1 << 20;
 
-/// The GGUF file that a path means: itself, or the only one of a folder without safetensors.
+/// The GGUF file that a path means: itself, or the only one of a folder without another form of the model.
 pub(crate) fn gguf_file(path: &Path) -> Option<PathBuf> {
     let is_gguf = |path: &Path| path.extension().is_some_and(|extension| extension == "gguf");
     if !path.is_dir() {
         return is_gguf(path).then(|| path.to_owned());
     }
-    let names = ["model.safetensors", "model.safetensors.index.json"];
-    if names.iter().any(|name| path.join(name).exists()) {
+    if FILES.iter().any(|name| path.join(name).exists()) || meta::is_folder(path) {
         return None;
     }
     let entries = std::fs::read_dir(path).ok()?;
@@ -79,6 +80,9 @@ impl Gguf {
         // The embedding has the last word on the number of its rows.
         let rows = self.tensor(&Part::Embedding.gguf_name()).and_then(|(_, shape)| shape.first().copied());
         let vocab = rows.ok_or_else(|| place.gguf("it has no embedding"))?;
+        if !(1..=MAX_SIZE).contains(&(vocab as i128)) {
+            return Err(place.gguf(format!("its embedding has {vocab} rows, no size")));
+        }
         let layers = self.size("llama.block_count")?;
         let mlp = self.size("llama.feed_forward_length")?;
         Ok(LlamaConfig::new(vocab, hidden, mlp, layers, heads, keys, head_dim)
@@ -141,7 +145,21 @@ pub(crate) fn load_gguf<B: KernelBackend>(
         .collect::<Result<Vec<Block<B>>, WeightsError>>()?;
     let norm = loader.frozen(Part::Norm)?;
     let head = (!config.tie_word_embeddings).then(|| loader.frozen(Part::Head)).transpose()?;
+    refuse_foreign(&gguf, &config)?;
     Ok(Llama::new(&config, embedding, blocks, norm, head))
+}
+
+/// Refuses what was left out of the computation: biases, factors of rotary positions, blocks beyond the last.
+fn refuse_foreign(gguf: &Gguf, config: &LlamaConfig) -> Result<(), WeightsError> {
+    let known: BTreeSet<String> = Part::all(config).into_iter().map(Part::gguf_name).collect();
+    match gguf.names().find(|&name| !known.contains(name)) {
+        Some(name) => Err(WeightsError::ForeignTensor {
+            path: gguf.path().to_owned(),
+            tensor: name.to_owned(),
+            message: "is none of Llama's".into(),
+        }),
+        None => Ok(()),
+    }
 }
 
 struct Loader<'a, B: KernelBackend> {

@@ -95,7 +95,8 @@ fn packed(
     values: &mut Vec<f32>,
 ) -> Result<Nf4Stored, WeightsError> {
     let dtype = format.float_type.to_string();
-    if let (Some(stored), false) = (merge.stored(part)?, merge.is_corrected(part)) {
+    let untouched = if merge.is_corrected(part) { None } else { merge.stored(part)? };
+    if let Some(stored) = untouched {
         let absmax = match (stored.absmax, format.double) {
             (Absmax::Plain(scales), true) => doubled(&scales),
             (scales @ Absmax::Double { .. }, false) => Absmax::Plain(scales.to_f32()),

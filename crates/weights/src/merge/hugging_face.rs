@@ -101,7 +101,7 @@ fn bytes_of(planned: &Planned) -> u64 {
 /// The base's `config.json`, so that nothing which it says beside the sizes is lost; made from the sizes where there
 /// is none.
 pub(super) fn base_config(merge: &Merge<'_>) -> Result<Map<String, Value>, WeightsError> {
-    let path = merge.checkpoint.path().with_file_name(CONFIG);
+    let path = merge.base.join(CONFIG);
     let known = fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let made = || merge.config().to_hugging_face(1, 2, "float32");
     match known.unwrap_or_else(made) {

@@ -8,13 +8,13 @@
 mod bitsandbytes;
 mod hugging_face;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use buzzer_kernels::nf4;
-use buzzer_model::{LlamaConfig, Target};
+use buzzer_model::LlamaConfig;
 use rayon::prelude::*;
 
-use crate::load::{check_fits, read_config};
+use crate::load::{check_fits, open_base};
 use crate::parts::Part;
 use crate::{Adapter, Checkpoint, Factors, FloatType, Nf4Stored, Quantization, WeightsError};
 
@@ -24,6 +24,7 @@ pub use self::hugging_face::write_merged;
 /// Where a merge takes its weights from.
 #[derive(Debug)]
 pub struct Merge<'a> {
+    base: PathBuf,
     config: LlamaConfig,
     checkpoint: Checkpoint,
     adapter: Option<&'a Adapter>,
@@ -40,22 +41,23 @@ pub enum BaseForm {
 }
 
 impl<'a> Merge<'a> {
-    /// Opens a base model's folder. With a `quantization`, dense linears are rounded to NF4 before the adapter's
-    /// correction is added; weights that are stored in NF4 stay as they are.
+    /// Opens a base model's folder. With a `quantization`, linears are rounded to NF4 before the adapter's correction is
+    /// added; a base that bitsandbytes wrote stays as it is, also what it left dense.
     ///
     /// # Errors
-    /// If the base cannot be read, or the adapter, which came from the folder named, has other shapes.
+    /// If the base cannot be read or has tensors that are none of Llama's, or the adapter, which came from the folder named,
+    /// has other shapes.
     pub fn open(
         base: &Path,
         adapter: Option<(&'a Adapter, &Path)>,
         quantization: Quantization,
     ) -> Result<Self, WeightsError> {
-        let config = read_config(base)?;
-        let checkpoint = Checkpoint::open(base)?;
+        let (config, checkpoint, quantization) = open_base(base, quantization)?;
         if let Some((adapter, dir)) = adapter {
             check_fits(&config, adapter, dir)?;
         }
-        Ok(Self { config, checkpoint, adapter: adapter.map(|(adapter, _)| adapter), quantization })
+        let base = base.to_owned();
+        Ok(Self { base, config, checkpoint, adapter: adapter.map(|(adapter, _)| adapter), quantization })
     }
 
     /// The model's sizes.
@@ -64,11 +66,10 @@ impl<'a> Merge<'a> {
         &self.config
     }
 
-    /// How the base stores its linears, by its first one.
+    /// How the base stores its linears; bitsandbytes may have left some of them dense.
     #[must_use]
     pub fn base_form(&self) -> BaseForm {
-        let first = Part::Linear(0, Target::Q).hf_name();
-        if Nf4Stored::is_stored(&self.checkpoint, &first) { BaseForm::Nf4 } else { BaseForm::Dense }
+        if Nf4Stored::any_stored(&self.checkpoint) { BaseForm::Nf4 } else { BaseForm::Dense }
     }
 
     /// The element type in which the base stores its embedding.
@@ -89,31 +90,29 @@ impl<'a> Merge<'a> {
 
     /// One tensor of the result, in f32, into a buffer that is used again.
     pub(crate) fn read(&self, part: Part, values: &mut Vec<f32>) -> Result<(), WeightsError> {
-        let name = part.hf_name();
-        let Part::Linear(layer, target) = part else {
-            return self.checkpoint.read_f32_into(&name, &part.shape(&self.config), values);
-        };
-        let shape = self.config.linear_shape(target);
+        let shape = part.shape(&self.config);
         if let Some(stored) = self.stored(part)? {
-            values.resize(shape[0] * shape[1], 0.0);
+            values.resize(shape.iter().product(), 0.0);
             nf4::dequantize(&stored.codes, &stored.absmax.to_f32(), values);
         } else {
-            self.checkpoint.read_f32_into(&name, &shape, values)?;
-            round_to_nf4(values, self.quantization);
+            self.checkpoint.read_f32_into(&part.hf_name(), &shape, values)?;
+            if matches!(part, Part::Linear(..)) {
+                round_to_nf4(values, self.quantization);
+            }
         }
-        if let Some(factors) = self.factors(layer, target) {
+        if let Some(factors) = self.factors(part) {
             let scale = self.adapter.map_or(0.0, |adapter| adapter.config.scaling(factors));
             add_correction(values, factors, scale as f32);
         }
         Ok(())
     }
 
-    /// The linear as bitsandbytes stored it, if it did.
+    /// The matrix as bitsandbytes stored it, if it did: a linear, or the head.
     pub(crate) fn stored(&self, part: Part) -> Result<Option<Nf4Stored>, WeightsError> {
         let name = part.hf_name();
-        match part {
-            Part::Linear(_, target) if Nf4Stored::is_stored(&self.checkpoint, &name) => {
-                Nf4Stored::read(&self.checkpoint, &name, self.config.linear_shape(target)).map(Some)
+        match part.shape(&self.config)[..] {
+            [out, inner] if Nf4Stored::is_stored(&self.checkpoint, &name) => {
+                Nf4Stored::read(&self.checkpoint, &name, [out, inner]).map(Some)
             }
             _ => Ok(None),
         }
@@ -121,10 +120,11 @@ impl<'a> Merge<'a> {
 
     /// Whether the adapter changes a tensor.
     pub(crate) fn is_corrected(&self, part: Part) -> bool {
-        matches!(part, Part::Linear(layer, target) if self.factors(layer, target).is_some())
+        self.factors(part).is_some()
     }
 
-    fn factors(&self, layer: usize, target: Target) -> Option<&'a Factors> {
+    fn factors(&self, part: Part) -> Option<&'a Factors> {
+        let Part::Linear(layer, target) = part else { return None };
         self.adapter?.tensors.get(&(layer, target))
     }
 }

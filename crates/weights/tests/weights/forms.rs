@@ -20,7 +20,7 @@ use crate::support::{expect, floats, folder_with, raw_file, shared};
 /// Rounding of two programs in f32 over two blocks, on logits of up to some tens.
 const ROUNDING: f32 = 2e-5;
 
-fn form(name: &str) -> PathBuf {
+pub(crate) fn form(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/weights/forms").join(name)
 }
 

@@ -14,6 +14,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::forms::form;
 use crate::load::{IDS, close, correct, load, logits, lora, small, written};
 use crate::support::{INDEX, expect, shared};
 
@@ -107,6 +108,18 @@ fn a_merged_folder_gives_the_logits_of_the_live_adapter() {
             assert_eq!(json(&folder.path().join("config.json"))["torch_dtype"], float_type.to_string());
         }
     }
+}
+
+#[test]
+fn a_base_that_bitsandbytes_packed_in_part_is_written_as_it_is_loaded() {
+    // Two linears are dense in it, and its head is packed.
+    let base = form("bnb-skip-bf16");
+    let merge = Merge::open(&base, None, Quantization::Nf4Double).unwrap();
+    assert_eq!(merge.base_form(), BaseForm::Nf4);
+    let folder = merged(&merge, FloatType::F32);
+    let ids = [1, 5, 30, 7, 7, 2, 39, 0, 11];
+    let found = logits(&load(folder.path(), Quantization::None).unwrap(), &ids);
+    close(&found, &logits(&load(&base, Quantization::Nf4Double).unwrap(), &ids), 1e-5);
 }
 
 #[test]
