@@ -17,7 +17,8 @@ use crate::{Corpus, Failure, Recipe};
 
 /// What compiled kernels take of a card beside the tensors, once its free memory is known. An estimate.
 const KERNELS_BYTES: u64 = 128 << 20;
-/// Tokens of a clue in the template of the notebooks, and the share of them that are its answer's.
+/// Tokens of a clue, as the project's design page has it (34.7 were measured, see `docs/log.md`), and the share of them that
+/// are its answer's.
 const MEAN_CLUE: f64 = 37.8;
 const ANSWER_SHARE: f64 = 0.12;
 /// How full rows of a thousand tokens become.

@@ -4,10 +4,10 @@
 //! precision over the share of clues answered, the surest first. Bars are 95 % intervals. Only SVG is written, since
 //! drawing pixels would bring fonts and image formats along.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use buzzer::eval::{Bin, Calibration, Interval, PrecisionCurve};
+use buzzer::weights::{WeightsError, write_atomic};
 use plotters::chart::{ChartBuilder, ChartContext};
 use plotters::coord::Shift;
 use plotters::coord::types::RangedCoordf64;
@@ -53,7 +53,9 @@ pub fn plot_confidence(
     let mut svg = String::new();
     draw(&mut svg, calibration, precision)
         .map_err(|error| Failure::input(format!("{}: {error}", path.display())))?;
-    fs::write(&path, svg).map_err(|error| Failure::input(format!("{}: {error}", path.display())))?;
+    write_atomic(&path, |file| {
+        file.write_all(svg.as_bytes()).map_err(|error| WeightsError::write(&path, error))
+    })?;
     Ok(path)
 }
 
@@ -129,7 +131,7 @@ mod tests {
             .collect();
         let dir = tempfile::tempdir().unwrap();
         let path = plot_confidence(dir.path(), &calibration(&answers), &precision_curve(&answers)).unwrap();
-        let svg = fs::read_to_string(path).unwrap();
+        let svg = std::fs::read_to_string(path).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
         // Ten bins and twenty shares; each has a dot, which covers the one that its error bar brings.
         assert_eq!(svg.matches("<circle").count(), 2 * 30);

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use buzzer::data::{Clue, Date};
-use buzzer::eval::{Answer, Comparison, Facts, LeakKind, Mark, compare, exact_match, f1};
+use buzzer::eval::{Answer, Comparison, Facts, LeakKind, Mark, compare};
 use buzzer::weights::{WeightsError, write_atomic};
 use serde::{Deserialize, Serialize};
 
@@ -64,7 +64,7 @@ impl Prediction {
     pub fn new(answered: Answered, leak: Option<FoundLeak>) -> Self {
         let Answered { clue, answer, log_prob } = answered;
         let Clue { row, category, question, answer: expected, air_date, round, value } = clue;
-        let (exact_match, f1) = (exact_match(&answer, &expected), f1(&answer, &expected));
+        let Mark { exact_match, f1 } = Mark::of(&answer, &expected);
         Self {
             row,
             category,
@@ -86,8 +86,7 @@ impl Prediction {
     }
 
     fn mark(&self) -> Mark {
-        let (answer, expected) = (self.answer.as_str(), self.expected.as_str());
-        Mark { exact_match: exact_match(answer, expected), f1: f1(answer, expected) }
+        Mark::of(&self.answer, &self.expected)
     }
 }
 
@@ -189,7 +188,8 @@ impl EarlierRun {
     pub fn compare(&self, here: &[Prediction]) -> Compared {
         let mut marks: HashMap<(&str, &str), Mark> =
             self.predictions.iter().map(|prediction| (prediction.key(), prediction.mark())).collect();
-        let both = here.iter().filter_map(|here| Some((here.mark(), marks.remove(&here.key())?)));
+        let judged = |here: &Prediction| Mark { exact_match: here.exact_match, f1: here.f1 };
+        let both = here.iter().filter_map(|here| Some((judged(here), marks.remove(&here.key())?)));
         let pairs: Vec<(Mark, Mark)> = both.collect();
         Compared {
             with: self.path.clone(),

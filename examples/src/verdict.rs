@@ -100,8 +100,7 @@ fn leak_lines(leaks: &LeakReport) -> String {
     let LeakReport { exact, near, leaked, without_exact, without_any } = leaks;
     let mut out =
         format!("leaks     {exact} clues stand in the training clues word for word, {near} nearly\n");
-    let counted =
-        [(leaked, *exact + *near > 0), (without_exact, *exact > 0), (without_any, *exact + *near > 0)];
+    let counted = [(leaked, *exact + *near > 0), (without_exact, *exact > 0), (without_any, *near > 0)];
     for (group, _) in counted.into_iter().filter(|(_, differs)| *differs) {
         let _ = writeln!(out, "          {}: {} on {} clues", group.name, scores(group), group.n);
     }

@@ -513,9 +513,10 @@ fn the_notebooks_run_fits_a_t4() {
 
 #[test]
 fn a_plan_that_does_not_fit_proposes_one_that_does() {
-    let cases: [&[&str]; 5] = [
+    let cases: [&[&str]; 6] = [
         &["--card", "t4", "--batch", "32"],
         &["--card", "t4", "--memory-limit", "7.6"],
+        &["--card", "t4", "--memory-limit", "7.45"],
         &["--card", "t4", "--memory-limit", "7.3"],
         &["--card", "t4", "--memory-limit", "7.23"],
         &["--card", "t4", "--memory-limit", "6.6"],

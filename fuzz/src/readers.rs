@@ -25,7 +25,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Every reader of untrusted bytes in `buzzer-weights`. `forms` is `crates/weights/tests/weights/forms`.
+    /// Every reader of untrusted bytes in `buzzer-weights` but that of GGUF. `forms` is `crates/weights/tests/weights/forms`.
     ///
     /// # Panics
     /// If a folder cannot be made.

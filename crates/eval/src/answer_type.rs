@@ -97,7 +97,7 @@ fn is_filler(word: &str) -> bool {
     matches!(word, "the" | "a" | "an" | "in" | "of" | "about" | "and" | "or" | "b.c" | "bc" | "a.d" | "ad")
 }
 
-/// A year alone (1000 to 2099, or any with an era), a decade, a century, a month, or a month with a day or year.
+/// A year alone (1000 to 2999, or any with an era), a decade, a century, a month, or a month with a day or year.
 fn is_date(gold: &str, words: &[&str]) -> bool {
     let digits = |word: &str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit());
     let is_year = |word: &str| digits(word) && word.len() == 4 && matches!(&word[..1], "1" | "2");

@@ -12,7 +12,7 @@ use crate::calibration::{Calibration, Confident, PrecisionCurve, calibration, pr
 use crate::forms::in_show_form;
 use crate::interval::quantile;
 use crate::leak::{Leak, LeakKind};
-use crate::metrics::{Scores, exact_match, f1, triviaqa_judge};
+use crate::metrics::{Scores, triviaqa_judge};
 use crate::paired::Mark;
 
 /// A clue and its answer.
@@ -30,8 +30,7 @@ impl Answer<'_> {
     /// Its scores in the show's form.
     #[must_use]
     pub fn mark(&self) -> Mark {
-        let (prediction, gold) = (self.prediction, self.facts.gold);
-        Mark { exact_match: exact_match(prediction, gold), f1: f1(prediction, gold) }
+        Mark::of(self.prediction, self.facts.gold)
     }
 }
 
@@ -149,8 +148,13 @@ impl Assessment {
         let marks: Vec<Mark> = answers.iter().map(Answer::mark).collect();
         let clues: Vec<(Facts<'_>, Mark)> =
             answers.iter().zip(&marks).map(|(answer, mark)| (answer.facts, *mark)).collect();
-        let by = options.by.iter().map(|&facet| (facet, breakdown(facet, &clues))).collect();
-        let categories = breakdown(Facet::Category, &clues);
+        let by: BTreeMap<_, _> = options.by.iter().map(|&facet| (facet, breakdown(facet, &clues))).collect();
+        // Each group has its own resamples, and a file has thousands of categories.
+        let categories = match by.get(&Facet::Category) {
+            Some(categories) => categories,
+            None => &breakdown(Facet::Category, &clues),
+        };
+        let worst_categories = worst(categories, options.worst_least, options.worst_count);
         let confident: Vec<Confident> = answers
             .iter()
             .zip(&marks)
@@ -166,7 +170,7 @@ impl Assessment {
             answers: Style::of(&answers.iter().map(|answer| answer.prediction).collect::<Vec<_>>()),
             keys: Style::of(&answers.iter().map(|answer| answer.facts.gold).collect::<Vec<_>>()),
             by,
-            worst_categories: worst(&categories, options.worst_least, options.worst_count),
+            worst_categories,
             calibration: known.then(|| calibration(&confident)),
             precision: known.then(|| precision_curve(&confident)),
             leaks: leaks.map(|leaks| LeakReport::of(&marks, leaks)),

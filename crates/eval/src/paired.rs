@@ -8,6 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::interval::{Interval, bootstrap_mean};
+use crate::metrics::{exact_match, f1};
 
 /// A clue's score in one run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -16,6 +17,14 @@ pub struct Mark {
     pub exact_match: bool,
     /// Token F1, 0 to 1.
     pub f1: f64,
+}
+
+impl Mark {
+    /// The scores of an answer against a key, in the show's form.
+    #[must_use]
+    pub fn of(prediction: &str, gold: &str) -> Self {
+        Self { exact_match: exact_match(prediction, gold), f1: f1(prediction, gold) }
+    }
 }
 
 /// The first run against the second. Differences are first minus second.

@@ -144,7 +144,7 @@ impl DeviceJob for Merging<'_> {
     fn run<B: KernelBackend>(self, device: &B::Device) -> Result<(), Failure> {
         let started = Instant::now();
         let args = self.args;
-        let dtype = device_dtype::<B>(args.dtype, device)?;
+        let (dtype, shard_bytes) = (device_dtype::<B>(args.dtype, device)?, args.shard_bytes()?);
         let adapter =
             args.adapter.as_deref().map(|dir| Ok::<_, Failure>((Adapter::read(dir)?, dir))).transpose()?;
         let adapter = adapter.as_ref().map(|(adapter, dir)| (adapter, *dir));
@@ -156,7 +156,7 @@ impl DeviceJob for Merging<'_> {
         let probe = Probe::new(&renderer, &clues, args.answer(), merge.config().max_position_embeddings)?;
         let basis = Basis::of(&merge, args);
         basis.print(&merge, args, adapter);
-        let out = args.write(&merge)?;
+        let out = args.write(&merge, shard_bytes)?;
         let merge_seconds = started.elapsed().as_secs_f64();
         let files = written(&out)?;
         let total = files.iter().map(|file| file.bytes).sum();
@@ -228,8 +228,7 @@ impl Args {
     }
 
     /// Writes the folder and gives its path.
-    fn write(&self, merge: &Merge<'_>) -> Result<PathBuf, Failure> {
-        let shard_bytes = self.shard_bytes()?;
+    fn write(&self, merge: &Merge<'_>, shard_bytes: u64) -> Result<PathBuf, Failure> {
         let out = self.out.clone().map_or_else(|| next_run_dir("merge"), Ok)?;
         let folder = NewFolder::create(&out)?;
         let style = ProgressStyle::with_template("merging {bar:30} {pos}/{len} tensors  {eta} left")?;

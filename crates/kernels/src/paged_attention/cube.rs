@@ -5,8 +5,8 @@
 //! weigh the values together, a vector each, and write sums that a second kernel joins, unless there were no more
 //! keys than one cube has. So a single long sequence keeps many cubes busy. Bytes moved: keys and values once for
 //! each of the heads that share them, of which all but the first find them in the device's cache; k + 2 numbers for
-//! 128 keys. Sequences of more rows are gathered and go through [`attention`](crate::attention). What it refuses:
-//! heads wider than 256.
+//! 128 keys. Sequences of more rows, and heads wider than 256, are gathered and go through
+//! [`attention`](crate::attention).
 
 use burn::tensor::{DType, Tensor as DenseTensor};
 use burn_cubecl::kernel::into_contiguous;

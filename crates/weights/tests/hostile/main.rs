@@ -1,4 +1,4 @@
-//! Every reader against files that were damaged on purpose: an error or a value each time, no panic, and no more memory
+//! Every reader but that of GGUF (which has tests of its own) against files that were damaged on purpose: an error or a value each time, no panic, and no more memory
 //! than the file accounts for.
 //!
 //! Mutations are drawn from a fixed seed, so that a failure comes again; `BUZZER_HOSTILE_SECONDS` makes each reader go
