@@ -56,6 +56,9 @@ struct Arguments {
     /// Tokens of prompts in one pass.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     chunk: u32,
+    /// Submit the operations of a step one by one, also where the device can run them as one program.
+    #[arg(long)]
+    one_by_one: bool,
     /// Dtype to compute in [default: what the device has].
     #[arg(long, value_enum)]
     dtype: Option<Compute>,
@@ -163,6 +166,7 @@ impl<B: KernelBackend> Setup<'_, B> {
             page_tokens: PAGE_TOKENS,
             max_batch: batch,
             prefill_chunk: self.arguments.chunk as usize,
+            step_programs: !self.arguments.one_by_one,
         };
         let mut engine = Engine::new(self.model.clone(), settings)?;
         // Kernels are compiled in the first run.
@@ -177,6 +181,11 @@ impl<B: KernelBackend> Setup<'_, B> {
         self.row("prefill", &shape, (batch * prompt) as f64 / last, "tokens/s");
         let share = steps * self.step_bytes(batch, prompt + new / 2) / self.bandwidth;
         self.row("bandwidth", &shape, share, "of copy");
+        match engine.step_launches() {
+            Ok(Some(launches)) => self.row("launches", &shape, launches as f64, "a token"),
+            Ok(None) => {}
+            Err(reason) => println!("{reason}"),
+        }
         Ok(())
     }
 

@@ -11,17 +11,19 @@
 //! Greedy answers do not depend on what else is in the batch, but for rounding: a device may add the terms of a
 //! product in another order when it multiplies more rows.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
-use buzzer_kernels::{KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE};
+use buzzer_kernels::{
+    KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE, StepError, StepRow, StepRunner,
+};
 use buzzer_model::{AdapterRows, Llama, LoraSet, PagedCache, PagedPass};
 use buzzer_text::Tokenizer;
 
 use crate::pages::PagePool;
-use crate::sequence::{Sequence, pages_for};
+use crate::sequence::{Choice, Sequence, pages_for};
 use crate::stream::Stream;
 use crate::text::AnswerText;
 use crate::{Answer, Event, FinishReason, InferError, Request, RequestId, Usage};
@@ -38,12 +40,14 @@ pub struct EngineSettings {
     pub max_batch: usize,
     /// Tokens of prompts in one pass at most. Fewer delay answers in progress less; more prompts run faster.
     pub prefill_chunk: usize,
+    /// Run passes of nothing but single tokens as one program, where the device can: see [`buzzer_kernels::step`].
+    pub step_programs: bool,
 }
 
 impl Default for EngineSettings {
-    /// A GiB, pages of 16, 64 answers, 512 tokens.
+    /// A GiB, pages of 16, 64 answers, 512 tokens, and step programs.
     fn default() -> Self {
-        Self { budget_bytes: 1 << 30, page_tokens: 16, max_batch: 64, prefill_chunk: 512 }
+        Self { budget_bytes: 1 << 30, page_tokens: 16, max_batch: 64, prefill_chunk: 512, step_programs: true }
     }
 }
 
@@ -88,6 +92,8 @@ pub struct Engine<B: Backend> {
     adapters: Vec<(String, LoraSet<B>)>,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
+    /// Programs for single tokens, by adapter, made when they are first wanted; or why there is none.
+    steps: BTreeMap<usize, Result<Box<dyn StepRunner>, StepError>>,
     /// Events that are not given out yet.
     events: VecDeque<Event>,
     requests: u64,
@@ -102,6 +108,8 @@ struct Planned {
     sequence: PagedSequence,
     /// Whether its next token can be chosen after the pass.
     complete: bool,
+    /// Whether it may list pages that others fill in this pass, because it has just begun.
+    begins: bool,
 }
 
 impl<B: KernelBackend> Engine<B> {
@@ -128,6 +136,7 @@ impl<B: KernelBackend> Engine<B> {
             pool: PagePool::new(pages),
             waiting: VecDeque::new(),
             running: Vec::new(),
+            steps: BTreeMap::new(),
             events: VecDeque::new(),
             requests: 0,
         })
@@ -260,8 +269,10 @@ impl<B: KernelBackend> Engine<B> {
         let now = Instant::now();
         self.end_those(FinishReason::Deadline, |sequence| sequence.is_late(now))?;
         let plan = self.plan();
-        if !plan.is_empty() {
-            self.run(plan)?;
+        match self.step_of(&plan) {
+            Some(adapter) => self.run_step(adapter, &plan)?,
+            None if plan.is_empty() => {}
+            None => self.run(plan)?,
         }
         Ok(self.events.drain(..).collect())
     }
@@ -377,6 +388,7 @@ impl<B: KernelBackend> Engine<B> {
             room -= if rows > 1 { rows } else { 0 };
             plan.extend(planned(place, sequence, rows, &mut self.pool, page_tokens));
         }
+        let begun = plan.len();
         while room > 0 && self.running.len() < self.settings.max_batch {
             let Some(mut sequence) = self.waiting.pop_front() else { break };
             if !sequence.start(&mut self.pool, page_tokens) {
@@ -388,6 +400,7 @@ impl<B: KernelBackend> Engine<B> {
             plan.extend(planned(self.running.len(), &mut sequence, rows, &mut self.pool, page_tokens));
             self.running.push(sequence);
         }
+        plan[begun..].iter_mut().for_each(|planned| planned.begins = true);
         plan.sort_by_key(|planned| (planned.sequence.rows > 1, planned.adapter));
         plan
     }
@@ -418,15 +431,73 @@ impl<B: KernelBackend> Engine<B> {
             None => hidden,
         };
         let logits: Vec<f32> = self.model.logits(hidden).into_data().iter::<f32>().collect();
-        self.advance(&places, &logits)
+        self.advance_by(&places, &logits, |_| None)
     }
 
-    /// Lets sequences choose their tokens, and those that end leave.
-    fn advance(&mut self, places: &[usize], logits: &[f32]) -> Result<(), InferError> {
+    /// The adapter of a plan's rows, if a program can run them: one new token each for sequences with one adapter, none of
+    /// which reads what another one writes.
+    fn step_of(&mut self, plan: &[Planned]) -> Option<usize> {
+        let adapter = plan.first()?.adapter;
+        let suits = |planned: &Planned| {
+            planned.sequence.rows == 1 && planned.complete && !planned.begins && planned.adapter == adapter
+        };
+        if !self.settings.step_programs || !plan.iter().all(suits) {
+            return None;
+        }
+        let Self { steps, model, adapters, cache, .. } = self;
+        let runner = steps
+            .entry(adapter)
+            .or_insert_with(|| B::step_runner(&model.step_program(&adapters[adapter].1, cache)));
+        runner.as_ref().ok().filter(|runner| plan.len() <= runner.most_rows()).map(|_| adapter)
+    }
+
+    /// Runs a plan of single tokens as one program.
+    fn run_step(&mut self, adapter: usize, plan: &[Planned]) -> Result<(), InferError> {
+        let Some(Ok(runner)) = self.steps.get_mut(&adapter) else { return Ok(()) };
+        let row = |planned: &Planned| StepRow { id: planned.ids[0], sequence: planned.sequence.clone() };
+        let likeliest = runner.run(&plan.iter().map(row).collect::<Vec<_>>())?;
+        let places: Vec<usize> = plan.iter().map(|planned| planned.place).collect();
+        let logits = if places.iter().all(|&place| self.running[place].takes_likeliest()) {
+            Vec::new()
+        } else {
+            runner.logits()?
+        };
+        self.advance_by(&places, &logits, |row| Some(likeliest[row]))
+    }
+
+    /// Kernels that a step of single tokens launches where it runs as a program, for the model's own corrections.
+    ///
+    /// # Errors
+    /// Why it does not run as one, if that was tried.
+    pub fn step_launches(&self) -> Result<Option<usize>, &StepError> {
+        self.steps.get(&0).map(|runner| runner.as_ref().map(|runner| runner.launches())).transpose()
+    }
+
+    /// Lets sequences choose their tokens from logits, or take the likeliest one where that is known and all they want.
+    fn advance_by(
+        &mut self,
+        places: &[usize],
+        logits: &[f32],
+        likeliest: impl Fn(usize) -> Option<Option<u32>>,
+    ) -> Result<(), InferError> {
+        let vocabulary = self.model.config().vocab_size;
+        let choice = |(row, &place): (usize, &usize)| {
+            let sequence = &self.running[place];
+            match likeliest(row).filter(|_| sequence.takes_likeliest()) {
+                Some(token) => token.map(|token| Choice { token, log_prob: None }),
+                None => sequence.choose(&logits[row * vocabulary..][..vocabulary]),
+            }
+        };
+        let choices: Vec<_> = places.iter().enumerate().map(choice).collect();
+        self.advance(places, choices)
+    }
+
+    /// Lets sequences go on with their tokens, and those that end leave.
+    fn advance(&mut self, places: &[usize], choices: Vec<Option<Choice>>) -> Result<(), InferError> {
         let end = self.tokenizer.as_ref().map(Tokenizer::eos_id);
         let (mut events, mut ended) = (Vec::new(), Vec::new());
-        for (&place, logits) in places.iter().zip(logits.chunks_exact(self.model.config().vocab_size)) {
-            if let Some(reason) = self.running[place].advance(logits, end, &mut events)? {
+        for (&place, choice) in places.iter().zip(choices) {
+            if let Some(reason) = self.running[place].advance(choice, end, &mut events)? {
                 ended.push((place, reason));
             }
         }
@@ -435,6 +506,8 @@ impl<B: KernelBackend> Engine<B> {
         for (place, reason) in ended.into_iter().rev() {
             let mut sequence = self.running.remove(place);
             if reason == FinishReason::NotANumber {
+                // Programs hold the pages too; memory that others hold would be copied instead of cleared.
+                self.steps.clear();
                 self.cache.clear(&sequence.distrust(&mut self.pool));
             }
             sequence.leave(&mut self.pool);
@@ -461,6 +534,7 @@ fn planned(
         adapter: sequence.adapter,
         ids: sequence.tokens[first..first + rows].to_vec(),
         complete: rows == pending,
+        begins: false,
         sequence: sequence.plan(rows, pool, page_tokens),
     })
 }

@@ -27,6 +27,9 @@ pub enum InferError {
         /// Rows of the embedding.
         vocab: usize,
     },
+    /// The device refused a step.
+    #[error(transparent)]
+    Step(#[from] buzzer_kernels::StepError),
     /// An adapter that was not added.
     #[error("there is no adapter `{name}`; there are: {known}")]
     UnknownAdapter {

@@ -33,6 +33,13 @@ pub(crate) struct Sequence {
     whole_pages: usize,
 }
 
+/// A sequence's next token.
+#[derive(Debug)]
+pub(crate) struct Choice {
+    pub(crate) token: u32,
+    pub(crate) log_prob: Option<LogProb>,
+}
+
 impl Sequence {
     pub(crate) fn new(
         id: RequestId,
@@ -125,18 +132,26 @@ impl Sequence {
         self.pages.iter().copied().filter(|&page| pool.holders(page) == 1).collect()
     }
 
-    /// Chooses the next token from its logits `[v]`; gives the reason if that was the end.
+    /// Whether its next token is the likeliest one, and nobody wants to know more.
+    pub(crate) fn takes_likeliest(&self) -> bool {
+        self.request.sampling.is_argmax() && self.request.log_probs.is_none()
+    }
+
+    /// Chooses the next token from its logits `[v]`; `None` if one of them is no number.
+    pub(crate) fn choose(&self, logits: &[f32]) -> Option<Choice> {
+        let new = self.tokens.len() - self.request.prompt.len();
+        let token = self.request.sampling.choose(logits, &self.tokens, new)?;
+        Some(Choice { token, log_prob: self.request.log_probs.map(|top| log_probs(logits, token, top)) })
+    }
+
+    /// Takes its next token; gives the reason if that was the end.
     pub(crate) fn advance(
         &mut self,
-        logits: &[f32],
+        choice: Option<Choice>,
         end: Option<u32>,
         events: &mut Vec<Event>,
     ) -> Result<Option<FinishReason>, InferError> {
-        let new = self.tokens.len() - self.request.prompt.len();
-        let Some(token) = self.request.sampling.choose(logits, &self.tokens, new) else {
-            return Ok(Some(FinishReason::NotANumber));
-        };
-        let log_prob = self.request.log_probs.map(|top| log_probs(logits, token, top));
+        let Some(Choice { token, log_prob }) = choice else { return Ok(Some(FinishReason::NotANumber)) };
         let ends = end == Some(token) && !self.request.ignore_end;
         if ends || self.request.stop_tokens.contains(&token) {
             self.end_log_prob = log_prob;

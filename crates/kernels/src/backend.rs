@@ -11,7 +11,7 @@ use crate::nf4::Nf4Tensor;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
     CrossEntropyGradient, Dropout, FrozenWeight, Heads, InputGradient, LinearPart, PagedIndex, Pages,
-    Projection, RotaryAngles, RowGroup, SpaciousRows, Spent, adamw, attention, cross_entropy, grouped_linear,
+    Projection, RotaryAngles, RowGroup, SpaciousRows, Spent, StepError, StepProgram, StepRunner, adamw, attention, cross_entropy, grouped_linear,
     nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
@@ -201,6 +201,15 @@ pub trait KernelBackend: Backend {
         index: &PagedIndex<Self>,
     ) -> Tensor<Self, 2> {
         paged_attention::reference(q, heads, pages, index)
+    }
+
+    /// A pass of one token a sequence, ready to run as a whole; see [`step`].
+    ///
+    /// # Errors
+    /// If this backend has no kernels for such a pass, or not for these shapes and dtypes.
+    fn step_runner(program: &StepProgram<Self>) -> Result<Box<dyn StepRunner>, StepError> {
+        let _ = program;
+        Err(StepError("this device runs operations one by one".into()))
     }
 
     /// `silu(gate) · up` of joined rows `[n, 2 f]`, to `[n, f]`; see [`swiglu`].

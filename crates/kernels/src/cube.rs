@@ -10,7 +10,7 @@ use crate::product::ProductRuntime;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
     CrossEntropyGradient, Dropout, Heads, InputGradient, KernelBackend, LinearPart, Nf4Tensor, PagedIndex,
-    Pages, Projection, RotaryAngles, SpaciousRows, Spent, adamw, attention, cross_entropy, dropout, nf4,
+    Pages, Projection, RotaryAngles, SpaciousRows, Spent, StepError, StepProgram, StepRunner, adamw, attention, cross_entropy, dropout, nf4,
     paged_attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
@@ -153,6 +153,10 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         index: &PagedIndex<Self>,
     ) -> Tensor<Self, 2> {
         paged_attention::cube::attend(q, heads, pages, index)
+    }
+
+    fn step_runner(program: &StepProgram<Self>) -> Result<Box<dyn StepRunner>, StepError> {
+        R::step_runner(program)
     }
 
     fn swiglu(gate_up: Tensor<Self, 2>) -> Tensor<Self, 2> {

@@ -30,6 +30,7 @@ pub mod paged_attention;
 pub mod qlora_linear;
 pub mod rms_norm;
 pub mod rotary;
+pub mod step;
 pub mod swiglu;
 
 mod autodiff;
@@ -57,6 +58,7 @@ pub use nf4::{Nf4Error, Nf4Tensor};
 pub use paged_attention::{PagedIndex, PagedSequence, Pages, SCRATCH_PAGE};
 pub use qlora_linear::{FrozenWeight, InputGradient, LinearPart, LoraTerm, Projection, SpaciousRows, Spent};
 pub use rotary::RotaryAngles;
+pub use step::{StepError, StepOperation, StepProgram, StepRow, StepRunner, StepSource, StepTarget};
 
 pub use backend::KernelBackend;
 pub use card::{

@@ -4,7 +4,8 @@ use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 use buzzer_kernels::{
-    AttentionIndex, Dropout, Heads, KernelBackend, PagedIndex, Pages, RotaryAngles, RowGroup,
+    AttentionIndex, Dropout, Heads, KernelBackend, PagedIndex, Pages, RotaryAngles, RowGroup, StepOperation, StepSource,
+    StepTarget,
 };
 
 use crate::cache::BlockLoras;
@@ -161,6 +162,25 @@ impl<B: KernelBackend> Block<B> {
         let h = B::rms_norm(residual.clone(), self.mlp_norm.val(), self.epsilon);
         let activated = B::swiglu(self.project_groups(&[Target::Gate, Target::Up], h, adapters, None));
         self.project_groups(&[Target::Down], activated, adapters, Some(residual))
+    }
+
+    /// [`Self::forward_paged`] for one new token a sequence, all with the same corrections, as operations of a program.
+    pub(crate) fn step_operations(&self, loras: &BlockLoras<B>, pages: &Pages<B>) -> Vec<StepOperation<B>> {
+        let linear = |targets: &[Target], source, target| StepOperation::Linear {
+            source,
+            parts: targets.iter().map(|&own| self.linear(own).part_with(&loras[own as usize])).collect(),
+            target,
+        };
+        let [attention_norm, mlp_norm] = self.norms();
+        let joined = StepSource::Residual(attention_norm, self.epsilon);
+        let into_mlp = StepSource::Residual(mlp_norm, self.epsilon);
+        vec![
+            linear(&[Target::Q, Target::K, Target::V], joined, StepTarget::Joined),
+            StepOperation::Attention { keys: pages.keys.clone(), values: pages.values.clone() },
+            linear(&[Target::O], StepSource::Attention, StepTarget::Residual),
+            linear(&[Target::Gate, Target::Up], into_mlp, StepTarget::Activated),
+            linear(&[Target::Down], StepSource::Activated, StepTarget::Residual),
+        ]
     }
 
     fn project_groups(

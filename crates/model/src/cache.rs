@@ -5,7 +5,7 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
-use buzzer_kernels::{Heads, PagedIndex, Pages};
+use buzzer_kernels::{PagedIndex, Pages};
 
 use crate::{LlamaConfig, Lora, Target};
 
@@ -55,13 +55,15 @@ impl<B: Backend> PagedCache<B> {
         dtype: DType,
         device: &B::Device,
     ) -> Self {
-        let heads = Heads {
-            queries: config.num_attention_heads,
-            keys: config.num_key_value_heads,
-            width: config.head_dim,
-        };
+        let heads = config.heads();
         let layer = |_| Pages::zeros(pages * page_tokens, heads, dtype, device);
         Self { layers: (0..config.num_hidden_layers).map(layer).collect(), page_tokens }
+    }
+
+    /// Tokens a page holds.
+    #[must_use]
+    pub fn page_tokens(&self) -> usize {
+        self.page_tokens
     }
 
     /// Bytes of a page in all blocks.

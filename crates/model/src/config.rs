@@ -3,6 +3,7 @@
 //! It refuses what it would compute wrongly: another architecture, scaled rotary positions, biases, another activation.
 
 use burn::config::Config;
+use buzzer_kernels::Heads;
 use serde_json::{Map, Value, json};
 
 use crate::{ModelError, Target};
@@ -64,6 +65,12 @@ impl LlamaConfig {
     #[must_use]
     pub fn tiny_test(vocab_size: usize) -> Self {
         Self::new(vocab_size, 32, 48, 2, 4, 2, 8).with_max_position_embeddings(256)
+    }
+
+    /// Heads of every attention.
+    #[must_use]
+    pub fn heads(&self) -> Heads {
+        Heads { queries: self.num_attention_heads, keys: self.num_key_value_heads, width: self.head_dim }
     }
 
     /// Reads the text of a `config.json`; `origin` names it in errors.

@@ -173,7 +173,12 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     pub(crate) fn part(&self) -> LinearPart<B> {
-        LinearPart { weight: self.frozen(), lora: self.lora.as_ref().map(Lora::term) }
+        self.part_with(&self.lora)
+    }
+
+    /// The weight with another correction than its own.
+    pub(crate) fn part_with(&self, lora: &Option<Lora<B>>) -> LinearPart<B> {
+        LinearPart { weight: self.frozen(), lora: lora.as_ref().map(Lora::term) }
     }
 }
 

@@ -5,7 +5,9 @@ use std::convert::Infallible;
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData};
-use buzzer_kernels::{Dropout, FrozenWeight, KernelBackend, LinearPart, RotaryAngles};
+use buzzer_kernels::{
+    Dropout, FrozenWeight, KernelBackend, LinearPart, RotaryAngles, StepOperation, StepProgram, StepSource, StepTarget,
+};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -217,6 +219,29 @@ impl<B: KernelBackend> Llama<B> {
             x = block.forward_paged(x, &angles, index, &adapters, pages);
         }
         self.normed(x)
+    }
+
+    /// [`Self::hidden_paged`] and [`Self::logits`] for one new token a sequence, as a program for
+    /// [`KernelBackend::step_runner`]: the corrections are part of it, and it writes into this cache.
+    #[must_use]
+    pub fn step_program(&self, loras: &LoraSet<B>, cache: &PagedCache<B>) -> StepProgram<B> {
+        let blocks = self.blocks.iter().zip(&loras.layers).zip(&cache.layers);
+        let mut operations: Vec<_> =
+            blocks.flat_map(|((block, loras), pages)| block.step_operations(loras, pages)).collect();
+        let head = LinearPart { weight: FrozenWeight::Dense(self.head_weight()), lora: None };
+        operations.push(StepOperation::Linear {
+            source: StepSource::Residual(self.norm.val(), self.config.rms_norm_eps),
+            parts: vec![head],
+            target: StepTarget::Logits,
+        });
+        StepProgram {
+            embedding: self.embedding.val(),
+            operations,
+            heads: self.config.heads(),
+            theta: self.config.rope_theta,
+            page_tokens: cache.page_tokens(),
+            context: self.config.max_position_embeddings,
+        }
     }
 
     /// Logits `[n, v]` in f32 of hidden states `[n, d]`.

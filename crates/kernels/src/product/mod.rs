@@ -16,8 +16,8 @@ use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use crate::Card;
-use crate::device::{Matrix, uninitialized};
+use crate::device::{Cube, Matrix, uninitialized};
+use crate::{Card, StepError, StepProgram, StepRunner};
 
 /// One product.
 pub(crate) struct Product<R: CubeRuntime> {
@@ -52,6 +52,10 @@ pub trait ProductRuntime: CubeRuntime {
     /// Runs the product in the vendor's library if there is one; says whether it did.
     #[doc(hidden)]
     fn vendor_product(product: &Product<Self>) -> bool;
+
+    /// See [`KernelBackend::step_runner`](crate::KernelBackend::step_runner).
+    #[doc(hidden)]
+    fn step_runner(program: &StepProgram<Cube<Self>>) -> Result<Box<dyn StepRunner>, StepError>;
 }
 
 #[cfg(feature = "wgpu")]
@@ -71,6 +75,10 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
     fn vendor_product(_: &Product<Self>) -> bool {
         false
     }
+
+    fn step_runner(_: &StepProgram<Cube<Self>>) -> Result<Box<dyn StepRunner>, StepError> {
+        Err(StepError("there are kernels for CUDA only".into()))
+    }
 }
 
 #[cfg(feature = "cuda")]
@@ -86,6 +94,10 @@ impl ProductRuntime for cubecl::cuda::CudaRuntime {
 
     fn vendor_product(product: &Product<Self>) -> bool {
         cublaslt::run(product)
+    }
+
+    fn step_runner(program: &StepProgram<Cube<Self>>) -> Result<Box<dyn StepRunner>, StepError> {
+        crate::step::cuda::runner(program)
     }
 }
 
