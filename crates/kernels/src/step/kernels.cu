@@ -18,11 +18,8 @@ typedef unsigned int u32;
 #define WARPS (THREADS / 32)
 #define TOKENS (8 * TILES)
 #define MOST_PARTS 3
-#ifdef EMULATED
-#define SHARED static
-#else
-#define SHARED __shared__
-#endif
+#define MOST_ATTENTION_SPLITS 8
+#define NOTHING -1e30f
 
 // Where a product's input comes from.
 #define FROM_RESIDUAL 0   // the residual stream, normalised
@@ -39,7 +36,7 @@ struct Part {
     const float *scales;     // of 64 values, or of 256 scales
     const float *offset;     // added to decoded scales
     const u16 *dense;        // [rows, inner] where there are no codes
-    const u16 *a;            // [rank, inner], or null
+    const u16 *a;            // [rank, inner], where the rank is not 0: a multiple of 64
     const u16 *b;            // [rows, rank]
     float lora_scale;
     int rows, rank;
@@ -50,7 +47,7 @@ struct Product {
     Part parts[MOST_PARTS];
     int part_count, n, inner;
     int rows, ranks;         // of all parts
-    int tiles, a_tiles;
+    int tiles, team;         // tiles of 16 rows, and warps that share out one
     int splits, chunk;       // blocks that share out the columns of a tile, and how many columns each of them has at most
     int a_chunks;            // pieces of a chunk for the factors A
     int source, target;
@@ -91,9 +88,6 @@ __device__ __forceinline__ u16 narrow(float x) {
     if ((b & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
     return (u16)((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
 }
-#elif defined(EMULATED)
-__device__ __forceinline__ float widen(u32 x) { return emu::half_of<__half>(x, 0); }
-__device__ __forceinline__ u16 narrow(float x) { return __half(x).u; }
 #else
 __device__ __forceinline__ float widen(u32 x) {
     float y;
@@ -109,13 +103,7 @@ __device__ __forceinline__ u16 narrow(float x) {
 
 // c += a b of 16 x 16 and 16 x 8.
 __device__ __forceinline__ void multiply(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if defined(EMULATED)
 #if BF16
-    emu::mma16<__nv_bfloat16>(a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3], c[0], c[1], c[2], c[3]);
-#else
-    emu::mma16<__half>(a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3], c[0], c[1], c[2], c[3]);
-#endif
-#elif BF16
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -131,6 +119,9 @@ __device__ __forceinline__ void multiply(float *c, u32 a0, u32 a1, u32 a2, u32 a
 #endif
 }
 
+// The number of the warp, which the compiler then knows to be the same in all lanes.
+__device__ __forceinline__ int warp_number() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
+
 __device__ __forceinline__ float sum_of_warp(float x) {
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
@@ -141,9 +132,9 @@ struct Shared {
     u32 *pairs;      // [256, 32]
     float *dynamic;  // [256]
     float *sums;     // [WARPS, 16, TOKENS]
-    float *low_rank; // [ranks, TOKENS], times the corrections' scales
+    u32 *flags;      // [WARPS]
+    u16 *low_rank;   // [n, ranks + 8], times the corrections' scales
     u16 *x;          // [n, chunk + 8]
-    u32 *flag;
 };
 
 __device__ __forceinline__ Shared lay_out(const Product &p, unsigned char *memory) {
@@ -151,86 +142,154 @@ __device__ __forceinline__ Shared lay_out(const Product &p, unsigned char *memor
     s.pairs = (u32 *)memory;
     s.dynamic = (float *)(s.pairs + 256 * 32);
     s.sums = s.dynamic + 256;
-    s.flag = (u32 *)(s.sums + WARPS * 16 * TOKENS);
-    s.low_rank = (float *)(s.flag + 4);
-    s.x = (u16 *)(s.low_rank + p.ranks * TOKENS);
+    s.flags = (u32 *)(s.sums + WARPS * 16 * TOKENS);
+    s.low_rank = (u16 *)(s.flags + 16);
+    s.x = s.low_rank + p.n * (p.ranks + 8);
     return s;
 }
 
-// The value of the input of attention's output layer: the splits of one head, weighed by what they summed.
-__device__ __forceinline__ float attended(const Product &p, int row, int column) {
-    int heads = p.inner / p.width;
-    int head = row * heads + column / p.width;
-    const float *log_sums = p.log_sums + head * p.attention_splits;
-    float most = log_sums[0];
-    for (int s = 1; s < p.attention_splits; s++) most = fmaxf(most, log_sums[s]);
-    float sum = 0.0f, value = 0.0f;
-    for (int s = 0; s < p.attention_splits; s++) {
-        float weight = __expf(log_sums[s] - most);
-        sum += weight;
-        value += weight * p.attended[(head * p.attention_splits + s) * p.width + column % p.width];
-    }
-    return value / sum;
-}
-
-// Brings columns first .. first + count of the inputs into shared memory, in 16 bits.
-__device__ __forceinline__ void fetch_inputs(const Product &p, const Shared &s, int first, int count) {
-    int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, pitch = p.chunk + 8;
-    if (p.source == FROM_RESIDUAL) {
-        for (int row = 0; row < p.n; row++) {
-            const float4 *x = (const float4 *)(p.residual + (size_t)row * p.inner);
-            float sum = 0.0f;
-            for (int i = tid; i < p.inner / 4; i += THREADS) {
-                float4 v = x[i];
-                sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-            }
-            sum = sum_of_warp(sum);
-            if (lane == 0) s.sums[row * WARPS + warp] = sum;
-        }
-        __syncthreads();
-        for (int row = 0; row < p.n; row++) {
-            float sum = 0.0f;
-            for (int w = 0; w < WARPS; w++) sum += s.sums[row * WARPS + w];
-            float factor = rsqrtf(sum / p.inner + p.epsilon);
-            const float4 *x = (const float4 *)(p.residual + (size_t)row * p.inner + first);
-            const uint2 *norm = (const uint2 *)(p.norm + first);
-            for (int i = tid; i < count / 4; i += THREADS) {
-                float4 v = x[i];
-                uint2 w = norm[i], y;
-                y.x = narrow(v.x * factor * widen(w.x & 0xffff)) | (u32)narrow(v.y * factor * widen(w.x >> 16)) << 16;
-                y.y = narrow(v.z * factor * widen(w.y & 0xffff)) | (u32)narrow(v.w * factor * widen(w.y >> 16)) << 16;
-                *(uint2 *)(s.x + row * pitch + 4 * i) = y;
-            }
-        }
-    } else if (p.source == FROM_ATTENTION) {
-        for (int row = 0; row < p.n; row++)
-            for (int i = tid; i < count; i += THREADS) s.x[row * pitch + i] = narrow(attended(p, row, first + i));
-    } else {
-        for (int row = 0; row < p.n; row++) {
-            const uint4 *x = (const uint4 *)(p.activated + (size_t)row * p.inner + first);
-            for (int i = tid; i < count / 8; i += THREADS) *(uint4 *)(s.x + row * pitch + 8 * i) = x[i];
-        }
-    }
-}
-
-// Two rows of a tile, those that one lane has.
-struct Rows {
-    const Part *part[2];
-    int row[2];
+// The warps that share out the columns of a tile.
+struct Team {
+    int number, warps, warp, thread;
 };
 
-// The inputs of 16 columns of one token, in pairs; nothing past the last token.
-__device__ __forceinline__ void inputs_of(const Product &p, const Shared &s, int tile, int column, u32 *b) {
-    int lane = threadIdx.x % 32, token = 8 * tile + lane / 4;
-    uint4 first = make_uint4(0, 0, 0, 0), second = first;
-    if (token < p.n) {
-        const uint4 *x = (const uint4 *)(s.x + token * (p.chunk + 8) + column + 16 * (lane % 4));
-        first = x[0];
-        second = x[1];
+__device__ __forceinline__ Team team_of(const Product &p) {
+    Team team;
+    int warp = warp_number();
+    team.warps = p.team;
+    team.number = warp / p.team;
+    team.warp = warp % p.team;
+    team.thread = threadIdx.x - team.number * p.team * 32;
+    return team;
+}
+
+__device__ __forceinline__ void wait_for(const Team &team) {
+    if (team.warps == 1) {
+        __syncwarp();
+    } else {
+        asm volatile("bar.sync %0, %1;" ::"r"(team.number + 1), "r"(team.warps * 32) : "memory");
     }
+}
+
+// A copy of the pairs for every bank. Neighbouring threads begin at different banks.
+__device__ __forceinline__ void fetch_tables(const Product &p, const Shared &s) {
+    for (int byte = threadIdx.x; byte < 256; byte += THREADS) {
+        u32 pair = __ldg(p.pairs + byte);
+        uint4 *to = (uint4 *)(s.pairs + byte * 32);
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[(i + byte) % 8] = make_uint4(pair, pair, pair, pair);
+        s.dynamic[byte] = __ldg(p.dynamic + byte);
+    }
+}
+
+// Columns first .. first + count of the normalised residual stream.
+__device__ __forceinline__ void fetch_normalised(const Product &p, const Shared &s, int first, int count) {
+    int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, pitch = p.chunk + 8;
+    for (int row = 0; row < p.n; row++) {
+        const float4 *x = (const float4 *)(p.residual + (size_t)row * p.inner);
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int i = tid; i < p.inner / 4; i += THREADS) {
+            float4 v = x[i];
+            sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        }
+        sum = sum_of_warp(sum);
+        if (lane == 0) s.sums[row * WARPS + warp] = sum;
+    }
+    __syncthreads();
+    for (int row = 0; row < p.n; row++) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += s.sums[row * WARPS + w];
+        float factor = rsqrtf(sum / p.inner + p.epsilon);
+        const float4 *x = (const float4 *)(p.residual + (size_t)row * p.inner + first);
+        const uint2 *norm = (const uint2 *)(p.norm + first);
+#pragma unroll 4
+        for (int i = tid; i < count / 4; i += THREADS) {
+            float4 v = x[i];
+            uint2 w = __ldg(norm + i), y;
+            y.x = narrow(v.x * factor * widen(w.x & 0xffff)) | (u32)narrow(v.y * factor * widen(w.x >> 16)) << 16;
+            y.y = narrow(v.z * factor * widen(w.y & 0xffff)) | (u32)narrow(v.w * factor * widen(w.y >> 16)) << 16;
+            *(uint2 *)(s.x + row * pitch + 4 * i) = y;
+        }
+    }
+}
+
+// The same of what attention found: the splits of each head, weighed by what they summed. Places past the last split have
+// no weight.
+__device__ __forceinline__ void fetch_attended(const Product &p, const Shared &s, int first, int count) {
+    int heads = p.inner / p.width, pitch = p.chunk + 8;
+    for (int row = 0; row < p.n; row++) {
+        for (int i = threadIdx.x; i < count / 4; i += THREADS) {
+            int column = first + 4 * i, head = row * heads + column / p.width;
+            const float *log_sums = p.log_sums + head * p.attention_splits;
+            const float *from = p.attended + (size_t)head * p.attention_splits * p.width + column % p.width;
+            float own[MOST_ATTENTION_SPLITS], most = NOTHING, sum = 0.0f;
+            float4 parts[MOST_ATTENTION_SPLITS], value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int split = 0; split < MOST_ATTENTION_SPLITS; split++) {
+                bool there = split < p.attention_splits;
+                own[split] = there ? log_sums[split] : NOTHING;
+                if (there) parts[split] = *(const float4 *)(from + split * p.width);
+                most = fmaxf(most, own[split]);
+            }
+#pragma unroll
+            for (int split = 0; split < MOST_ATTENTION_SPLITS; split++) {
+                if (split >= p.attention_splits) continue;
+                float weight = __expf(own[split] - most);
+                sum += weight;
+                value.x += weight * parts[split].x;
+                value.y += weight * parts[split].y;
+                value.z += weight * parts[split].z;
+                value.w += weight * parts[split].w;
+            }
+            float factor = 1.0f / sum;
+            uint2 y;
+            y.x = narrow(value.x * factor) | (u32)narrow(value.y * factor) << 16;
+            y.y = narrow(value.z * factor) | (u32)narrow(value.w * factor) << 16;
+            *(uint2 *)(s.x + row * pitch + 4 * i) = y;
+        }
+    }
+}
+
+__device__ __forceinline__ void fetch_activated(const Product &p, const Shared &s, int first, int count) {
+    for (int row = 0; row < p.n; row++) {
+        const uint4 *x = (const uint4 *)(p.activated + (size_t)row * p.inner + first);
+        uint4 *to = (uint4 *)(s.x + row * (p.chunk + 8));
+#pragma unroll 4
+        for (int i = threadIdx.x; i < count / 8; i += THREADS) to[i] = x[i];
+    }
+}
+
+// Where a lane finds the inputs of its tokens: those past the last one are the last one, and come to nothing.
+struct Inputs {
+    const u16 *of[TILES];
+};
+
+__device__ __forceinline__ Inputs inputs_in(const Product &p, const u16 *rows, int pitch) {
+    int lane = threadIdx.x % 32;
+    Inputs inputs;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+        inputs.of[tile] = rows + min(8 * tile + lane / 4, p.n - 1) * pitch + 16 * (lane % 4);
+    return inputs;
+}
+
+// A lane's 16 columns of one token, in pairs.
+__device__ __forceinline__ void load_inputs(const u16 *from, u32 *b) {
+    uint4 first = ((const uint4 *)from)[0], second = ((const uint4 *)from)[1];
     b[0] = first.x; b[1] = first.y; b[2] = first.z; b[3] = first.w;
     b[4] = second.x; b[5] = second.y; b[6] = second.z; b[7] = second.w;
 }
+
+// Two rows of a packed tile, those that one lane has.
+struct PackedRows {
+    const uint2 *words[2];
+    const u32 *scale_codes[2];  // or plain scales
+    const float *scales[2];
+    u32 first_group[2];
+    float offsets[2];
+};
 
 // The codes of 256 columns of two rows, and their four scales as they are stored.
 struct Codes {
@@ -238,38 +297,39 @@ struct Codes {
     uint4 scales[2];
 };
 
-__device__ __forceinline__ void fetch_codes(const Product &p, const Rows &rows, int group, Codes &to) {
-    int t = threadIdx.x % 4;
+template <bool PLAIN> __device__ __forceinline__ void fetch_codes(const PackedRows &rows, int group, Codes &to) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const Part &part = *rows.part[half];
-        const uint2 *words = (const uint2 *)(part.codes + (size_t)rows.row[half] * (p.inner / 8)) + group * 16 + t;
+        const uint2 *words = rows.words[half] + group * 16;
 #pragma unroll
         for (int block = 0; block < 4; block++) to.words[half][block] = __ldg(words + 4 * block);
-        u32 place = (u32)rows.row[half] * (u32)(p.inner / 256) + group;
-        if (part.scale_codes) {
-            to.scales[half].x = __ldg(part.scale_codes + place);
-            to.scales[half].y = bits(__ldg(part.scales + place / 64));
+        if (PLAIN) {
+            to.scales[half] = __ldg((const uint4 *)rows.scale_codes[half] + group);
         } else {
-            to.scales[half] = __ldg((const uint4 *)part.scales + place);
+            to.scales[half].x = __ldg(rows.scale_codes[half] + group);
+            to.scales[half].y = bits(__ldg(rows.scales[half] + (rows.first_group[half] + group) / 64));
         }
     }
 }
 
-__device__ __forceinline__ float scale_of(const Part &part, const Shared &s, const uint4 &stored, int block, float offset) {
-    if (part.scale_codes) return s.dynamic[stored.x >> (8 * block) & 0xff] * __uint_as_float(stored.y) + offset;
-    u32 word = block == 0 ? stored.x : block == 1 ? stored.y : block == 2 ? stored.z : stored.w;
-    return __uint_as_float(word);
+template <bool PLAIN>
+__device__ __forceinline__ float scale_of(const PackedRows &rows, const Shared &s, const Codes &codes, int half, int block) {
+    const uint4 &stored = codes.scales[half];
+    if (PLAIN) {
+        u32 word = block == 0 ? stored.x : block == 1 ? stored.y : block == 2 ? stored.z : stored.w;
+        return __uint_as_float(word);
+    }
+    return s.dynamic[stored.x >> (8 * block) & 0xff] * __uint_as_float(stored.y) + rows.offsets[half];
 }
 
+// A byte's pair of levels: row `byte` of the table, this lane's column.
 __device__ __forceinline__ u32 pair_of(const Shared &s, u32 word, int byte) {
-    u32 offset = byte == 0 ? (word & 0xff) << 5 : byte == 3 ? word >> 24 << 5 : (word >> (8 * byte - 5)) & 0x1fe0;
-    return s.pairs[offset | threadIdx.x % 32];
+    u32 shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
+    return *(const u32 *)((const unsigned char *)s.pairs + ((shifted & 0x7f80) | (threadIdx.x % 32 * 4)));
 }
 
-__device__ __forceinline__ void add_codes(
-    const Product &p, const Shared &s, const Rows &rows, const Codes &codes, int column, const float *offsets,
-    float (*sums)[4]
+template <bool PLAIN> __device__ __forceinline__ void add_codes(
+    const Shared &s, const PackedRows &rows, const Inputs &inputs, const Codes &codes, int column, float (*sums)[4]
 ) {
 #pragma unroll
     for (int block = 0; block < 4; block++) {
@@ -282,12 +342,11 @@ __device__ __forceinline__ void add_codes(
                 a[half][4 + byte] = pair_of(s, codes.words[half][block].y, byte);
             }
         }
-        float low = scale_of(*rows.part[0], s, codes.scales[0], block, offsets[0]);
-        float high = scale_of(*rows.part[1], s, codes.scales[1], block, offsets[1]);
+        float low = scale_of<PLAIN>(rows, s, codes, 0, block), high = scale_of<PLAIN>(rows, s, codes, 1, block);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             u32 b[8];
-            inputs_of(p, s, tile, column + 64 * block, b);
+            load_inputs(inputs.of[tile] + column + 64 * block, b);
             float unscaled[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
             for (int j = 0; j < 8; j += 2)
@@ -300,105 +359,101 @@ __device__ __forceinline__ void add_codes(
     }
 }
 
-// This warp's share of columns first .. first + count of the product of a packed tile.
-__device__ __forceinline__ void multiply_packed(
-    const Product &p, const Shared &s, const Rows &rows, int first, int count, float (*sums)[4]
+// Groups group .. end of 256 columns, of those that are in shared memory and begin at group `before`.
+template <bool PLAIN> __device__ __forceinline__ void multiply_packed(
+    const Shared &s, const PackedRows &rows, const Inputs &inputs, int before, int group, int end, float (*sums)[4]
 ) {
-    int warp = threadIdx.x / 32, groups = count / 256;
-    int group = groups * warp / WARPS, end = groups * (warp + 1) / WARPS;
-    float offsets[2] = {0.0f, 0.0f};
-    for (int half = 0; half < 2; half++)
-        if (rows.part[half]->scale_codes) offsets[half] = __ldg(rows.part[half]->offset);
     if (group >= end) return;
-    Codes now, next;
-    fetch_codes(p, rows, first / 256 + group, now);
-    for (; group < end; group++) {
-        if (group + 1 < end) fetch_codes(p, rows, first / 256 + group + 1, next);
-        add_codes(p, s, rows, now, 256 * group, offsets, sums);
-        now = next;
+    Codes even, odd;
+    fetch_codes<PLAIN>(rows, before + group, even);
+    for (; group < end; group += 2) {
+        if (group + 1 < end) fetch_codes<PLAIN>(rows, before + group + 1, odd);
+        add_codes<PLAIN>(s, rows, inputs, even, 256 * group, sums);
+        if (group + 1 >= end) return;
+        if (group + 2 < end) fetch_codes<PLAIN>(rows, before + group + 2, even);
+        add_codes<PLAIN>(s, rows, inputs, odd, 256 * (group + 1), sums);
     }
 }
 
 __device__ __forceinline__ void fetch_dense(const u16 *const *rows, int column, uint4 (*to)[2]) {
-    int t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const uint4 *row = (const uint4 *)(rows[half] + column + 16 * t);
+        const uint4 *row = (const uint4 *)(rows[half] + column);
         to[half][0] = __ldg(row);
         to[half][1] = __ldg(row + 1);
     }
 }
 
-// The same of rows in 16 bits: columns `from` .. `from + count` of those that are in shared memory, which begin at `first`.
+__device__ __forceinline__ void add_dense(const Inputs &inputs, const uint4 (*a)[2], int column, float (*sums)[4]) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        u32 b[8];
+        load_inputs(inputs.of[tile] + column, b);
+        multiply(sums[tile], a[0][0].x, a[1][0].x, a[0][0].y, a[1][0].y, b[0], b[1]);
+        multiply(sums[tile], a[0][0].z, a[1][0].z, a[0][0].w, a[1][0].w, b[2], b[3]);
+        multiply(sums[tile], a[0][1].x, a[1][1].x, a[0][1].y, a[1][1].y, b[4], b[5]);
+        multiply(sums[tile], a[0][1].z, a[1][1].z, a[0][1].w, a[1][1].w, b[6], b[7]);
+    }
+}
+
+// Blocks block .. end of 64 columns of rows in 16 bits; the inputs begin at column `before` of the rows. The pointers are those
+// of the lane's first column.
 __device__ __forceinline__ void multiply_dense(
-    const Product &p, const Shared &s, const u16 *const *rows, int first, int from, int count, float (*sums)[4]
+    const u16 *const *rows, const Inputs &inputs, int before, int block, int end, float (*sums)[4]
 ) {
-    int warp = threadIdx.x / 32, blocks = count / 64;
-    int block = blocks * warp / WARPS, end = blocks * (warp + 1) / WARPS;
+    constexpr int AHEAD = 2;
     if (block >= end) return;
-    uint4 now[2][2], next[2][2];
-    fetch_dense(rows, first + from + 64 * block, now);
-    for (; block < end; block++) {
-        if (block + 1 < end) fetch_dense(rows, first + from + 64 * (block + 1), next);
+    uint4 a[AHEAD][2][2];
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            u32 b[8];
-            inputs_of(p, s, tile, from + 64 * block, b);
-            multiply(sums[tile], now[0][0].x, now[1][0].x, now[0][0].y, now[1][0].y, b[0], b[1]);
-            multiply(sums[tile], now[0][0].z, now[1][0].z, now[0][0].w, now[1][0].w, b[2], b[3]);
-            multiply(sums[tile], now[0][1].x, now[1][1].x, now[0][1].y, now[1][1].y, b[4], b[5]);
-            multiply(sums[tile], now[0][1].z, now[1][1].z, now[0][1].w, now[1][1].w, b[6], b[7]);
-        }
+    for (int i = 0; i < AHEAD; i++)
+        if (block + i < end) fetch_dense(rows, before + 64 * (block + i), a[i]);
+    for (; block < end; block += AHEAD) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            now[half][0] = next[half][0];
-            now[half][1] = next[half][1];
+        for (int i = 0; i < AHEAD; i++) {
+            if (block + i >= end) return;
+            add_dense(inputs, a[i], 64 * (block + i), sums);
+            if (block + i + AHEAD < end) fetch_dense(rows, before + 64 * (block + i + AHEAD), a[i]);
         }
     }
 }
 
-// Leaves what each warp has summed in shared memory.
-__device__ __forceinline__ void leave_sums(const Shared &s, float (*sums)[4]) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float *own = s.sums + warp * 16 * TOKENS;
+// Leaves what each warp of a team has summed in shared memory.
+__device__ __forceinline__ void leave_sums(const Shared &s, const Team &team, float (*sums)[4]) {
+    int lane = threadIdx.x % 32;
+    float *own = s.sums + threadIdx.x / 32 * 16 * TOKENS;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
         int column = 8 * tile + 2 * (lane % 4), row = lane / 4;
-        own[row * TOKENS + column] = sums[tile][0];
-        own[row * TOKENS + column + 1] = sums[tile][1];
-        own[(row + 8) * TOKENS + column] = sums[tile][2];
-        own[(row + 8) * TOKENS + column + 1] = sums[tile][3];
+        *(float2 *)(own + row * TOKENS + column) = make_float2(sums[tile][0], sums[tile][1]);
+        *(float2 *)(own + (row + 8) * TOKENS + column) = make_float2(sums[tile][2], sums[tile][3]);
     }
-    __syncthreads();
+    wait_for(team);
 }
 
-__device__ __forceinline__ float sum_of_warps(const Shared &s, int place) {
+__device__ __forceinline__ float sum_of_team(const Shared &s, const Team &team, int place) {
+    const float *from = s.sums + team.number * team.warps * 16 * TOKENS + place;
     float sum = 0.0f;
-    for (int warp = 0; warp < WARPS; warp++) sum += s.sums[warp * 16 * TOKENS + place];
+    for (int warp = 0; warp < team.warps; warp++) sum += from[warp * 16 * TOKENS];
     return sum;
 }
 
-// 16 rows of the factors A by a piece of this block's columns.
+// 16 rows of the factors A by a piece of this block's columns, which the whole block shares out.
 __device__ __forceinline__ void low_rank_piece(const Product &p, const Shared &s, int unit, int split, int first, int count) {
-    int tile = unit / p.a_chunks, piece = unit % p.a_chunks;
-    const Part *part = p.parts;
-    for (int before = 0;; part++) {
-        int own = (part->rank + 15) / 16;
-        if (tile < before + own) { tile -= before; break; }
-        before += own;
-    }
-    int lane = threadIdx.x % 32, start = 16 * tile, blocks = count / 64;
+    int tile = unit / p.a_chunks, piece = unit % p.a_chunks, part = 0;
+    while (tile >= p.parts[part].rank / 16) tile -= p.parts[part++].rank / 16;
+    int lane = threadIdx.x % 32, warp = warp_number(), blocks = count / 64;
     const u16 *rows[2];
     for (int half = 0; half < 2; half++)
-        rows[half] = part->a + (size_t)min(start + lane / 4 + 8 * half, part->rank - 1) * p.inner;
-    int from = blocks * piece / p.a_chunks * 64, end = blocks * (piece + 1) / p.a_chunks * 64;
+        rows[half] = p.parts[part].a + (size_t)(16 * tile + lane / 4 + 8 * half) * p.inner + 16 * (lane % 4);
+    int from = blocks * piece / p.a_chunks, own = blocks * (piece + 1) / p.a_chunks - from;
     float sums[TILES][4] = {};
-    multiply_dense(p, s, rows, first, from, end - from, sums);
-    leave_sums(s, sums);
-    float *to = p.low_rank + (size_t)(split * p.a_chunks + piece) * p.n * p.ranks + part->first_rank + start;
+    multiply_dense(rows, inputs_in(p, s.x, p.chunk + 8), first, from + own * warp / WARPS, from + own * (warp + 1) / WARPS, sums);
+    Team all = {0, WARPS, warp, (int)threadIdx.x};
+    leave_sums(s, all, sums);
+    float *to = p.low_rank + (size_t)(split * p.a_chunks + piece) * p.n * p.ranks + p.parts[part].first_rank + 16 * tile;
     for (int place = threadIdx.x; place < 16 * TOKENS; place += THREADS) {
-        int row = place / TOKENS, token = place % TOKENS;
-        if (token < p.n && start + row < part->rank) to[(size_t)token * p.ranks + row] = sum_of_warps(s, place);
+        int row = place % 16, token = place / 16;
+        if (token < p.n) to[(size_t)token * p.ranks + row] = sum_of_team(s, all, row * TOKENS + token);
     }
     __threadfence();
     __syncthreads();
@@ -409,69 +464,68 @@ __device__ __forceinline__ void low_rank_piece(const Product &p, const Shared &s
 // wait before they have written theirs.
 __device__ __forceinline__ void gather_low_rank(const Product &p, const Shared &s) {
     if (threadIdx.x == 0) {
-        u32 all = (u32)(p.a_tiles * p.a_chunks * p.splits);
+        u32 all = (u32)(p.ranks / 16 * p.a_chunks * p.splits);
         while (*(volatile u32 *)p.ready < all) {
         }
         __threadfence();
     }
     __syncthreads();
-    for (int place = threadIdx.x; place < p.ranks * TOKENS; place += THREADS) {
-        int rank = place / TOKENS, token = place % TOKENS;
+    int pieces = p.splits * p.a_chunks;
+    for (int place = threadIdx.x; place < p.ranks * p.n; place += THREADS) {
+        int rank = place % p.ranks, token = place / p.ranks, part = 0;
+        const float *from = p.low_rank + (size_t)token * p.ranks + rank;
         float sum = 0.0f;
-        if (token < p.n) {
-            const float *from = p.low_rank + (size_t)token * p.ranks + rank;
-            for (int piece = 0; piece < p.splits * p.a_chunks; piece++) sum += __ldcg(from + (size_t)piece * p.n * p.ranks);
-            int part = 0;
-            while (part + 1 < p.part_count && rank >= p.parts[part + 1].first_rank) part++;
-            sum *= p.parts[part].lora_scale;
-        }
-        s.low_rank[place] = sum;
+#pragma unroll 4
+        for (int piece = 0; piece < pieces; piece++) sum += __ldcg(from + (size_t)piece * p.n * p.ranks);
+        while (part + 1 < p.part_count && rank >= p.parts[part + 1].first_rank) part++;
+        s.low_rank[token * (p.ranks + 8) + rank] = narrow(sum * p.parts[part].lora_scale);
     }
     __syncthreads();
-}
-
-__device__ __forceinline__ float correction(const Shared &s, const Part &part, int row, int token) {
-    const u16 *b = part.b + (size_t)row * part.rank;
-    const float *u = s.low_rank + part.first_rank * TOKENS + token;
-    float sum = 0.0f;
-    if (part.rank % 8 == 0) {
-        for (int r = 0; r < part.rank; r += 8) {
-            uint4 v = __ldg((const uint4 *)(b + r));
-            u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                sum += widen(words[i] & 0xffff) * u[(r + 2 * i) * TOKENS];
-                sum += widen(words[i] >> 16) * u[(r + 2 * i + 1) * TOKENS];
-            }
-        }
-    } else {
-        for (int r = 0; r < part.rank; r++) sum += widen(b[r]) * u[r * TOKENS];
-    }
-    return sum;
 }
 
 // The rows of a tile: eight of the first part and eight of the second where their products are activated together, else
 // sixteen that follow each other.
-__device__ __forceinline__ void place_of(const Product &p, int tile, int row, int half, const Part *&part, int &own) {
+__device__ __forceinline__ void place_of(const Product &p, int tile, int row, int half, int &part, int &own) {
     if (p.target == TO_ACTIVATED) {
-        part = p.parts + half;
+        part = half;
         own = 8 * tile + row;
         return;
     }
-    part = p.parts;
-    for (int left = p.part_count - 1; left > 0 && 16 * tile >= part[1].first_row; left--) part++;
-    own = 16 * tile - part->first_row + row + 8 * half;
+    part = 0;
+    while (part + 1 < p.part_count && 16 * tile >= p.parts[part + 1].first_row) part++;
+    own = 16 * tile - p.parts[part].first_row + row + 8 * half;
 }
 
-// Whether this block is the last of those that share out a tile's columns; then all their sums are there.
-__device__ __forceinline__ bool is_last(const Product &p, const Shared &s, int tile, int split) {
+// What the corrections of a tile's rows add. Where the halves of a tile belong to different layers each is taken for itself.
+__device__ __forceinline__ void add_corrections(const Product &p, const Shared &s, int tile, float (*sums)[4]) {
+    int lane = threadIdx.x % 32, parts[2], own[2];
+    for (int half = 0; half < 2; half++) place_of(p, tile, lane / 4, half, parts[half], own[half]);
+    for (int half = 0; half < 2; half++) {
+        const Part &part = p.parts[parts[half]];
+        bool both = parts[0] == parts[1];
+        if (!part.rank || (both && half == 1)) continue;
+        const u16 *rows[2];
+        for (int i = 0; i < 2; i++) rows[i] = part.b + (size_t)min(own[i], part.rows - 1) * part.rank + 16 * (lane % 4);
+        float sum[TILES][4] = {};
+        multiply_dense(rows, inputs_in(p, s.low_rank + part.first_rank, p.ranks + 8), 0, 0, part.rank / 64, sum);
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (both || j / 2 == half) sums[i][j] += sum[i][j];
+        }
+    }
+}
+
+// Whether this team is the last of those that share out a tile's columns; then all their sums are there.
+__device__ __forceinline__ bool is_last(const Product &p, const Shared &s, const Team &team, int tile, int split) {
     float *own = p.partials + ((size_t)tile * p.splits + split) * 16 * TOKENS;
-    for (int place = threadIdx.x; place < 16 * TOKENS; place += THREADS) own[place] = sum_of_warps(s, place);
+    for (int place = team.thread; place < 16 * TOKENS; place += team.warps * 32) own[place] = sum_of_team(s, team, place);
     __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) *s.flag = atomicAdd(p.arrived + tile, 1u);
-    __syncthreads();
-    bool last = *s.flag == (u32)(p.splits - 1);
+    wait_for(team);
+    if (team.thread == 0) s.flags[team.number] = atomicAdd(p.arrived + tile, 1u);
+    wait_for(team);
+    bool last = s.flags[team.number] == (u32)(p.splits - 1);
     if (last) __threadfence();
     return last;
 }
@@ -479,87 +533,99 @@ __device__ __forceinline__ bool is_last(const Product &p, const Shared &s, int t
 __device__ __forceinline__ float sum_of_splits(const Product &p, int tile, int place) {
     const float *from = p.partials + (size_t)tile * p.splits * 16 * TOKENS + place;
     float sum = 0.0f;
+#pragma unroll 4
     for (int split = 0; split < p.splits; split++) sum += __ldcg(from + (size_t)split * 16 * TOKENS);
     return sum;
 }
 
-__device__ __forceinline__ void write_tile(const Product &p, const Shared &s, int tile) {
-    for (int place = threadIdx.x; place < 8 * TOKENS; place += THREADS) {
-        int row = place / TOKENS, token = place % TOKENS;
+__device__ __forceinline__ void write_tile(const Product &p, const Shared &s, const Team &team, int tile) {
+    for (int place = team.thread; place < 8 * TOKENS; place += team.warps * 32) {
+        int row = place % 8, token = place / 8;
         if (token >= p.n) continue;
         float values[2];
-        int rows[2];
-        bool inside[2];
         for (int half = 0; half < 2; half++) {
-            const Part *part;
-            int own, at = place + half * 8 * TOKENS;
-            place_of(p, tile, row, half, part, own);
-            inside[half] = own < part->rows;
-            rows[half] = part->first_row + own;
-            values[half] = p.splits > 1 ? sum_of_splits(p, tile, at) : sum_of_warps(s, at);
-            if (part->a && inside[half]) values[half] += correction(s, *part, own, token);
+            int at = (row + 8 * half) * TOKENS + token;
+            values[half] = p.splits > 1 ? sum_of_splits(p, tile, at) : sum_of_team(s, team, at);
         }
         if (p.target == TO_ACTIVATED) {
-            float gate = values[0];
-            if (inside[0]) p.to_activated[(size_t)token * p.parts[0].rows + rows[0]] =
-                narrow(gate / (1.0f + __expf(-gate)) * values[1]);
+            int own = 8 * tile + row, all = p.parts[0].rows;
+            if (own < all) p.to_activated[(size_t)token * all + own] = narrow(values[0] / (1.0f + __expf(-values[0])) * values[1]);
             continue;
         }
         for (int half = 0; half < 2; half++) {
-            if (!inside[half]) continue;
-            float *to = p.to + (size_t)token * p.rows + rows[half];
+            int own = 16 * tile + row + 8 * half;
+            if (own >= p.rows) continue;
+            float *to = p.to + (size_t)token * p.rows + own;
             *to = p.target == TO_RESIDUAL ? *to + values[half] : values[half];
         }
     }
-    if (p.splits > 1 && threadIdx.x == 0) p.arrived[tile] = 0;
-    __syncthreads();
+    if (p.splits > 1 && team.thread == 0) p.arrived[tile] = 0;
+    wait_for(team);
 }
 
-__device__ __forceinline__ void weight_tile(const Product &p, const Shared &s, int tile, int first, int count) {
-    int lane = threadIdx.x % 32;
-    Rows rows;
+// A warp's share of the product of a tile with this block's columns.
+__device__ __forceinline__ void weight_tile(
+    const Product &p, const Shared &s, const Team &team, int tile, int first, int count, float (*sums)[4]
+) {
+    int lane = threadIdx.x % 32, parts[2], own[2];
     for (int half = 0; half < 2; half++) {
-        int own;
-        place_of(p, tile, lane / 4, half, rows.part[half], own);
-        rows.row[half] = min(own, rows.part[half]->rows - 1);
+        place_of(p, tile, lane / 4, half, parts[half], own[half]);
+        own[half] = min(own[half], p.parts[parts[half]].rows - 1);
     }
-    float sums[TILES][4] = {};
-    if (rows.part[0]->codes) {
-        multiply_packed(p, s, rows, first, count, sums);
-    } else {
-        const u16 *dense[2];
-        for (int half = 0; half < 2; half++) dense[half] = rows.part[half]->dense + (size_t)rows.row[half] * p.inner;
-        multiply_dense(p, s, dense, first, 0, count, sums);
+    Inputs inputs = inputs_in(p, s.x, p.chunk + 8);
+    if (!p.parts[0].codes) {
+        const u16 *rows[2];
+        for (int half = 0; half < 2; half++)
+            rows[half] = p.parts[parts[half]].dense + (size_t)own[half] * p.inner + 16 * (lane % 4);
+        int blocks = count / 64;
+        multiply_dense(rows, inputs, first, blocks * team.warp / team.warps, blocks * (team.warp + 1) / team.warps, sums);
+        return;
     }
-    leave_sums(s, sums);
+    PackedRows rows;
+    bool plain = !p.parts[0].scale_codes;
+    for (int half = 0; half < 2; half++) {
+        const Part &part = p.parts[parts[half]];
+        u32 group = (u32)own[half] * (u32)(p.inner / 256);
+        rows.words[half] = (const uint2 *)(part.codes + (size_t)own[half] * (p.inner / 8)) + lane % 4;
+        rows.scale_codes[half] = plain ? (const u32 *)part.scales + 4 * (size_t)group : part.scale_codes + group;
+        rows.scales[half] = part.scales;
+        rows.first_group[half] = group;
+        rows.offsets[half] = plain ? 0.0f : __ldg(part.offset);
+    }
+    int groups = count / 256, from = groups * team.warp / team.warps, end = groups * (team.warp + 1) / team.warps;
+    if (plain) multiply_packed<true>(s, rows, inputs, first / 256, from, end, sums);
+    else multiply_packed<false>(s, rows, inputs, first / 256, from, end, sums);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, TILES < 4 ? 2 : 1) step_product(const Product p) {
-#ifdef EMULATED
-    unsigned char *memory = dynamic_shared_mem;
-#else
+extern "C" __global__ void __launch_bounds__(THREADS, TILES < 4 ? 2 : 1) step_product(const __grid_constant__ Product p) {
     extern __shared__ __align__(16) unsigned char memory[];
-#endif
     Shared s = lay_out(p, memory);
+    Team team = team_of(p);
     int split = blockIdx.x % p.splits, groups = p.inner / 256;
     int first = groups * split / p.splits * 256, count = groups * (split + 1) / p.splits * 256 - first;
-    int blocks = gridDim.x / p.splits, block = blockIdx.x / p.splits, pieces = p.a_tiles * p.a_chunks;
-    for (int i = threadIdx.x; i < 256 * 32; i += THREADS) s.pairs[i] = __ldg(p.pairs + i / 32);
-    for (int i = threadIdx.x; i < 256; i += THREADS) s.dynamic[i] = __ldg(p.dynamic + i);
-    fetch_inputs(p, s, first, count);
+    int blocks = gridDim.x / p.splits, block = blockIdx.x / p.splits, pieces = p.ranks / 16 * p.a_chunks;
+    fetch_tables(p, s);
+    if (p.source == FROM_RESIDUAL) fetch_normalised(p, s, first, count);
+    else if (p.source == FROM_ATTENTION) fetch_attended(p, s, first, count);
+    else fetch_activated(p, s, first, count);
     __syncthreads();
     for (int unit = block; unit < pieces; unit += blocks) low_rank_piece(p, s, unit, split, first, count);
-    bool gathered = pieces == 0;
     // Those that had a piece of the factors come last to the tiles.
     int start = (block - pieces % blocks + blocks) % blocks;
-    for (int tile = start; tile < p.tiles; tile += blocks) {
-        weight_tile(p, s, tile, first, count);
-        bool mine = p.splits == 1 || is_last(p, s, tile, split);
-        if (mine && !gathered) {
+    bool corrects = pieces > 0 && split == 0, gathered = false;
+    for (int round = 0; start + round * blocks < p.tiles || !round; round += WARPS / p.team) {
+        int tile = start + (round + team.number) * blocks;
+        float sums[TILES][4] = {};
+        if (tile < p.tiles) weight_tile(p, s, team, tile, first, count, sums);
+        if (corrects && !gathered) {
             gather_low_rank(p, s);
             gathered = true;
         }
-        if (mine) write_tile(p, s, tile);
+        if (tile >= p.tiles) continue;
+        if (corrects && team.warp == team.warps - 1) add_corrections(p, s, tile, sums);
+        leave_sums(s, team, sums);
+        if (p.splits == 1 || is_last(p, s, team, tile, split)) write_tile(p, s, team, tile);
+        else wait_for(team);
     }
 }
 
@@ -590,15 +656,14 @@ __device__ __forceinline__ void weigh(float *o, float weight, uint4 v) {
 
 #define LANES 8       // that share a key
 #define GROUPS 16     // of such lanes in a block
-#define NOTHING -1e30f
 
 // A block has a head, a sequence and a share of its places. Groups of 8 lanes go over the places, each with a softmax of
 // its own, which are joined in the end.
 template <int WIDTH> __device__ __forceinline__ void attend(const Attend &p) {
     constexpr int OWN = WIDTH / LANES;
-    SHARED float q[WIDTH], o[GROUPS][WIDTH], most[GROUPS], sum[GROUPS];
-    SHARED __align__(16) u16 new_key[WIDTH];
-    SHARED __align__(16) u16 new_value[WIDTH];
+    __shared__ float q[WIDTH], o[GROUPS][WIDTH], most[GROUPS], sum[GROUPS];
+    __shared__ __align__(16) u16 new_key[WIDTH];
+    __shared__ __align__(16) u16 new_value[WIDTH];
     int head = blockIdx.x, row = blockIdx.y, split = blockIdx.z, tid = threadIdx.x;
     int shared_by = p.heads / p.key_heads, key_head = head / shared_by;
     int length = p.lengths[row], position = length - 1;
@@ -699,8 +764,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) step_embed(
 
 // The first of the greatest logits of each row [n, v]; -1 if one of them is no number.
 extern "C" __global__ void __launch_bounds__(THREADS) step_choose(const float *logits, int v, int *choices) {
-    SHARED float best_of[THREADS];
-    SHARED int place_of_best[THREADS];
+    __shared__ float best_of[THREADS];
+    __shared__ int place_of_best[THREADS];
     const float *row = logits + (size_t)blockIdx.x * v;
     float best = row[0];
     int place = 0;

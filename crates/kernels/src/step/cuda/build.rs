@@ -6,7 +6,9 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
 
 use super::driver::Limits;
-use super::layout::{Attend, GROUP, MOST_PARTS, Part, Product, Share, TILE, attention_splits, row_tiles};
+use super::layout::{
+    Attend, GROUP, MOST_PARTS, Part, Product, RANKS, Share, TILE, attention_splits, row_tiles,
+};
 use super::{Launch, ROWS, Room, Shapes, wrong};
 use crate::device::{Cube, primitive, uninitialized};
 use crate::nf4::kernel::DeviceScales;
@@ -168,7 +170,6 @@ impl Builder<'_> {
             (own.first_row, own.first_rank) = (product.rows, product.ranks);
             product.rows += own.rows;
             product.ranks += own.rank;
-            product.a_tiles += (own.rank as usize).div_ceil(TILE) as i32;
         }
         product.tiles = (product.rows as usize).div_ceil(TILE) as i32;
         product.source = match source {
@@ -194,17 +195,32 @@ impl Builder<'_> {
             FrozenWeight::Dense(weight) => own.dense = self.kept.packed(primitive(weight.clone()), self.dtype)?,
             FrozenWeight::Nf4(weight) => self.packed_weight(weight, &mut own)?,
         }
-        if let Some(LoraTerm { a, b, scale }) = &part.lora {
-            let (a, b) = (primitive(a.clone()), primitive(b.clone()));
-            if a.meta.shape()[1] != inner {
-                return Err(wrong("a correction is for layers of another width"));
-            }
-            own.rank = a.meta.shape()[0] as i32;
-            own.lora_scale = *scale as f32;
-            own.a = self.kept.packed(a, self.dtype)?;
-            own.b = self.kept.packed(b, self.dtype)?;
+        if let Some(lora) = &part.lora {
+            self.correction(lora, inner, &mut own)?;
         }
         Ok(own)
+    }
+
+    fn correction(&mut self, lora: &LoraTerm<Device>, inner: usize, own: &mut Part) -> Result<(), StepError> {
+        let LoraTerm { a, b, scale } = lora;
+        let ([rank, width], [rows, _]) = (a.dims(), b.dims());
+        if [width, rows] != [inner, own.rows as usize] {
+            return Err(wrong(format!("a correction [{rows}, {width}] of a layer [{}, {inner}]", own.rows)));
+        }
+        let fill = rank.next_multiple_of(RANKS) - rank;
+        let zeros = |dims: [usize; 2]| Tensor::zeros(dims, (&a.device(), a.dtype()));
+        let (a, b) = match fill {
+            0 => (a.clone(), b.clone()),
+            _ => (
+                Tensor::cat(vec![a.clone(), zeros([fill, inner])], 0),
+                Tensor::cat(vec![b.clone(), zeros([rows, fill])], 1),
+            ),
+        };
+        own.rank = (rank + fill) as i32;
+        own.lora_scale = *scale as f32;
+        own.a = self.kept.packed(primitive(a), self.dtype)?;
+        own.b = self.kept.packed(primitive(b), self.dtype)?;
+        Ok(())
     }
 
     fn packed_weight(&mut self, weight: &Nf4Tensor<Device>, own: &mut Part) -> Result<(), StepError> {
@@ -310,9 +326,15 @@ fn check(parts: &[LinearPart<Device>], dims: &[[usize; 2]], target: StepTarget) 
     if !inner.is_multiple_of(GROUP) || dims.iter().any(|dims| dims[1] != inner) {
         return Err(wrong(format!("layers {dims:?} have no common width that is a multiple of {GROUP}")));
     }
-    let packed = |part: &LinearPart<Device>| matches!(part.weight, FrozenWeight::Nf4(_));
+    let kind = |part: &LinearPart<Device>| match &part.weight {
+        FrozenWeight::Nf4(weight) => Some(weight.is_double()),
+        FrozenWeight::Dense(_) => None,
+    };
+    if parts.iter().any(|part| kind(part) != kind(&parts[0])) {
+        return Err(wrong("layers that share an input are packed in different ways"));
+    }
     let (activated, whole) = (target == StepTarget::Activated, if parts.len() > 1 { TILE } else { 1 });
-    if activated && (dims.len() != 2 || dims[0] != dims[1] || packed(&parts[0]) != packed(&parts[1])) {
+    if activated && (dims.len() != 2 || dims[0] != dims[1]) {
         return Err(wrong(format!("layers {dims:?} are not two of a kind to be activated")));
     }
     match dims.iter().find(|dims| !dims[0].is_multiple_of(whole)) {

@@ -6,10 +6,14 @@ use super::driver::Limits;
 pub(super) const GROUP: usize = 256;
 /// Rows of a tile.
 pub(super) const TILE: usize = 16;
+/// Ranks of a correction come in multiples of this: others are filled up with zeros.
+pub(super) const RANKS: usize = 64;
 /// Layers that share an input at most.
 pub(super) const MOST_PARTS: usize = 3;
 /// Blocks that share out the columns of a tile at most, where two blocks of them fit on a multiprocessor.
 const MOST_SPLITS: usize = 8;
+/// `MOST_ATTENTION_SPLITS`.
+const MOST_ATTENTION_SPLITS: usize = 8;
 /// Pieces that a factor A is cut into, so that a piece is about as much to read as a tile of a packed weight.
 const LOW_RANK_PIECES: usize = 4;
 
@@ -42,7 +46,7 @@ pub(super) struct Product {
     pub(super) rows: i32,
     pub(super) ranks: i32,
     pub(super) tiles: i32,
-    pub(super) a_tiles: i32,
+    pub(super) team: i32,
     pub(super) splits: i32,
     pub(super) chunk: i32,
     pub(super) a_chunks: i32,
@@ -131,13 +135,22 @@ impl Share {
 fn shared_bytes(n: usize, chunk: usize, ranks: usize) -> usize {
     let tokens = 8 * row_tiles(n);
     let warps = threads(row_tiles(n)) / 32;
-    let words = 256 * 32 + 256 + warps * TILE * tokens + 4 + ranks * tokens;
-    4 * words + 2 * n * (chunk + 8)
+    let words = 256 * 32 + 256 + warps * TILE * tokens + 16;
+    4 * words + 2 * n * (ranks + 8) + 2 * n * (chunk + 8)
+}
+
+/// Warps that share out a tile: as few as keep all that are there busy, for those wait for each other.
+pub(super) fn team(tiles: usize, warps: usize, most: usize) -> usize {
+    let mut team = most;
+    while team > 1 && warps / team < tiles {
+        team /= 2;
+    }
+    team
 }
 
 /// Blocks that share out the places of one sequence and head: as many as keep the card busy with few sequences.
 pub(super) fn attention_splits(n: usize, heads: usize, limits: &Limits) -> usize {
-    (2 * limits.processors / (n * heads)).clamp(1, 8)
+    (4 * limits.processors / (n * heads)).clamp(1, MOST_ATTENTION_SPLITS)
 }
 
 #[cfg(test)]
@@ -163,7 +176,7 @@ mod tests {
             for n in 1..=32 {
                 for (inner, ranks) in [(4096, 192), (4096, 64), (4096, 128), (11_008, 64), (4096, 0)] {
                     let share = Share::new(n, inner, ranks, &limits);
-                    // Four tiles of rows and three factors of rank 64 leave no room on a T4.
+                    // Four tiles of rows leave no room on a T4.
                     let Some(share) = share else {
                         assert!(limits.compute_capability == 75 && n > 16, "{n} {inner} {ranks}");
                         continue;
@@ -175,6 +188,11 @@ mod tests {
         }
         assert_eq!(Share::new(1, 4096, 192, &H100).unwrap().splits, 1);
         assert_eq!(Share::new(32, 4096, 64, &H100).unwrap().splits, 2);
+    }
+
+    #[test]
+    fn teams_are_small_where_there_are_many_tiles() {
+        assert_eq!([256, 768, 1376, 5000].map(|tiles| team(tiles, 2112, 8)), [8, 2, 1, 1]);
     }
 
     #[test]

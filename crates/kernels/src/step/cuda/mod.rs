@@ -16,13 +16,17 @@ use cudarc::driver::{result as cuda, sys};
 
 use self::build::{Built, Kept};
 use self::driver::{Driver, Kernels};
-use self::layout::{Attend, Product, Share, attention_splits, row_tiles, threads};
+use self::layout::{Attend, Product, Share, attention_splits, row_tiles, team, threads};
 use super::{StepError, StepProgram, StepRow, StepRunner, StepTarget};
 use crate::Heads;
 use crate::device::{Cube, primitive};
 
 /// Rows of a step that there are kernels for.
 const ROWS: [usize; 3] = [32, 16, 8];
+/// Units of a warp.
+const WARP: usize = 32;
+/// Warps that share out a tile at most.
+const MOST_TEAM: usize = 8;
 /// Units of a block of attention.
 const ATTENTION_UNITS: u32 = 128;
 
@@ -170,8 +174,8 @@ impl CudaRunner {
             .ok_or_else(|| wrong(format!("no room for {n} rows in shared memory")))?;
         let units = threads(row_tiles(n));
         let resident = limits.processors * self.driver.resident(kernels, units, share.shared)?;
-        let pieces = product.a_tiles as usize * share.a_chunks;
-        let blocks = (resident / share.splits).min(product.tiles as usize + pieces);
+        let blocks = resident / share.splits;
+        let warps = units / WARP;
         if blocks == 0 {
             return Err(wrong(format!("{} blocks do not run at a time", share.splits)));
         }
@@ -179,6 +183,7 @@ impl CudaRunner {
             n: n as i32,
             splits: share.splits as i32,
             chunk: share.chunk as i32,
+            team: team(product.tiles as usize, blocks * warps, warps.min(MOST_TEAM)) as i32,
             a_chunks: share.a_chunks as i32,
             attention_splits: attention_splits(n, self.shapes.heads.queries, limits) as i32,
             ready: self.room.ready + 4 * number as u64,
