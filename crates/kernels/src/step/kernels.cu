@@ -16,6 +16,7 @@ typedef unsigned int u32;
 
 #define THREADS (TILES < 4 ? 256 : 512)
 #define WARPS (THREADS / 32)
+#define BLOCKS (TILES == 1 ? 3 : TILES == 2 ? 2 : 1)  // on a multiprocessor
 #define TOKENS (8 * TILES)
 #define MOST_PARTS 3
 #define MOST_ATTENTION_SPLITS 8
@@ -23,8 +24,7 @@ typedef unsigned int u32;
 
 // Where a product's input comes from.
 #define FROM_RESIDUAL 0   // the residual stream, normalised
-#define FROM_ATTENTION 1  // what the splits of attention found, weighed together
-#define FROM_ACTIVATED 2  // the MLP's activations
+#define FROM_ROWS 1       // rows in 16 bits
 // Where its result goes.
 #define TO_ROWS 0         // rows of f32
 #define TO_RESIDUAL 1     // added to the residual stream
@@ -54,10 +54,7 @@ struct Product {
     const float *residual;   // [n, inner]
     const u16 *norm;
     float epsilon;
-    const float *attended;   // [n, heads, attention_splits, width]
-    const float *log_sums;   // [n, heads, attention_splits]
-    int attention_splits, width;
-    const u16 *activated;    // [n, inner]
+    const u16 *rows_in;      // [n, inner]
     float *to;               // [n, rows], or the residual stream
     u16 *to_activated;       // [n, rows / 2]
     float *low_rank;         // [splits * a_chunks, n, ranks]
@@ -74,7 +71,10 @@ struct Attend {
     const int *lengths;      // [n], the new token included
     const int *tables;       // [n, table]
     const float *frequencies;  // [width / 2]
-    float *attended, *log_sums;
+    float *attended;         // [n, heads, splits, width]
+    float *log_sums;         // [n, heads, splits]
+    u16 *result;             // [n, heads width]
+    u32 *arrived;            // [n, heads], zero before and after
     int table, page_tokens, heads, key_heads, splits;
     float scale;
 };
@@ -116,6 +116,20 @@ __device__ __forceinline__ void multiply(float *c, u32 a0, u32 a1, u32 a2, u32 a
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+
+// Lets the next kernel of the stream take the places of blocks that end, and waits for the one before. Until then a kernel
+// reads nothing but weights and tables.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -182,6 +196,13 @@ __device__ __forceinline__ void fetch_tables(const Product &p, const Shared &s) 
     }
 }
 
+__device__ __forceinline__ uint2 normalised(float4 x, float factor, uint2 weight) {
+    uint2 y;
+    y.x = narrow(x.x * factor * widen(weight.x & 0xffff)) | (u32)narrow(x.y * factor * widen(weight.x >> 16)) << 16;
+    y.y = narrow(x.z * factor * widen(weight.y & 0xffff)) | (u32)narrow(x.w * factor * widen(weight.y >> 16)) << 16;
+    return y;
+}
+
 // Columns first .. first + count of the normalised residual stream.
 __device__ __forceinline__ void fetch_normalised(const Product &p, const Shared &s, int first, int count) {
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, pitch = p.chunk + 8;
@@ -207,54 +228,14 @@ __device__ __forceinline__ void fetch_normalised(const Product &p, const Shared 
 #pragma unroll 4
         for (int i = tid; i < count / 4; i += THREADS) {
             float4 v = x[i];
-            uint2 w = __ldg(norm + i), y;
-            y.x = narrow(v.x * factor * widen(w.x & 0xffff)) | (u32)narrow(v.y * factor * widen(w.x >> 16)) << 16;
-            y.y = narrow(v.z * factor * widen(w.y & 0xffff)) | (u32)narrow(v.w * factor * widen(w.y >> 16)) << 16;
-            *(uint2 *)(s.x + row * pitch + 4 * i) = y;
+            *(uint2 *)(s.x + row * pitch + 4 * i) = normalised(v, factor, __ldg(norm + i));
         }
     }
 }
 
-// The same of what attention found: the splits of each head, weighed by what they summed. Places past the last split have
-// no weight.
-__device__ __forceinline__ void fetch_attended(const Product &p, const Shared &s, int first, int count) {
-    int heads = p.inner / p.width, pitch = p.chunk + 8;
+__device__ __forceinline__ void fetch_rows(const Product &p, const Shared &s, int first, int count) {
     for (int row = 0; row < p.n; row++) {
-        for (int i = threadIdx.x; i < count / 4; i += THREADS) {
-            int column = first + 4 * i, head = row * heads + column / p.width;
-            const float *log_sums = p.log_sums + head * p.attention_splits;
-            const float *from = p.attended + (size_t)head * p.attention_splits * p.width + column % p.width;
-            float own[MOST_ATTENTION_SPLITS], most = NOTHING, sum = 0.0f;
-            float4 parts[MOST_ATTENTION_SPLITS], value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-            for (int split = 0; split < MOST_ATTENTION_SPLITS; split++) {
-                bool there = split < p.attention_splits;
-                own[split] = there ? log_sums[split] : NOTHING;
-                if (there) parts[split] = *(const float4 *)(from + split * p.width);
-                most = fmaxf(most, own[split]);
-            }
-#pragma unroll
-            for (int split = 0; split < MOST_ATTENTION_SPLITS; split++) {
-                if (split >= p.attention_splits) continue;
-                float weight = __expf(own[split] - most);
-                sum += weight;
-                value.x += weight * parts[split].x;
-                value.y += weight * parts[split].y;
-                value.z += weight * parts[split].z;
-                value.w += weight * parts[split].w;
-            }
-            float factor = 1.0f / sum;
-            uint2 y;
-            y.x = narrow(value.x * factor) | (u32)narrow(value.y * factor) << 16;
-            y.y = narrow(value.z * factor) | (u32)narrow(value.w * factor) << 16;
-            *(uint2 *)(s.x + row * pitch + 4 * i) = y;
-        }
-    }
-}
-
-__device__ __forceinline__ void fetch_activated(const Product &p, const Shared &s, int first, int count) {
-    for (int row = 0; row < p.n; row++) {
-        const uint4 *x = (const uint4 *)(p.activated + (size_t)row * p.inner + first);
+        const uint4 *x = (const uint4 *)(p.rows_in + (size_t)row * p.inner + first);
         uint4 *to = (uint4 *)(s.x + row * (p.chunk + 8));
 #pragma unroll 4
         for (int i = threadIdx.x; i < count / 8; i += THREADS) to[i] = x[i];
@@ -291,35 +272,34 @@ struct PackedRows {
     float offsets[2];
 };
 
-// The codes of 256 columns of two rows, and their four scales as they are stored.
+// The codes of 128 columns of two rows, and their two scales as they are stored.
 struct Codes {
-    uint2 words[2][4];
-    uint4 scales[2];
+    uint2 words[2][2];
+    u32 scales[2][2];
 };
 
-template <bool PLAIN> __device__ __forceinline__ void fetch_codes(const PackedRows &rows, int group, Codes &to) {
+template <bool PLAIN> __device__ __forceinline__ void fetch_codes(const PackedRows &rows, int unit, Codes &to) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const uint2 *words = rows.words[half] + group * 16;
-#pragma unroll
-        for (int block = 0; block < 4; block++) to.words[half][block] = __ldg(words + 4 * block);
+        const uint2 *words = rows.words[half] + unit * 8;
+        to.words[half][0] = __ldg(words);
+        to.words[half][1] = __ldg(words + 4);
         if (PLAIN) {
-            to.scales[half] = __ldg((const uint4 *)rows.scale_codes[half] + group);
+            uint2 scales = __ldg((const uint2 *)rows.scale_codes[half] + unit);
+            to.scales[half][0] = scales.x;
+            to.scales[half][1] = scales.y;
         } else {
-            to.scales[half].x = __ldg(rows.scale_codes[half] + group);
-            to.scales[half].y = bits(__ldg(rows.scales[half] + (rows.first_group[half] + group) / 64));
+            to.scales[half][0] = __ldg((const u16 *)rows.scale_codes[half] + unit);
+            to.scales[half][1] = bits(__ldg(rows.scales[half] + (2 * rows.first_group[half] + unit) / 128));
         }
     }
 }
 
 template <bool PLAIN>
 __device__ __forceinline__ float scale_of(const PackedRows &rows, const Shared &s, const Codes &codes, int half, int block) {
-    const uint4 &stored = codes.scales[half];
-    if (PLAIN) {
-        u32 word = block == 0 ? stored.x : block == 1 ? stored.y : block == 2 ? stored.z : stored.w;
-        return __uint_as_float(word);
-    }
-    return s.dynamic[stored.x >> (8 * block) & 0xff] * __uint_as_float(stored.y) + rows.offsets[half];
+    if (PLAIN) return __uint_as_float(codes.scales[half][block]);
+    u32 code = block ? codes.scales[half][0] >> 8 : codes.scales[half][0] & 0xff;
+    return s.dynamic[code] * __uint_as_float(codes.scales[half][1]) + rows.offsets[half];
 }
 
 // A byte's pair of levels: row `byte` of the table, this lane's column.
@@ -332,7 +312,7 @@ template <bool PLAIN> __device__ __forceinline__ void add_codes(
     const Shared &s, const PackedRows &rows, const Inputs &inputs, const Codes &codes, int column, float (*sums)[4]
 ) {
 #pragma unroll
-    for (int block = 0; block < 4; block++) {
+    for (int block = 0; block < 2; block++) {
         u32 a[2][8];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -359,19 +339,23 @@ template <bool PLAIN> __device__ __forceinline__ void add_codes(
     }
 }
 
-// Groups group .. end of 256 columns, of those that are in shared memory and begin at group `before`.
+// Units unit .. end of 128 columns, of those that are in shared memory and begin at unit `before`.
 template <bool PLAIN> __device__ __forceinline__ void multiply_packed(
-    const Shared &s, const PackedRows &rows, const Inputs &inputs, int before, int group, int end, float (*sums)[4]
+    const Shared &s, const PackedRows &rows, const Inputs &inputs, int before, int unit, int end, float (*sums)[4]
 ) {
-    if (group >= end) return;
-    Codes even, odd;
-    fetch_codes<PLAIN>(rows, before + group, even);
-    for (; group < end; group += 2) {
-        if (group + 1 < end) fetch_codes<PLAIN>(rows, before + group + 1, odd);
-        add_codes<PLAIN>(s, rows, inputs, even, 256 * group, sums);
-        if (group + 1 >= end) return;
-        if (group + 2 < end) fetch_codes<PLAIN>(rows, before + group + 2, even);
-        add_codes<PLAIN>(s, rows, inputs, odd, 256 * (group + 1), sums);
+    constexpr int AHEAD = 1;
+    Codes codes[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (unit + i < end) fetch_codes<PLAIN>(rows, before + unit + i, codes[i]);
+    for (; unit < end; unit += AHEAD) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (unit + i >= end) return;
+            Codes now = codes[i];
+            if (unit + i + AHEAD < end) fetch_codes<PLAIN>(rows, before + unit + i + AHEAD, codes[i]);
+            add_codes<PLAIN>(s, rows, inputs, now, 128 * (unit + i), sums);
+        }
     }
 }
 
@@ -592,22 +576,23 @@ __device__ __forceinline__ void weight_tile(
         rows.first_group[half] = group;
         rows.offsets[half] = plain ? 0.0f : __ldg(part.offset);
     }
-    int groups = count / 256, from = groups * team.warp / team.warps, end = groups * (team.warp + 1) / team.warps;
-    if (plain) multiply_packed<true>(s, rows, inputs, first / 256, from, end, sums);
-    else multiply_packed<false>(s, rows, inputs, first / 256, from, end, sums);
+    int units = count / 128, from = units * team.warp / team.warps, end = units * (team.warp + 1) / team.warps;
+    if (plain) multiply_packed<true>(s, rows, inputs, first / 128, from, end, sums);
+    else multiply_packed<false>(s, rows, inputs, first / 128, from, end, sums);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, TILES < 4 ? 2 : 1) step_product(const __grid_constant__ Product p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_product(const __grid_constant__ Product p) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared s = lay_out(p, memory);
     Team team = team_of(p);
     int split = blockIdx.x % p.splits, groups = p.inner / 256;
     int first = groups * split / p.splits * 256, count = groups * (split + 1) / p.splits * 256 - first;
     int blocks = gridDim.x / p.splits, block = blockIdx.x / p.splits, pieces = p.ranks / 16 * p.a_chunks;
+    let_next_begin();
     fetch_tables(p, s);
+    wait_for_previous();
     if (p.source == FROM_RESIDUAL) fetch_normalised(p, s, first, count);
-    else if (p.source == FROM_ATTENTION) fetch_attended(p, s, first, count);
-    else fetch_activated(p, s, first, count);
+    else fetch_rows(p, s, first, count);
     __syncthreads();
     for (int unit = block; unit < pieces; unit += blocks) low_rank_piece(p, s, unit, split, first, count);
     // Those that had a piece of the factors come last to the tiles.
@@ -657,6 +642,36 @@ __device__ __forceinline__ void weigh(float *o, float weight, uint4 v) {
 #define LANES 8       // that share a key
 #define GROUPS 16     // of such lanes in a block
 
+// The last of the blocks that share out a head's places weighs what they found by what they summed.
+template <int WIDTH> __device__ __forceinline__ void join_splits(const Attend &p, size_t head, int split, float log_sum) {
+    __shared__ u32 before;
+    if (threadIdx.x == 0) p.log_sums[head * p.splits + split] = log_sum;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) before = atomicAdd(p.arrived + head, 1u);
+    __syncthreads();
+    if (before != (u32)(p.splits - 1)) return;
+    __threadfence();
+    for (int i = threadIdx.x; i < WIDTH; i += LANES * GROUPS) {
+        float most = NOTHING, sum = 0.0f, value = 0.0f, log_sums[MOST_ATTENTION_SPLITS], parts[MOST_ATTENTION_SPLITS];
+#pragma unroll
+        for (int s = 0; s < MOST_ATTENTION_SPLITS; s++) {
+            bool there = s < p.splits;
+            log_sums[s] = there ? __ldcg(p.log_sums + head * p.splits + s) : NOTHING;
+            parts[s] = there ? __ldcg(p.attended + (head * p.splits + s) * WIDTH + i) : 0.0f;
+            most = fmaxf(most, log_sums[s]);
+        }
+#pragma unroll
+        for (int s = 0; s < MOST_ATTENTION_SPLITS; s++) {
+            float weight = s < p.splits ? __expf(log_sums[s] - most) : 0.0f;
+            sum += weight;
+            value += weight * parts[s];
+        }
+        p.result[head * WIDTH + i] = narrow(value / sum);
+    }
+    if (threadIdx.x == 0) p.arrived[head] = 0;
+}
+
 // A block has a head, a sequence and a share of its places. Groups of 8 lanes go over the places, each with a softmax of
 // its own, which are joined in the end.
 template <int WIDTH> __device__ __forceinline__ void attend(const Attend &p) {
@@ -664,6 +679,8 @@ template <int WIDTH> __device__ __forceinline__ void attend(const Attend &p) {
     __shared__ float q[WIDTH], o[GROUPS][WIDTH], most[GROUPS], sum[GROUPS];
     __shared__ __align__(16) u16 new_key[WIDTH];
     __shared__ __align__(16) u16 new_value[WIDTH];
+    let_next_begin();
+    wait_for_previous();
     int head = blockIdx.x, row = blockIdx.y, split = blockIdx.z, tid = threadIdx.x;
     int shared_by = p.heads / p.key_heads, key_head = head / shared_by;
     int length = p.lengths[row], position = length - 1;
@@ -740,13 +757,16 @@ template <int WIDTH> __device__ __forceinline__ void attend(const Attend &p) {
     float highest = NOTHING, total = 0.0f;
     for (int g = 0; g < GROUPS; g++) highest = fmaxf(highest, most[g]);
     for (int g = 0; g < GROUPS; g++) total += sum[g] * __expf(most[g] - highest);
-    size_t place = ((size_t)row * p.heads + head) * p.splits + split;
+    size_t own_head = (size_t)row * p.heads + head;
+    float *to = p.attended + (own_head * p.splits + split) * WIDTH;
     for (int i = tid; i < WIDTH; i += LANES * GROUPS) {
         float value = 0.0f;
         for (int g = 0; g < GROUPS; g++) value += o[g][i] * __expf(most[g] - highest);
-        p.attended[place * WIDTH + i] = total > 0.0f ? value / total : 0.0f;
+        value = total > 0.0f ? value / total : 0.0f;
+        if (p.splits == 1) p.result[own_head * WIDTH + i] = narrow(value);
+        else to[i] = value;
     }
-    if (tid == 0) p.log_sums[place] = total > 0.0f ? highest + logf(total) : NOTHING;
+    if (p.splits > 1) join_splits<WIDTH>(p, own_head, split, total > 0.0f ? highest + logf(total) : NOTHING);
 }
 
 extern "C" __global__ void __launch_bounds__(LANES * GROUPS) step_attend_64(const Attend p) { attend<64>(p); }
@@ -756,16 +776,42 @@ extern "C" __global__ void __launch_bounds__(LANES * GROUPS) step_attend_128(con
 extern "C" __global__ void __launch_bounds__(THREADS) step_embed(
     const u16 *table, const int *ids, float *residual, int d, u32 *ready, int signals
 ) {
+    let_next_begin();
     const u16 *from = table + (size_t)ids[blockIdx.x] * d;
     for (int i = threadIdx.x; i < d; i += THREADS) residual[(size_t)blockIdx.x * d + i] = widen(from[i]);
     if (blockIdx.x == 0)
         for (int i = threadIdx.x; i < signals; i += THREADS) ready[i] = 0;
 }
 
+// The normalised residual stream in 16 bits, for more rows than are worth normalising in every block of a product.
+extern "C" __global__ void __launch_bounds__(THREADS) step_normalise(
+    const float *residual, const u16 *norm, float epsilon, int d, u16 *to
+) {
+    __shared__ float sums[WARPS];
+    let_next_begin();
+    wait_for_previous();
+    const float4 *x = (const float4 *)(residual + (size_t)blockIdx.x * d);
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < d / 4; i += THREADS) {
+        float4 v = x[i];
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    sum = sum_of_warp(sum);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += sums[w];
+    float factor = rsqrtf(sum / d + epsilon);
+    for (int i = threadIdx.x; i < d / 4; i += THREADS)
+        ((uint2 *)(to + (size_t)blockIdx.x * d))[i] = normalised(x[i], factor, __ldg((const uint2 *)norm + i));
+}
+
 // The first of the greatest logits of each row [n, v]; -1 if one of them is no number.
 extern "C" __global__ void __launch_bounds__(THREADS) step_choose(const float *logits, int v, int *choices) {
     __shared__ float best_of[THREADS];
     __shared__ int place_of_best[THREADS];
+    wait_for_previous();
     const float *row = logits + (size_t)blockIdx.x * v;
     float best = row[0];
     int place = 0;

@@ -9,7 +9,7 @@ use super::driver::Limits;
 use super::layout::{
     Attend, GROUP, MOST_PARTS, Part, Product, RANKS, Share, TILE, attention_splits, row_tiles,
 };
-use super::{Launch, ROWS, Room, Shapes, wrong};
+use super::{Ends, Launch, ROWS, Room, Shapes, wrong};
 use crate::device::{Cube, primitive, uninitialized};
 use crate::nf4::kernel::DeviceScales;
 use crate::nf4::{NF4_CODE, dynamic_code};
@@ -19,10 +19,13 @@ use crate::{FrozenWeight, LinearPart, LoraTerm, Nf4Tensor};
 type Device = Cube<CudaRuntime>;
 type Memory = CubeTensor<CudaRuntime>;
 
-/// `FROM_*` of the kernels.
-const FROM: [i32; 3] = [0, 1, 2];
-/// `TO_*` of the kernels.
-const TO: [i32; 3] = [0, 1, 2];
+/// As the kernels define it.
+pub(super) const FROM_RESIDUAL: i32 = 0;
+/// As the kernels define it.
+pub(super) const FROM_ROWS: i32 = 1;
+const TO_ROWS: i32 = 0;
+const TO_RESIDUAL: i32 = 1;
+const TO_ACTIVATED: i32 = 2;
 
 /// A program on its device.
 pub(super) struct Built {
@@ -176,17 +179,17 @@ impl Builder<'_> {
             StepSource::Residual(norm, epsilon) => {
                 product.norm = self.kept.packed(primitive(norm.clone()), self.dtype)?;
                 product.epsilon = *epsilon as f32;
-                FROM[0]
+                FROM_RESIDUAL
             }
-            StepSource::Attention => FROM[1],
-            StepSource::Activated => FROM[2],
+            StepSource::Attention | StepSource::Activated => FROM_ROWS,
         };
+        let after_attention = matches!(source, StepSource::Attention);
         product.target = match target {
-            StepTarget::Joined | StepTarget::Logits => TO[0],
-            StepTarget::Residual => TO[1],
-            StepTarget::Activated => TO[2],
+            StepTarget::Joined | StepTarget::Logits => TO_ROWS,
+            StepTarget::Residual => TO_RESIDUAL,
+            StepTarget::Activated => TO_ACTIVATED,
         };
-        Ok(Launch::Product(product, target))
+        Ok(Launch::Product(product, Ends { after_attention, target }))
     }
 
     fn part(&mut self, part: &LinearPart<Device>, inner: usize) -> Result<Part, StepError> {
@@ -260,7 +263,7 @@ impl Builder<'_> {
         let Shapes { heads, hidden, vocabulary, table, most_rows, products } = *shapes;
         let most = |size: &dyn Fn(&Product, StepTarget) -> usize| {
             let sizes = launches.iter().filter_map(|launch| match launch {
-                Launch::Product(product, target) => Some(size(product, *target)),
+                Launch::Product(product, ends) => Some(size(product, ends.target)),
                 Launch::Attend(_) => None,
             });
             sizes.max().unwrap_or(0)
@@ -289,12 +292,15 @@ impl Builder<'_> {
             logits: room(4 * most_rows * vocabulary)?,
             attended: room(4 * splits * heads.queries * heads.width)?,
             log_sums: room(4 * splits * heads.queries)?,
+            heads_result: room(2 * most_rows * heads.queries * heads.width)?,
+            normalised: room(2 * most_rows * hidden)?,
             activated: room(most_rows * rows_to(StepTarget::Activated))?,
             low_rank: room(4 * low_rank)?,
             partials: room(4 * partials)?,
             ready: room(4 * products)?,
             numbers: room(4 * most_rows * (2 + table))?,
             choices: room(4 * most_rows)?,
+            heads_arrived: self.kept.words(vec![0; most_rows * heads.queries], like)?,
             arrived: self.kept.words(vec![0; most(&|product, _| product.tiles as usize)], like)?,
         })
     }
@@ -346,19 +352,16 @@ fn check(parts: &[LinearPart<Device>], dims: &[[usize; 2]], target: StepTarget) 
 /// Fills in where a launch finds and leaves what steps compute.
 fn settle_in(launch: &mut Launch, room: &Room, shapes: &Shapes, tables: Tables) {
     match launch {
-        Launch::Product(product, target) => {
+        Launch::Product(product, ends) => {
             product.residual = room.residual;
-            product.attended = room.attended;
-            product.log_sums = room.log_sums;
-            product.width = shapes.heads.width as i32;
-            product.activated = room.activated;
+            product.rows_in = if ends.after_attention { room.heads_result } else { room.activated };
             product.to_activated = room.activated;
             product.low_rank = room.low_rank;
             product.partials = room.partials;
             product.arrived = room.arrived;
             product.pairs = tables.pairs;
             product.dynamic = tables.dynamic;
-            product.to = match target {
+            product.to = match ends.target {
                 StepTarget::Joined => room.joined,
                 StepTarget::Residual | StepTarget::Activated => room.residual,
                 StepTarget::Logits => room.logits,
@@ -371,6 +374,8 @@ fn settle_in(launch: &mut Launch, room: &Room, shapes: &Shapes, tables: Tables) 
             attend.frequencies = tables.frequencies;
             attend.attended = room.attended;
             attend.log_sums = room.log_sums;
+            attend.result = room.heads_result;
+            attend.arrived = room.heads_arrived;
             attend.table = shapes.table as i32;
         }
     }

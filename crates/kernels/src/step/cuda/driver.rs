@@ -53,6 +53,7 @@ pub(super) struct Kernels {
     pub(super) product: sys::CUfunction,
     pub(super) attend: sys::CUfunction,
     pub(super) embed: sys::CUfunction,
+    pub(super) normalise: sys::CUfunction,
     pub(super) choose: sys::CUfunction,
 }
 
@@ -135,6 +136,7 @@ impl Driver {
             product,
             attend: function(&format!("step_attend_{width}"))?,
             embed: function("step_embed")?,
+            normalise: function("step_normalise")?,
             choose: function("step_choose")?,
         })
     }

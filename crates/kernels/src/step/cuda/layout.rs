@@ -55,11 +55,7 @@ pub(super) struct Product {
     pub(super) residual: u64,
     pub(super) norm: u64,
     pub(super) epsilon: f32,
-    pub(super) attended: u64,
-    pub(super) log_sums: u64,
-    pub(super) attention_splits: i32,
-    pub(super) width: i32,
-    pub(super) activated: u64,
+    pub(super) rows_in: u64,
     pub(super) to: u64,
     pub(super) to_activated: u64,
     pub(super) low_rank: u64,
@@ -82,6 +78,8 @@ pub(super) struct Attend {
     pub(super) frequencies: u64,
     pub(super) attended: u64,
     pub(super) log_sums: u64,
+    pub(super) result: u64,
+    pub(super) arrived: u64,
     pub(super) table: i32,
     pub(super) page_tokens: i32,
     pub(super) heads: i32,
@@ -138,6 +136,9 @@ fn shared_bytes(n: usize, chunk: usize, ranks: usize) -> usize {
     let words = 256 * 32 + 256 + warps * TILE * tokens + 16;
     4 * words + 2 * n * (ranks + 8) + 2 * n * (chunk + 8)
 }
+
+/// Rows above which the residual stream is normalised once and not by every block of a product.
+pub(super) const NORMALISED_BY_BLOCKS: usize = 8;
 
 /// Warps that share out a tile: as few as keep all that are there busy, for those wait for each other.
 pub(super) fn team(tiles: usize, warps: usize, most: usize) -> usize {
@@ -197,6 +198,6 @@ mod tests {
 
     #[test]
     fn structures_have_the_sizes_that_the_kernels_expect() {
-        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Attend>()], [80, 408, 88]);
+        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Attend>()], [80, 384, 104]);
     }
 }

@@ -16,13 +16,15 @@ use cudarc::driver::{result as cuda, sys};
 
 use self::build::{Built, Kept};
 use self::driver::{Driver, Kernels};
-use self::layout::{Attend, Product, Share, attention_splits, row_tiles, team, threads};
+use self::layout::{Attend, NORMALISED_BY_BLOCKS, Product, Share, attention_splits, row_tiles, team, threads};
 use super::{StepError, StepProgram, StepRow, StepRunner, StepTarget};
 use crate::Heads;
 use crate::device::{Cube, primitive};
 
 /// Rows of a step that there are kernels for.
 const ROWS: [usize; 3] = [32, 16, 8];
+/// The first cards on which a kernel may begin before the one in front of it has ended.
+const EARLY_LAUNCHES: usize = 90;
 /// Units of a warp.
 const WARP: usize = 32;
 /// Warps that share out a tile at most.
@@ -39,10 +41,18 @@ pub(crate) fn runner(program: &StepProgram<Cube<CudaRuntime>>) -> Result<Box<dyn
     Ok(Box::new(CudaRunner::new(program)?))
 }
 
+/// What a product is between.
+#[derive(Clone, Copy, Debug)]
+struct Ends {
+    /// Whether its rows are the result of attention, where they are not the residual stream.
+    after_attention: bool,
+    target: StepTarget,
+}
+
 /// One launch of a step.
 #[derive(Clone, Copy, Debug)]
 enum Launch {
-    Product(Product, StepTarget),
+    Product(Product, Ends),
     Attend(Attend),
 }
 
@@ -54,6 +64,9 @@ struct Room {
     logits: u64,
     attended: u64,
     log_sums: u64,
+    heads_arrived: u64,
+    heads_result: u64,
+    normalised: u64,
     activated: u64,
     low_rank: u64,
     partials: u64,
@@ -179,18 +192,31 @@ impl CudaRunner {
         if blocks == 0 {
             return Err(wrong(format!("{} blocks do not run at a time", share.splits)));
         }
-        let product = Product {
+        let mut product = Product {
             n: n as i32,
             splits: share.splits as i32,
             chunk: share.chunk as i32,
             team: team(product.tiles as usize, blocks * warps, warps.min(MOST_TEAM)) as i32,
             a_chunks: share.a_chunks as i32,
-            attention_splits: attention_splits(n, self.shapes.heads.queries, limits) as i32,
             ready: self.room.ready + 4 * number as u64,
             ..*product
         };
+        if product.source == build::FROM_RESIDUAL && n > NORMALISED_BY_BLOCKS {
+            self.submit_norm(n, kernels, &product)?;
+            (product.source, product.rows_in) = (build::FROM_ROWS, self.room.normalised);
+        }
         let blocks = ((blocks * share.splits) as u32, 1, 1);
-        launch(&self.driver, kernels.product, blocks, units as u32, share.shared as u32, &mut [place(&product)])
+        let shared = share.shared as u32;
+        launch(&self.driver, kernels.product, blocks, units as u32, shared, &mut [place(&product)])
+    }
+
+    fn submit_norm(&self, n: usize, kernels: &Kernels, product: &Product) -> Result<(), StepError> {
+        let Product { residual, norm, epsilon, inner, .. } = product;
+        let units = threads(row_tiles(n)) as u32;
+        let to = self.room.normalised;
+        launch(&self.driver, kernels.normalise, (n as u32, 1, 1), units, 0, &mut [
+            place(residual), place(norm), place(epsilon), place(inner), place(&to),
+        ])
     }
 
     fn submit_attention(&self, n: usize, kernels: &Kernels, attend: &Attend) -> Result<(), StepError> {
@@ -269,6 +295,8 @@ fn place<T>(value: &T) -> *mut c_void {
     std::ptr::from_ref(value).cast_mut().cast()
 }
 
+/// Submits a kernel. Where the card can, its blocks may begin before those of the kernel in front of it have ended; the kernels
+/// wait for each other where they need to.
 fn launch(
     driver: &Driver,
     kernel: sys::CUfunction,
@@ -277,7 +305,26 @@ fn launch(
     shared: u32,
     arguments: &mut [*mut c_void],
 ) -> Result<(), StepError> {
+    // SAFETY: an attribute is plain numbers, for which zero is a value.
+    let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    early.value.programmaticStreamSerializationAllowed = 1;
+    let config = sys::CUlaunchConfig {
+        gridDimX: blocks.0,
+        gridDimY: blocks.1,
+        gridDimZ: blocks.2,
+        blockDimX: units,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared,
+        hStream: driver.stream,
+        attrs: &raw mut early,
+        numAttrs: u32::from(driver.limits.compute_capability >= EARLY_LAUNCHES),
+    };
     // SAFETY: the arguments are those that the kernel declares, and point at variables that live until the driver has copied
     // them, which it does at once. Addresses are those of tensors that the runner keeps, and sizes were made from their shapes.
-    Ok(unsafe { cuda::launch_kernel(kernel, blocks, (units, 1, 1), shared, driver.stream, arguments) }?)
+    let status = unsafe {
+        sys::cuLaunchKernelEx(&raw const config, kernel, arguments.as_mut_ptr(), std::ptr::null_mut())
+    };
+    Ok(status.result()?)
 }
