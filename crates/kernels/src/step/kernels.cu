@@ -43,6 +43,13 @@ struct Part {
     int first_row, first_rank;  // among those of all parts
 };
 
+// Weights that the next product will read.
+struct Ahead {
+    const unsigned char *rows[MOST_PARTS];
+    int count[MOST_PARTS];
+    int pitch, bytes;        // from row to row, and of each row
+};
+
 struct Product {
     Part parts[MOST_PARTS];
     int part_count, n, inner;
@@ -63,6 +70,7 @@ struct Product {
     u32 *ready;              // pieces of low_rank that are there; zero before
     const u32 *pairs;        // two levels for each byte
     const float *dynamic;    // levels of the scales' codes
+    Ahead ahead;
 };
 
 struct Attend {
@@ -77,6 +85,7 @@ struct Attend {
     u32 *arrived;            // [n, heads], zero before and after
     int table, page_tokens, heads, key_heads, splits;
     float scale;
+    Ahead ahead;
 };
 
 __device__ __forceinline__ u32 bits(float x) { return __float_as_uint(x); }
@@ -131,6 +140,16 @@ __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Brings weights into the card's cache while this kernel waits for others, each thread of all blocks its lines.
+__device__ __forceinline__ void fetch_ahead(const Ahead &ahead, int thread, int threads) {
+    int lines = ahead.bytes / 128;
+    for (int part = 0; part < MOST_PARTS; part++)
+        for (int i = thread; i < ahead.count[part] * lines; i += threads) {
+            const unsigned char *line = ahead.rows[part] + (size_t)(i / lines) * ahead.pitch + i % lines * 128;
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+        }
 }
 
 // The number of the warp, which the compiler then knows to be the same in all lanes.
@@ -602,6 +621,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_product(const
         int tile = start + (round + team.number) * blocks;
         float sums[TILES][4] = {};
         if (tile < p.tiles) weight_tile(p, s, team, tile, first, count, sums);
+        if (start + (round + WARPS / p.team) * blocks >= p.tiles)
+            fetch_ahead(p.ahead, blockIdx.x * THREADS + threadIdx.x, gridDim.x * THREADS);
         if (corrects && !gathered) {
             gather_low_rank(p, s);
             gathered = true;
@@ -680,6 +701,8 @@ template <int WIDTH> __device__ __forceinline__ void attend(const Attend &p) {
     __shared__ __align__(16) u16 new_key[WIDTH];
     __shared__ __align__(16) u16 new_value[WIDTH];
     let_next_begin();
+    int numbered = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    fetch_ahead(p.ahead, numbered * LANES * GROUPS + threadIdx.x, gridDim.x * gridDim.y * gridDim.z * LANES * GROUPS);
     wait_for_previous();
     int head = blockIdx.x, row = blockIdx.y, split = blockIdx.z, tid = threadIdx.x;
     int shared_by = p.heads / p.key_heads, key_head = head / shared_by;

@@ -12,6 +12,10 @@ pub(super) const RANKS: usize = 64;
 pub(super) const MOST_PARTS: usize = 3;
 /// Blocks that share out the columns of a tile at most, where two blocks of them fit on a multiprocessor.
 const MOST_SPLITS: usize = 8;
+/// Bytes of weights that are brought into the cache before they are wanted: less than half of what large cards have.
+const AHEAD_BYTES: i32 = 20 << 20;
+/// Bytes of a line of the cache.
+const LINE: i32 = 128;
 /// `MOST_ATTENTION_SPLITS`.
 const MOST_ATTENTION_SPLITS: usize = 8;
 /// Pieces that a factor A is cut into, so that a piece is about as much to read as a tile of a packed weight.
@@ -33,6 +37,33 @@ pub(super) struct Part {
     pub(super) rank: i32,
     pub(super) first_row: i32,
     pub(super) first_rank: i32,
+}
+
+/// `Ahead`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Ahead {
+    pub(super) rows: [u64; MOST_PARTS],
+    pub(super) count: [i32; MOST_PARTS],
+    pub(super) pitch: i32,
+    pub(super) bytes: i32,
+}
+
+impl Ahead {
+    /// As much of a product's weights as the cache can keep until they are wanted: of each row its beginning, because all rows
+    /// are read at a time.
+    pub(super) fn of(product: &Product) -> Self {
+        let parts = &product.parts[..product.part_count as usize];
+        let packed = parts[0].codes != 0;
+        let pitch = if packed { product.inner / 2 } else { 2 * product.inner };
+        let bytes = (AHEAD_BYTES / product.rows).min(pitch) / LINE * LINE;
+        let mut ahead = Self { pitch, bytes, ..Self::default() };
+        for (place, part) in parts.iter().enumerate() {
+            ahead.rows[place] = if packed { part.codes } else { part.dense };
+            ahead.count[place] = part.rows;
+        }
+        ahead
+    }
 }
 
 /// `Product`.
@@ -64,6 +95,7 @@ pub(super) struct Product {
     pub(super) ready: u64,
     pub(super) pairs: u64,
     pub(super) dynamic: u64,
+    pub(super) ahead: Ahead,
 }
 
 /// `Attend`.
@@ -86,6 +118,7 @@ pub(super) struct Attend {
     pub(super) key_heads: i32,
     pub(super) splits: i32,
     pub(super) scale: f32,
+    pub(super) ahead: Ahead,
 }
 
 /// Tiles of eight rows of the input: kernels exist for 1, 2 and 4.
@@ -198,6 +231,6 @@ mod tests {
 
     #[test]
     fn structures_have_the_sizes_that_the_kernels_expect() {
-        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Attend>()], [80, 384, 104]);
+        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Attend>()], [80, 432, 152]);
     }
 }
