@@ -76,6 +76,23 @@ pub enum BenchError {
     /// The results.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// A checkpoint's tensors.
+    #[error(transparent)]
+    Weights(#[from] buzzer::weights::WeightsError),
+    /// A folder that is no checkpoint.
+    #[error("{path}: no weights of a Hugging Face checkpoint; give a folder with safetensors or PyTorch files to --checkpoint", path = .0.display())]
+    Checkpoint(PathBuf),
+    /// A file of a checkpoint.
+    #[error("{path}: {source}; check --checkpoint", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// No temporary folder.
+    #[error("no temporary folder: {0}; set TMPDIR to a folder with space")]
+    Temporary(std::io::Error),
     /// The workspace.
     #[error("the workspace's root: {0}; run the program itself instead of through cargo")]
     Root(std::io::Error),
@@ -128,9 +145,15 @@ pub fn run_bench<J: DeviceJob<Output = Result<(), BenchError>>>(
 /// Most memory that this process has held, in bytes; unknown outside Linux.
 #[must_use]
 pub fn peak_memory_bytes() -> Option<u64> {
+    memory_of_process("VmHWM:")
+}
+
+/// What a line of `/proc/self/status` says of this process's memory, in bytes; unknown outside Linux.
+#[must_use]
+pub fn memory_of_process(line: &str) -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    let kibibytes = status.lines().find_map(|text| text.strip_prefix(line))?;
+    let kibibytes: u64 = kibibytes.trim().trim_end_matches("kB").trim().parse().ok()?;
     Some(kibibytes * 1024)
 }
 

@@ -12,7 +12,7 @@ use buzzer::text::{Fields, Renderer, show_masked};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use crate::Failure;
+use crate::{Failure, local_file};
 
 pub use buzzer::data::Packing;
 
@@ -23,7 +23,8 @@ const SAMPLE_EVAL_FROM: &str = "2006-01-01";
 /// Which clues to use.
 #[derive(Args, Clone, Debug)]
 pub struct DataArgs {
-    /// Clue file: CSV, TSV, JSON, JSON lines or Parquet
+    /// Clue file: CSV, TSV, JSON, JSON lines or Parquet; or hub:org/name/file or hub:org/name/file@revision for one in a data
+    /// set on the Hugging Face hub
     #[arg(long, value_name = "FILE", default_value = SAMPLE)]
     pub data: PathBuf,
     /// Format, if the file's extension does not tell: csv, tsv, json, json-lines, parquet
@@ -118,6 +119,15 @@ pub struct Corpus {
 }
 
 impl DataArgs {
+    /// Puts a path in the place of a name on the hub, after fetching the file if it is not here.
+    ///
+    /// # Errors
+    /// If it is neither here nor to be had.
+    pub fn fetch(&mut self) -> Result<(), Failure> {
+        self.data = local_file(&self.data)?;
+        Ok(())
+    }
+
     fn read_options(&self) -> ReadOptions {
         ReadOptions {
             format: self.format,

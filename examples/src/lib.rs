@@ -10,6 +10,7 @@ mod answer;
 mod compare;
 mod corpus;
 mod failure;
+mod hub;
 mod model;
 mod output;
 mod planning;
@@ -24,6 +25,7 @@ pub use answer::{AnswerArgs, Answered, answer_clues, answer_text, judge_answers}
 pub use compare::{Answers, Comparison, Probe, Record, Spread};
 pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, SplitArg, build as build_corpus};
 pub use failure::{Failure, finish};
+pub use hub::{Hub, HubError, HubSettings, Patience, RepoName, Wanted, local, local_file};
 pub use model::{AnswererArgs, Base, ModelArgs, QuantizationArg, load_base};
 pub use output::{
     available_memory_bytes, bytes, create, duration, next_run_dir, peak_device_bytes, peak_memory_bytes,

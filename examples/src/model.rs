@@ -10,18 +10,29 @@ use buzzer::weights::{Adapter, Quantization, attach_adapter, describe, load_llam
 use clap::{Args, ValueEnum};
 
 use crate::planning::{DtypeArg, device_dtype};
-use crate::{AnswerArgs, Failure};
+use crate::{AnswerArgs, Failure, RepoName, Wanted, local};
 
 /// The base model that ships with the project.
 pub(crate) const TINY_LLAMA: &str = "datasets/tiny-llama";
+/// The two forms of a tokenizer in a model's folder, in the order in which they are looked for.
+pub(crate) const TOKENIZER_FORMS: [&str; 2] = ["tokenizer.json", "tokenizer.model"];
+/// What is read with a tokenizer, or goes with it into another library.
+pub(crate) const TOKENIZER_NEIGHBOURS: [&str; 4] =
+    ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"];
+/// How Hugging Face's libraries sample from a model; it goes with the model.
+pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// Which model to use.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
     /// Folder of a Llama 2 model: Hugging Face's (config.json with safetensors or PyTorch files, bitsandbytes' 4 bits
-    /// too) or Meta's (params.json, consolidated.*.pth); or a GGUF file
+    /// too) or Meta's (params.json, consolidated.*.pth); or a GGUF file; or the name of a repository on the Hugging Face
+    /// hub, org/name or org/name@revision
     #[arg(long, value_name = "DIR", default_value = TINY_LLAMA)]
     pub model: PathBuf,
+    /// What `model` was before [`Self::fetch`] put a folder in its place.
+    #[arg(skip)]
+    repository: Option<RepoName>,
     /// A tokenizer.json, a tokenizer.model, or the folder of one, if it does not lie beside the model
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
@@ -42,7 +53,7 @@ pub struct AnswererArgs {
     /// How to answer.
     #[command(flatten)]
     pub answer: AnswerArgs,
-    /// PEFT adapter to put onto the model
+    /// PEFT adapter to put onto the model: a folder, or the name of a repository as for --model
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// Prompt: question, category or chat
@@ -87,6 +98,25 @@ pub struct Base<B: KernelBackend> {
 }
 
 impl ModelArgs {
+    /// Puts the folder of its files in the place of a name on the hub, after fetching those that are not here.
+    ///
+    /// # Errors
+    /// If they are neither here nor to be had.
+    pub fn fetch(&mut self, wanted: Wanted<'_>) -> Result<(), Failure> {
+        // The sample's path would be a name as well, for whoever starts a program in another folder.
+        if !self.is_sample() && !self.model.exists() {
+            self.repository = RepoName::of_model(&self.model);
+            self.model = local(&self.model, wanted)?;
+        }
+        Ok(())
+    }
+
+    /// What other libraries know the model by: its repository, or the path.
+    #[must_use]
+    pub fn base_name(&self) -> String {
+        self.repository.as_ref().map_or_else(|| self.model.display().to_string(), |name| name.id().to_owned())
+    }
+
     /// Opens the tokenizer.
     ///
     /// # Errors
@@ -121,6 +151,18 @@ pub fn load_base<B: KernelBackend>(args: &ModelArgs, device: &B::Device) -> Resu
 }
 
 impl AnswererArgs {
+    /// [`ModelArgs::fetch`] of the whole model, and the same for the adapter.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::fetch`].
+    pub fn fetch(&mut self) -> Result<(), Failure> {
+        self.model.fetch(Wanted::Model)?;
+        if let Some(adapter) = &mut self.adapter {
+            *adapter = local(adapter, Wanted::Adapter)?;
+        }
+        Ok(())
+    }
+
     /// Loads the model with its adapter, which is described on the error stream, and the renderer of its prompts.
     ///
     /// # Errors

@@ -11,6 +11,12 @@ use std::process::{Command, Output};
 use serde_json::Value;
 use tempfile::TempDir;
 
+#[path = "../src/hub/server.rs"]
+#[allow(dead_code, reason = "the tests beside it use the rest")]
+mod server;
+
+use server::{Reply, Repository, Server};
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
@@ -26,6 +32,13 @@ fn program(name: &str, args: &[&str]) -> Output {
     let mut command = Command::new(&path);
     command.args(args).current_dir(root());
     command.output().unwrap_or_else(|error| panic!("{}: {error}; build the examples first", path.display()))
+}
+
+/// [`program`] with variables of the environment.
+fn program_with(variables: &[(&str, &str)], name: &str, args: &[&str]) -> Output {
+    let mut command = Command::new(path_of(name));
+    command.args(args).current_dir(root()).envs(variables.iter().copied());
+    command.env_remove("HF_TOKEN").env_remove("HF_HUB_CACHE").output().unwrap()
 }
 
 #[track_caller]
@@ -308,6 +321,28 @@ fn merged_models_answer_like_base_and_adapter() {
 }
 
 #[test]
+fn a_merge_takes_the_tokenizer_that_was_named() {
+    let base = model_copy();
+    let named = base.path().join("named.json");
+    let content = fs::read(base.path().join("tokenizer.json")).unwrap();
+    // The same tokenizer in other bytes, and beside it one that would be refused.
+    let compact = serde_json::from_slice::<Value>(&content).unwrap().to_string();
+    assert_ne!(compact.as_bytes(), content);
+    fs::write(&named, &compact).unwrap();
+    fs::write(base.path().join("tokenizer.json"), "{}").unwrap();
+    fs::write(base.path().join("tokenizer.model"), "another").unwrap();
+    fs::write(base.path().join("special_tokens_map.json"), r#"{"pad_token": "<unk>"}"#).unwrap();
+    let out = base.path().join("out");
+    let args =
+        ["--model", text(base.path()), "--tokenizer", text(&named), "--eval-limit", "0", "--out", text(&out)];
+    succeeds("merge", &args);
+    assert_eq!(fs::read_to_string(out.join("tokenizer.json")).unwrap(), compact);
+    assert!(!out.join("tokenizer.model").exists() && !out.join("named.json").exists());
+    assert!(out.join("special_tokens_map.json").exists());
+    refuses("merge", &["--model", text(base.path()), "--eval-limit", "0"], &["tokenizer.json"]);
+}
+
+#[test]
 fn merges_that_make_no_sense_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
@@ -574,4 +609,97 @@ fn parity_passes_on_the_golden_run_and_fails_where_a_bound_is_broken() {
     let report = json(&out.path().join("report.json"));
     assert!(report["checks"].as_array().unwrap().iter().all(|check| check["passed"] == true));
     refuses("parity", &["--golden", "no/such/dir"], &["no/such/dir"]);
+}
+
+/// A hub with the shipped model and clues, and an adapter.
+fn hub(adapter: &Path) -> Server {
+    let read = |folder: &Path, names: &[&str]| {
+        let file = |name: &&str| ((*name).to_owned(), fs::read(folder.join(name)).unwrap());
+        names.iter().map(file).collect::<Vec<_>>()
+    };
+    let tiny =
+        read(&root().join("datasets/tiny-llama"), &["config.json", "model.safetensors", "tokenizer.json"]);
+    let adapter = read(adapter, &["adapter_config.json", "adapter_model.safetensors"]);
+    let clues = read(&root().join("datasets/sample"), &["clues.csv"]);
+    Server::of(vec![
+        Repository { files: tiny, ..Repository::model("buzzer/tiny", &[]) },
+        Repository { files: adapter, ..Repository::model("buzzer/taught", &[]) },
+        Repository { files: clues, ..Repository::data("buzzer/clues", &[]) },
+    ])
+}
+
+#[test]
+fn programs_take_names_on_the_hub_for_paths() {
+    let dir = tempfile::tempdir().unwrap();
+    let (adapter, home) = (short_adapter(dir.path()), dir.path().join("home"));
+    let server = hub(&adapter);
+    let endpoint = server.endpoint();
+    let online = [("HF_HOME", text(&home)), ("HF_ENDPOINT", endpoint.as_str())];
+    let run = |variables: &[(&str, &str)], name: &str, args: &[&str]| {
+        let output = program_with(variables, name, args);
+        let [said, message] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+        assert!(output.status.success(), "{name} {args:?}: {said}{message}");
+        (said, message)
+    };
+    let asked = |path: &str| server.requests().iter().filter(|request| request.path.contains(path)).count();
+
+    // A plan wants no weights.
+    run(&online, "plan", &["--model", "buzzer/tiny", "--data", "hub:buzzer/clues/clues.csv", "--card", "t4"]);
+    assert_eq!(asked("model.safetensors"), 0);
+    let clue = "The state house of Ohio stands in this capital city";
+    let of_hub = ["--model", "buzzer/tiny", "--adapter", "buzzer/taught", clue];
+    let (answer, message) = run(&online, "generate", &of_hub);
+    assert!(
+        message.contains("fetched   model.safetensors") && !message.contains("fetched   config.json"),
+        "{message}"
+    );
+    assert_eq!(answer, succeeds("generate", &["--adapter", text(&adapter), clue]));
+
+    // The rest needs no hub.
+    server.requests();
+    let offline = [online[0], online[1], ("HF_HUB_OFFLINE", "1")];
+    assert_eq!(run(&offline, "generate", &of_hub).0, answer);
+    let (out, merged) = (dir.path().join("run"), dir.path().join("merged"));
+    let taught = ["--model", "buzzer/tiny", "--data", "hub:buzzer/clues/clues.csv", "--out", text(&out)];
+    run(&offline, "finetune", &[&SHORT[..], &taught].concat());
+    let config = json(&out.join("adapter/adapter_config.json"));
+    assert_eq!(
+        config["base_model_name_or_path"], "buzzer/tiny",
+        "other libraries know the model by its name"
+    );
+    let parts =
+        ["--base", "buzzer/tiny", "--adapter", "buzzer/taught", "--eval-limit", "0", "--out", text(&merged)];
+    run(&offline, "merge", &parts);
+    assert!(merged.join("model.safetensors").exists() && merged.join("tokenizer.json").exists());
+    let judged = ["--model", "buzzer/tiny", "--data", "hub:buzzer/clues/clues.csv", "--eval-limit", "2"];
+    run(&offline, "evaluate", &judged);
+    assert_eq!(asked("/"), 0);
+}
+
+#[test]
+fn a_hub_that_refuses_ends_a_program_with_advice() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(|_| Reply::new(401, &[("X-Error-Code", "GatedRepo")]));
+    let endpoint = server.endpoint();
+    let variables = [("HF_HOME", text(dir.path())), ("HF_ENDPOINT", endpoint.as_str())];
+    let cases: [(&str, &[&str], &[&str]); 3] = [
+        (
+            "generate",
+            &["--model", "meta-llama/Llama-2-7b-hf", "x"],
+            &["meta-llama/Llama-2-7b-hf", "accept", "HF_TOKEN"],
+        ),
+        ("finetune", &["--data", "hub:org/clues/clues.csv"], &["/datasets/org/clues", "accept", "HF_TOKEN"]),
+        ("evaluate", &["--data", "hub:clues.csv"], &["hub:clues.csv", "hub:org/name/file"]),
+    ];
+    for (name, args, words) in cases {
+        let output = program_with(&variables, name, args);
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(words.iter().all(|word| message.contains(word)), "{message}");
+    }
+    // A folder that is here is never asked for, whatever it is called.
+    server.requests();
+    let output = program_with(&variables, "generate", &["--model", "datasets/tiny-llama", "x"]);
+    assert!(output.status.success());
+    assert!(server.requests().is_empty());
 }

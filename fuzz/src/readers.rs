@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::Path;
 
-use buzzer_weights::{Adapter, Checkpoint, Nf4Stored, WeightsError, describe, read_config};
+use buzzer_weights::{Adapter, Checkpoint, Gguf, Nf4Stored, WeightsError, describe, read_config};
 use tempfile::TempDir;
 
 /// Two shards, so that an index has something to point at.
@@ -25,13 +25,13 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Every reader of untrusted bytes in `buzzer-weights` but that of GGUF. `forms` is `crates/weights/tests/weights/forms`.
+    /// Every reader of untrusted bytes in `buzzer-weights`. `forms` is `crates/weights/tests/weights/forms`.
     ///
     /// # Panics
     /// If a folder cannot be made.
     #[must_use]
     pub fn all(forms: &Path) -> Vec<Self> {
-        let readers: [(&'static str, Run); 8] = [
+        let readers: [(&'static str, Run); 9] = [
             ("safetensors", weights),
             ("pytorch", weights),
             ("pickle", pickle),
@@ -40,6 +40,7 @@ impl Reader {
             ("params", params),
             ("adapter_config", adapter_config),
             ("adapter", adapter),
+            ("gguf", gguf),
         ];
         let make = |(name, run)| Self { name, folder: prepared(name, forms), run };
         readers.map(make).into()
@@ -132,6 +133,20 @@ fn adapter_config(folder: &Path, bytes: &[u8]) -> Result<(), WeightsError> {
 fn adapter(folder: &Path, bytes: &[u8]) -> Result<(), WeightsError> {
     put(&folder.join("adapter_model.safetensors"), bytes);
     Adapter::read(folder).map(|adapter| assert!(!describe(&adapter).is_empty()))
+}
+
+/// The header, every tensor, and the sizes of the model.
+fn gguf(folder: &Path, bytes: &[u8]) -> Result<(), WeightsError> {
+    let path = folder.join("model.gguf");
+    put(&path, bytes);
+    let file = Gguf::open(&path, "--model")?;
+    let mut values = Vec::new();
+    for name in file.names() {
+        if let Some((_, shape)) = file.tensor(name) {
+            let _ = file.read_f32_into(name, shape, &mut values);
+        }
+    }
+    read_config(&path).map(|config| assert!(config.parameters() > 0))
 }
 
 /// A zip archive of members stored as they are, so that what is inside is reached whatever it is.

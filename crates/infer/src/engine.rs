@@ -157,12 +157,18 @@ impl<B: KernelBackend> Engine<B> {
     /// Lets requests choose these corrections by name; [`LoraSet::none`] is the base alone.
     ///
     /// # Errors
-    /// If they are for another number of blocks, or the name is taken.
+    /// If they are for another number of blocks or weights of other shapes, or the name is taken.
     pub fn add_adapter(&mut self, name: impl Into<String>, loras: LoraSet<B>) -> Result<(), InferError> {
         let (name, found) = (name.into(), loras.layers());
         let needed = self.model.blocks.len();
         if found != needed {
             return Err(InferError::AdapterMisfit { name, found, needed });
+        }
+        for (layer, target, found) in loras.shapes() {
+            let expected = self.model.config().linear_shape(target);
+            if found != expected {
+                return Err(InferError::AdapterShape { name, layer, target, found, expected });
+            }
         }
         if name.is_empty() || self.adapters.iter().any(|(other, _)| *other == name) {
             let choose = "a name that no other adapter of this engine has";

@@ -1,5 +1,7 @@
 //! Errors of this crate: requests that are refused, and settings that make no sense.
 
+use buzzer_model::Target;
+
 /// What can go wrong between a prompt and its answer.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -49,6 +51,23 @@ pub enum InferError {
         found: usize,
         /// The model's.
         needed: usize,
+    },
+    /// An adapter for linears of other widths.
+    #[error(
+        "adapter `{name}`: its {target} in layer {layer} is for a weight {found:?}, the model's is {expected:?}; take one that \
+         was trained on this model"
+    )]
+    AdapterShape {
+        /// Its name.
+        name: String,
+        /// The block.
+        layer: usize,
+        /// The linear.
+        target: Target,
+        /// `[out, in]` that its factors are for.
+        found: [usize; 2],
+        /// The model's.
+        expected: [usize; 2],
     },
     /// A request that the cache could not hold even alone.
     #[error(

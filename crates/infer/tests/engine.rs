@@ -276,6 +276,13 @@ fn adapters_are_chosen_per_request_in_one_batch() {
     let other = LoraSet::<Flex>::none(&LlamaConfig::new(VOCAB, 32, 48, 3, 4, 2, 8));
     let misfit = engine.add_adapter("other", other).unwrap_err().to_string();
     assert!(misfit.contains("other") && misfit.contains('3') && misfit.contains('2'), "{misfit}");
+    // As many blocks, but wider ones.
+    let mut wide = Llama::<Flex>::init(&LlamaConfig::new(VOCAB, 40, 48, 2, 4, 2, 8), 1, &Default::default());
+    wide.add_lora(&LoraSettings { rank: 3, alpha: 6.0, rslora: false, targets: vec![Target::Up] }, 1);
+    let misfit = engine.add_adapter("wide", wide.lora_set()).unwrap_err().to_string();
+    for piece in ["`wide`", "up_proj in layer 0", "[48, 40]", "[48, 32]"] {
+        assert!(misfit.contains(piece), "`{piece}` is missing in: {misfit}");
+    }
 }
 
 #[test]

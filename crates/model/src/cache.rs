@@ -102,6 +102,17 @@ impl<B: Backend> LoraSet<B> {
         self.layers.len()
     }
 
+    /// Every correction with its block and linear, and the shape `[out, in]` of the weight that its factors are for.
+    pub fn shapes(&self) -> impl Iterator<Item = (usize, Target, [usize; 2])> {
+        self.layers.iter().enumerate().flat_map(|(layer, loras)| {
+            let own = Target::ALL.into_iter().zip(loras);
+            own.filter_map(move |(target, lora)| {
+                let lora = lora.as_ref()?;
+                Some((layer, target, [lora.b.val().dims()[0], lora.a.val().dims()[1]]))
+            })
+        })
+    }
+
     /// The same with factors in another dtype, so that they need not be converted each time they are used.
     #[must_use]
     pub fn cast(&self, dtype: DType) -> Self {

@@ -5,41 +5,17 @@
 //! size and one code book, the ones QLoRA uses. What it refuses: fp4, int8, other block sizes, and a code book that
 //! differs from NF4's.
 
+use buzzer_kernels::nf4::{self, BLOCK, DoubleQuant, NESTED_BLOCK, NF4_CODE};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::Place;
 use crate::{Checkpoint, WeightsError};
 
-/// Weights that share one scale.
-const BLOCK: usize = 64;
-/// Scales that share one scale of scales.
-const NESTED_BLOCK: usize = 256;
 /// What follows the weight's name in the name of its state; the quantization type follows this.
 const STATE: &str = ".quant_state.bitsandbytes__";
 /// What stands in place of `weight` in the name of an int8 weight's scales.
 const INT8_SCALES: &str = ".SCB";
-/// The sixteen NF4 values of QLoRA, appendix E (<https://arxiv.org/abs/2305.14314>), to check a file's own table by.
-#[expect(clippy::excessive_precision, reason = "the digits that bitsandbytes prints")]
-const NF4: [f32; 16] = [
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-];
-
 /// A `[out, in]` weight in NF4, as stored.
 ///
 /// Element `e` of the row-major weight is `table[code(e)] * absmax[e / 64]`, where `code(e)` is the high half of
@@ -61,17 +37,8 @@ pub struct Nf4Stored {
 pub enum Absmax {
     /// As f32.
     Plain(Vec<f32>),
-    /// Double quantization: scale `i` is `map[codes[i]] * nested[i / 256] + offset`, each step rounded to f32.
-    Double {
-        /// One code per scale.
-        codes: Vec<u8>,
-        /// One scale per 256 codes.
-        nested: Vec<f32>,
-        /// The 256 values of the codes, bitsandbytes' signed dynamic map.
-        map: Vec<f32>,
-        /// The mean that was taken off before.
-        offset: f32,
-    },
+    /// Quantized themselves, by bitsandbytes' signed dynamic map.
+    Double(DoubleQuant),
 }
 
 /// The JSON in `NAME.weight.quant_state.bitsandbytes__nf4`.
@@ -92,14 +59,7 @@ impl Absmax {
     pub fn to_f32(&self) -> Vec<f32> {
         match self {
             Self::Plain(values) => values.clone(),
-            Self::Double { codes, nested, map, offset } => {
-                let blocks = codes.chunks(NESTED_BLOCK).zip(nested);
-                let scale = |(block, scale)| {
-                    let decode = move |&code: &u8| map[usize::from(code)] * scale + offset;
-                    <[u8]>::iter(block).map(decode)
-                };
-                blocks.flat_map(scale).collect()
-            }
+            Self::Double(scales) => nf4::restore_absmax(scales),
         }
     }
 }
@@ -162,8 +122,8 @@ impl Nf4Stored {
             let found = codes.len();
             return Err(refuse(format!("{found} bytes of codes do not hold the shape {rows} x {columns}")));
         }
-        let table = checkpoint.read_f32(&format!("{weight}.quant_map"), &[NF4.len()])?;
-        if table.iter().zip(NF4).any(|(found, known)| (found - known).abs() > 1e-6) {
+        let table = checkpoint.read_f32(&format!("{weight}.quant_map"), &[NF4_CODE.len()])?;
+        if table.iter().zip(NF4_CODE).any(|(found, known)| (found - known).abs() > 1e-6) {
             return Err(refuse(format!("its code book {table:?} is not NF4's")));
         }
         let blocks = (rows * columns).div_ceil(BLOCK);
@@ -187,15 +147,19 @@ impl Absmax {
         let part = |name: &str| format!("{weight}.{name}");
         checkpoint.expect_shape(&part("absmax"), &[blocks])?;
         let (_, codes) = checkpoint.read_u8(&part("absmax"))?;
-        let nested = checkpoint.read_f32(&part("nested_absmax"), &[blocks.div_ceil(NESTED_BLOCK)])?;
-        let map = checkpoint.read_f32(&part("nested_quant_map"), &[256])?;
+        let nested_absmax = checkpoint.read_f32(&part("nested_absmax"), &[blocks.div_ceil(NESTED_BLOCK)])?;
+        let map = nf4::dynamic_code();
+        if checkpoint.read_f32(&part("nested_quant_map"), &[map.len()])? != map {
+            let message = "its nested_quant_map is not bitsandbytes' signed dynamic map";
+            return Err(place.quantized(weight, message.into()));
+        }
         let offset = state.nested_offset.filter(|offset| offset.is_finite());
         let offset =
             offset.ok_or_else(|| place.quantized(weight, "its state has no usable nested_offset".into()))?;
         if let Some(dtype) = state.nested_dtype.as_deref().filter(|&dtype| dtype != "float32") {
             return Err(place.quantized(weight, format!("its nested scales are {dtype}, not float32")));
         }
-        Ok(Self::Double { codes, nested, map, offset })
+        Ok(Self::Double(DoubleQuant { codes, nested_absmax, offset }))
     }
 }
 
@@ -223,21 +187,5 @@ impl State {
             ("nf4", size) => Err(refuse(format!("its block size is {size}, not {BLOCK}"))),
             (kind, _) => Err(refuse(format!("its type is `{kind}`"))),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn double_quantized_scales_use_the_scale_of_their_block() {
-        let map: Vec<f32> = (0..256_u16).map(|i| f32::from(i) / 255.0).collect();
-        let codes = [vec![255; 256], vec![0, 51]].concat();
-        let absmax = Absmax::Double { codes, nested: vec![2.0, 5.0], map, offset: 0.25 };
-        let scales = absmax.to_f32();
-        assert_eq!(scales.len(), 258);
-        assert!(scales[..256].iter().all(|&scale| scale == 2.25));
-        assert_eq!(scales[256..], [0.25, 1.25]);
     }
 }

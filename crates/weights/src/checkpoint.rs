@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::WeightsError;
@@ -17,6 +18,8 @@ use crate::open::{self, Opened};
 
 /// Elements that are converted and then looked at while they are still in the first cache.
 const BLOCK: usize = 2048;
+/// Elements that one core takes at a time; a window has many of them.
+const PART: usize = 1 << 16;
 
 /// Named tensors in one or many mapped files.
 #[derive(Debug)]
@@ -225,7 +228,7 @@ impl Checkpoint {
             let start = start / element_bytes;
             let out = &mut values[start..][..bytes.len() / element_bytes];
             if not_finite.is_none() {
-                not_finite = convert(entry.dtype, bytes, out).map(|place| start + place);
+                not_finite = convert_shared(entry.dtype, bytes, out).map(|place| start + place);
             }
         });
         let Some(index) = not_finite else {
@@ -270,6 +273,16 @@ impl Entry {
     fn elements(&self) -> usize {
         self.shape.iter().product()
     }
+}
+
+/// [`convert`] by all cores, if it is worth it.
+fn convert_shared(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Option<usize> {
+    if out.len() <= PART {
+        return convert(dtype, bytes, out);
+    }
+    let part_bytes = PART * dtype.bitsize() / 8;
+    let parts = bytes.par_chunks(part_bytes).zip(out.par_chunks_mut(PART)).enumerate();
+    parts.filter_map(|(part, (bytes, out))| Some(part * PART + convert(dtype, bytes, out)?)).min()
 }
 
 /// Converts little-endian floats of any alignment; the place of the first one that is not finite.
@@ -319,6 +332,20 @@ mod tests {
                 assert_eq!(bad, (!expected.is_finite()).then_some(0), "{dtype} {bits:#x}");
                 assert!(bad.is_some() || out[0].to_bits() == expected.to_bits(), "{dtype} {bits:#x}");
             }
+        }
+    }
+
+    #[test]
+    fn cores_share_a_tensor_and_the_first_wrong_number_is_told() {
+        let count = 3 * PART + 5;
+        let mut bytes = vec![9];
+        bytes.extend((0..count).flat_map(|i| f16::from_f32(i as f32 % 1999.0).to_le_bytes()));
+        let mut out = vec![0.0; count];
+        assert_eq!(convert_shared(Dtype::F16, &bytes[1..], &mut out), None);
+        assert!(out.iter().enumerate().all(|(i, &value)| value == i as f32 % 1999.0));
+        for place in [count - 1, 2 * PART, PART + 17] {
+            bytes[1 + 2 * place..][..2].copy_from_slice(&f16::NAN.to_le_bytes());
+            assert_eq!(convert_shared(Dtype::F16, &bytes[1..], &mut out), Some(place));
         }
     }
 

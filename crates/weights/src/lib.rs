@@ -34,8 +34,6 @@ pub use load::{
     Quantization, adapter_settings, attach_adapter, extract_adapter, load_llama, model_tensors, read_config,
 };
 pub use merge::{BaseForm, Merge, Nf4Format, write_merged, write_nf4};
+pub use open::{WEIGHT_FILES, indexed_files};
 pub use safetensors::Dtype;
-pub use write::{
-    FloatType, TensorSpec, TensorToWrite, write_atomic, write_json, write_model, write_safetensors,
-    write_safetensors_with,
-};
+pub use write::{FloatType, TensorToWrite, write_atomic, write_json, write_model, write_safetensors};

@@ -11,7 +11,7 @@ use std::path::Path;
 use burn::module::Param;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
-use buzzer_kernels::nf4::{DoubleQuant, Nf4Host, dynamic_code};
+use buzzer_kernels::nf4::Nf4Host;
 use buzzer_kernels::{KernelBackend, Nf4Tensor};
 use buzzer_model::{Block, Llama, LlamaConfig, Lora, LoraSettings, Target, Weight, block_tensor};
 use serde_json::Value;
@@ -210,17 +210,7 @@ fn stored_weight<B: KernelBackend>(
     let Nf4Stored { shape, codes, absmax, .. } = stored;
     let packed = match absmax {
         Absmax::Plain(absmax) => Nf4Tensor::from_parts(Nf4Host { codes, absmax }, shape, loader.device),
-        Absmax::Double { codes: scales, nested, map, offset } => {
-            if map[..] != dynamic_code()[..] {
-                return Err(WeightsError::Packed {
-                    path: loader.checkpoint.path().to_owned(),
-                    tensor: name.to_owned(),
-                    message: "its nested_quant_map is not bitsandbytes' signed dynamic map".into(),
-                });
-            }
-            let scales = DoubleQuant { codes: scales, nested_absmax: nested, offset };
-            Nf4Tensor::from_double_parts(&codes, &scales, shape, loader.device)
-        }
+        Absmax::Double(scales) => Nf4Tensor::from_double_parts(&codes, &scales, shape, loader.device),
     };
     let packed = packed.map_err(|error| WeightsError::Packed {
         path: loader.checkpoint.path().to_owned(),

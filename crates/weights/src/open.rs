@@ -3,7 +3,7 @@
 //! What it trades: a folder with several forms of one model is taken in a fixed order and not compared. What it refuses:
 //! an index that leads out of its folder, names a tensor twice, or does not agree with its shards.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
@@ -17,13 +17,16 @@ use crate::layout::Layout;
 use crate::mapped::{MappedFile, Tensors};
 use crate::{WeightsError, meta};
 
-/// Hugging Face's file names, in the order in which they are looked for.
-pub(crate) const FILES: [&str; 4] = [
+/// Hugging Face's names of a model's weights, single or the index of several, in the order in which they are looked for in a
+/// folder.
+pub const WEIGHT_FILES: [&str; 4] = [
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 ];
+/// How the name of an index ends.
+const INDEX: &str = ".index.json";
 const WANTED: &str = "model.safetensors or pytorch_model.bin (or the .index.json of either), \
     or params.json with consolidated.00.pth,";
 
@@ -44,7 +47,7 @@ pub(crate) fn open(path: &Path, flag: &'static str) -> Result<Opened, WeightsErr
     if !path.is_dir() {
         return open_file(Place { path, flag });
     }
-    if let Some(file) = FILES.iter().map(|name| path.join(name)).find(|file| file.is_file()) {
+    if let Some(file) = WEIGHT_FILES.iter().map(|name| path.join(name)).find(|file| file.is_file()) {
         return open_file(Place { path: &file, flag });
     }
     if meta::is_folder(path) {
@@ -54,7 +57,7 @@ pub(crate) fn open(path: &Path, flag: &'static str) -> Result<Opened, WeightsErr
 }
 
 fn open_file(place: Place<'_>) -> Result<Opened, WeightsError> {
-    if place.path.to_string_lossy().ends_with(".index.json") {
+    if place.path.to_string_lossy().ends_with(INDEX) {
         return sharded(place);
     }
     let (file, tensors) = MappedFile::open(place)?;
@@ -70,11 +73,29 @@ impl Entry {
     }
 }
 
+impl ShardIndex {
+    fn read(place: Place<'_>) -> Result<Self, WeightsError> {
+        let json = fs::read(place.path).map_err(|source| place.read(source))?;
+        serde_json::from_slice(&json).map_err(|error| place.index(error.to_string()))
+    }
+}
+
+/// The files that an index (`*.index.json`) names, for whoever has to fetch them first; none is looked for.
+///
+/// # Errors
+/// If the index cannot be read, is none, or names a file outside its folder; errors name `flag`.
+pub fn indexed_files(index: &Path, flag: &'static str) -> Result<BTreeSet<String>, WeightsError> {
+    let place = Place { path: index, flag };
+    let ShardIndex { weight_map } = ShardIndex::read(place)?;
+    for (tensor, shard) in &weight_map.0 {
+        check_inside(place, tensor, shard)?;
+    }
+    Ok(weight_map.0.into_iter().map(|(_, shard)| shard).collect())
+}
+
 fn sharded(place: Place<'_>) -> Result<Opened, WeightsError> {
     let index = || place.path.to_owned();
-    let json = fs::read(place.path).map_err(|source| place.read(source))?;
-    let ShardIndex { weight_map } =
-        serde_json::from_slice(&json).map_err(|error| place.index(error.to_string()))?;
+    let ShardIndex { weight_map } = ShardIndex::read(place)?;
     let mut shards: HashMap<String, usize> = HashMap::new();
     let (mut files, mut headers, mut entries) = (Vec::new(), Vec::new(), BTreeMap::new());
     for (tensor, shard) in weight_map.0 {
@@ -101,21 +122,27 @@ fn sharded(place: Place<'_>) -> Result<Opened, WeightsError> {
 
 /// Opens a file that an index names, which must be inside the index's folder.
 fn open_shard(index: Place<'_>, tensor: &str, shard: &str) -> Result<(MappedFile, Tensors), WeightsError> {
-    let (path, flag) = (index.path.to_owned(), index.flag);
-    let inside = Path::new(shard).components().all(|part| matches!(part, Component::Normal(_)));
-    if shard.is_empty() || !inside {
-        return Err(WeightsError::ShardOutside {
-            path,
-            flag,
-            tensor: tensor.to_owned(),
-            shard: shard.to_owned(),
-        });
-    }
-    let file = index.path.with_file_name(shard);
+    check_inside(index, tensor, shard)?;
+    let (flag, file) = (index.flag, index.path.with_file_name(shard));
     if !file.exists() {
+        let path = index.path.to_owned();
         return Err(WeightsError::ShardMissing { path, flag, shard: shard.to_owned() });
     }
     MappedFile::open(Place { path: &file, flag })
+}
+
+/// Refuses the name of a file that would not be inside the index's folder.
+fn check_inside(index: Place<'_>, tensor: &str, shard: &str) -> Result<(), WeightsError> {
+    let inside = Path::new(shard).components().all(|part| matches!(part, Component::Normal(_)));
+    if !shard.is_empty() && inside {
+        return Ok(());
+    }
+    Err(WeightsError::ShardOutside {
+        path: index.path.to_owned(),
+        flag: index.flag,
+        tensor: tensor.to_owned(),
+        shard: shard.to_owned(),
+    })
 }
 
 /// Says what was looked for in a folder, and what is there instead.

@@ -36,15 +36,6 @@ pub enum FloatType {
     F16,
 }
 
-/// Name and shape of a tensor that will be written.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TensorSpec {
-    /// Its name in the file.
-    pub name: String,
-    /// Its shape, slowest dimension first.
-    pub shape: Vec<usize>,
-}
-
 /// A tensor to be written.
 #[derive(Clone, Debug)]
 pub struct TensorToWrite<'a> {
@@ -193,31 +184,14 @@ pub fn write_safetensors(
     float_type: FloatType,
     metadata: &BTreeMap<String, String>,
 ) -> Result<(), WeightsError> {
-    let specs: Vec<TensorSpec> = tensors
-        .iter()
-        .map(|tensor| TensorSpec { name: tensor.name.clone(), shape: tensor.shape.clone() })
-        .collect();
-    write_safetensors_with(path, &specs, float_type, metadata, |place, _| {
-        Ok(Cow::Borrowed(tensors[place].values.as_ref()))
-    })
-}
-
-/// [`write_safetensors`] of tensors that are made one at a time: `values` is called with the place and the
-/// specification of each in order, and what it gives is written before the next is asked for.
-///
-/// # Errors
-/// As [`write_safetensors`], and those of `values`.
-pub fn write_safetensors_with<'a>(
-    path: &Path,
-    specs: &[TensorSpec],
-    float_type: FloatType,
-    metadata: &BTreeMap<String, String>,
-    mut values: impl FnMut(usize, &TensorSpec) -> Result<Cow<'a, [f32]>, WeightsError>,
-) -> Result<(), WeightsError> {
     let dtype = float_type.dtype();
-    let plan = |spec: &TensorSpec| Planned { name: spec.name.clone(), dtype, shape: spec.shape.clone() };
-    write_tensors(path, specs.iter().map(plan).collect(), metadata, |sink| {
-        specs.iter().enumerate().try_for_each(|(place, spec)| sink.floats(&values(place, spec)?, float_type))
+    let plan = |tensor: &TensorToWrite<'_>| Planned {
+        name: tensor.name.clone(),
+        dtype,
+        shape: tensor.shape.clone(),
+    };
+    write_tensors(path, tensors.iter().map(plan).collect(), metadata, |sink| {
+        tensors.iter().try_for_each(|tensor| sink.floats(&tensor.values, float_type))
     })
 }
 

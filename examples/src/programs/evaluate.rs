@@ -13,7 +13,7 @@ use std::time::Instant;
 use crate::{
     Answered, AnswererArgs, Compared, CorpusReport, DataArgs, EarlierRun, Failure, FoundLeak, Prediction,
     answer_clues, as_judged, bytes, create, describe_assessment, describe_comparison, finish, judge_answers,
-    peak_device_bytes, plot_confidence, run_on, write_predictions, write_report,
+    local_file, peak_device_bytes, plot_confidence, run_on, write_predictions, write_report,
 };
 use buzzer::DeviceJob;
 use buzzer::data::Clue;
@@ -47,7 +47,8 @@ struct Args {
     /// Clues that a category must have to be among them
     #[arg(long, value_name = "N", default_value_t = 5)]
     worst_least: usize,
-    /// Clue file that the model was trained on, to look for the judged clues in [default: the clues not held out]
+    /// Clue file that the model was trained on, to look for the judged clues in; named as for --data [default: the clues not
+    /// held out]
     #[arg(long, value_name = "FILE")]
     train: Option<PathBuf>,
     /// Folder or report.json of an earlier run over the same clues, to test whether this one differs; may be repeated
@@ -86,8 +87,8 @@ struct LeakCheck {
 /// Runs the program on the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
-    let args = Args::parse();
-    finish(run_on(args.with.device, Evaluate { args: &args }))
+    let mut args = Args::parse();
+    finish(args.fetch().and_then(|()| run_on(args.with.device, Evaluate { args: &args })))
 }
 
 /// The clues to judge and those the model was trained on, as far as is known.
@@ -98,6 +99,15 @@ struct Clues {
 }
 
 impl Args {
+    /// Puts paths in the place of names on the hub.
+    fn fetch(&mut self) -> Result<(), Failure> {
+        self.data.fetch()?;
+        if let Some(train) = &mut self.train {
+            *train = local_file(train)?;
+        }
+        self.with.fetch()
+    }
+
     fn clues(&self) -> Result<Clues, Failure> {
         let (mut train, mut judged, report) = if self.all {
             let (clues, report) = self.data.all_clues()?;

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use crate::{
     AnswerArgs, Answered, Budget, Corpus, CorpusReport, CorpusSize, DataArgs, Failure, LimitArgs, ModelArgs,
-    Recipe, RecipeArgs, RunPlan, answer_clues, build_corpus, bytes, duration, finish, judge_answers,
+    Recipe, RecipeArgs, RunPlan, Wanted, answer_clues, build_corpus, bytes, duration, finish, judge_answers,
     load_base, next_run_dir, peak_device_bytes, run_on, write_report,
 };
 use buzzer::eval::{Scores, exact_match};
@@ -114,8 +114,11 @@ struct Eval {
 /// Runs the program on the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
-    let args = Args::parse();
-    finish(listen(&args.stop).and_then(|()| run_on(args.device, Finetune { args: &args })))
+    let mut args = Args::parse();
+    // Before signals are listened to: they end a download at once.
+    let fetched = args.data.fetch().and_then(|()| args.model.fetch(Wanted::Model));
+    let ready = fetched.and_then(|()| listen(&args.stop));
+    finish(ready.and_then(|()| run_on(args.device, Finetune { args: &args })))
 }
 
 /// From here on Ctrl-C, a hang-up or a polite kill ends the run after the step in hand.
@@ -324,7 +327,7 @@ impl Run<'_> {
     }
 
     fn save<B: KernelBackend>(&self, model: &Llama<B>, name: &str) -> Result<(), Failure> {
-        let base = self.args.model.model.display().to_string();
+        let base = self.args.model.base_name();
         let adapter = extract_adapter(model, &self.recipe.lora, self.recipe.train.dropout, Some(base));
         Ok(adapter.write(&self.out.join(name))?)
     }

@@ -51,8 +51,8 @@ struct Answer {
 /// Runs the program on the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
-    let args = Args::parse();
-    finish(run_on(args.with.device, Generate { args: &args }))
+    let mut args = Args::parse();
+    finish(args.with.fetch().and_then(|()| run_on(args.with.device, Generate { args: &args })))
 }
 
 struct Generate<'a> {

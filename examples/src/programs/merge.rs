@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use crate::model::TINY_LLAMA;
+use crate::model::{GENERATION_CONFIG, TINY_LLAMA, TOKENIZER_FORMS, TOKENIZER_NEIGHBOURS};
 use crate::{
-    AnswerArgs, Comparison, DataArgs, DtypeArg, Failure, Probe, QuantizationArg, bytes, device_dtype, finish,
-    next_run_dir, peak_memory_bytes, run_on, write_report,
+    AnswerArgs, Comparison, DataArgs, DtypeArg, Failure, Probe, QuantizationArg, RepoName, Wanted, bytes,
+    device_dtype, finish, local, next_run_dir, peak_memory_bytes, run_on, write_report,
 };
 use buzzer::burn::tensor::DType;
 use buzzer::kernels::KernelBackend;
@@ -34,10 +34,14 @@ use serde::Serialize;
     "Compare on at most so many of the clues held out; 0 leaves the comparison out"
 )))]
 struct Args {
-    /// Folder of the base model, in 16 or 32 bits or in bitsandbytes' NF4
+    /// Folder of the base model, in 16 or 32 bits or in bitsandbytes' NF4; or the name of a repository on the Hugging Face
+    /// hub, org/name or org/name@revision
     #[arg(long, visible_alias = "base", value_name = "DIR", default_value = TINY_LLAMA)]
     model: PathBuf,
-    /// PEFT adapter to merge; without one, the base is converted
+    /// What the model is called: the last part of the path or of the repository's name.
+    #[arg(skip)]
+    name: String,
+    /// PEFT adapter to merge, a folder or a repository; without one, the base is converted
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
     /// Folder to make; it must not exist, or be empty [default: a new one under runs/]
@@ -116,22 +120,11 @@ struct Written {
     bytes: u64,
 }
 
-/// Files that go with a model as they are: those of its tokenizer, and those of the model itself.
-const TOKENIZER_FILES: [&str; 6] = [
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-];
-const GENERATION_CONFIG: &str = "generation_config.json";
-
 /// Runs the program on the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
-    let args = Args::parse();
-    finish(run_on(args.device, Merging { args: &args }))
+    let mut args = Args::parse();
+    finish(args.fetch().and_then(|()| run_on(args.device, Merging { args: &args })))
 }
 
 struct Merging<'a> {
@@ -191,6 +184,21 @@ impl DeviceJob for Merging<'_> {
 }
 
 impl Args {
+    /// Puts paths in the place of names on the hub.
+    fn fetch(&mut self) -> Result<(), Failure> {
+        let name =
+            RepoName::of_model(&self.model).map_or_else(|| self.model.clone(), |name| name.id().into());
+        self.name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.data.fetch()?;
+        if self.model != Path::new(TINY_LLAMA) {
+            self.model = local(&self.model, Wanted::Model)?;
+        }
+        if let Some(adapter) = &mut self.adapter {
+            *adapter = local(adapter, Wanted::Adapter)?;
+        }
+        Ok(())
+    }
+
     fn tokenizer(&self) -> &Path {
         self.tokenizer.as_deref().unwrap_or(&self.model)
     }
@@ -234,11 +242,8 @@ impl Args {
         let style = ProgressStyle::with_template("merging {bar:30} {pos}/{len} tensors  {eta} left")?;
         let bar = ProgressBar::new(merge.tensors() as u64).with_style(style);
         let done = || bar.inc(1);
-        let tokenizer = tokenizer_folder(self.tokenizer());
-        for name in TOKENIZER_FILES {
-            copy(&tokenizer.join(name), folder.path())?;
-        }
-        copy(&self.model.join(GENERATION_CONFIG), folder.path())?;
+        copy_tokenizer(self.tokenizer(), folder.path())?;
+        copy(&self.model.join(GENERATION_CONFIG), &folder.path().join(GENERATION_CONFIG))?;
         match self.format.kind() {
             Kind::Safetensors(float_type) => {
                 write_merged(folder.path(), merge, float_type, shard_bytes, done)?;
@@ -248,9 +253,8 @@ impl Args {
                 write_nf4(folder.path(), merge, format, shard_bytes, done)?;
             }
             Kind::Gguf(block_type, suffix) => {
-                let name = self.model.file_name().unwrap_or_default().to_string_lossy();
                 let tokenizer = tokenizer_file(self.tokenizer());
-                let format = GgufFormat { block_type, tokenizer: &tokenizer, name: &name };
+                let format = GgufFormat { block_type, tokenizer: &tokenizer, name: &self.name };
                 write_gguf(&folder.path().join(format!("model-{suffix}.gguf")), merge, format, done)?;
             }
         }
@@ -419,21 +423,34 @@ fn print_parity(parity: &[Comparison]) {
     );
 }
 
-fn tokenizer_folder(path: &Path) -> &Path {
-    if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) }
-}
-
 fn tokenizer_file(path: &Path) -> PathBuf {
     if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() }
 }
 
-/// Copies a file into a folder, if there is one.
-fn copy(file: &Path, folder: &Path) -> Result<(), Failure> {
-    let (Some(name), true) = (file.file_name(), file.is_file()) else { return Ok(()) };
+/// Copies a tokenizer and what is read with it. A file that was named by itself gets the usual name, under which the folder's
+/// readers look for it; the other form, if one lies beside it, is left where it is.
+fn copy_tokenizer(source: &Path, folder: &Path) -> Result<(), Failure> {
+    if source.is_dir() {
+        for name in TOKENIZER_FORMS {
+            copy(&source.join(name), &folder.join(name))?;
+        }
+    } else {
+        let [json, sentencepiece] = TOKENIZER_FORMS;
+        let is_sentencepiece = source.extension().is_some_and(|extension| extension == "model");
+        copy(source, &folder.join(if is_sentencepiece { sentencepiece } else { json }))?;
+    }
+    let beside = if source.is_dir() { source } else { source.parent().unwrap_or(Path::new("")) };
+    TOKENIZER_NEIGHBOURS.iter().try_for_each(|name| copy(&beside.join(name), &folder.join(name)))
+}
+
+/// Copies a file, if it is there.
+fn copy(file: &Path, target: &Path) -> Result<(), Failure> {
+    if !file.is_file() {
+        return Ok(());
+    }
     let content = fs::read(file).map_err(|error| Failure::input(format!("{}: {error}", file.display())))?;
-    let target = folder.join(name);
-    write_atomic(&target, |out| {
-        out.write_all(&content).map_err(|error| buzzer::weights::WeightsError::write(&target, error))
+    write_atomic(target, |out| {
+        out.write_all(&content).map_err(|error| buzzer::weights::WeightsError::write(target, error))
     })?;
     Ok(())
 }

@@ -468,10 +468,10 @@ fn differing_scales<B: KernelBackend>(ours: &Nf4Tensor<B>, theirs: &Absmax) -> u
     let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
     match (ours.host_double(), theirs) {
         (None, Absmax::Plain(theirs)) => differing(&bits(&ours.host_absmax()), &bits(theirs)),
-        (Some(ours), Absmax::Double { codes, nested, offset, .. }) => {
-            differing(&ours.codes, codes)
-                + differing(&bits(&ours.nested_absmax), &bits(nested))
-                + usize::from(ours.offset.to_bits() != offset.to_bits())
+        (Some(ours), Absmax::Double(theirs)) => {
+            differing(&ours.codes, &theirs.codes)
+                + differing(&bits(&ours.nested_absmax), &bits(&theirs.nested_absmax))
+                + usize::from(ours.offset.to_bits() != theirs.offset.to_bits())
         }
         _ => usize::MAX,
     }

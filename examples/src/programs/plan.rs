@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use crate::{
     Budget, CorpusSize, DataArgs, Failure, LimitArgs, ModelArgs, Proposal, Recipe, RecipeArgs, RunPlan,
-    build_corpus, bytes, duration, finish, run_on, write_report,
+    Wanted, build_corpus, bytes, duration, finish, run_on, write_report,
 };
 
 /// Plan a fine-tuning run: memory by part, tokens, steps, time.
@@ -108,8 +108,16 @@ struct ModelReport {
 /// Runs the program on the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
-    let args = Args::parse();
-    finish(run(&args))
+    let mut args = Args::parse();
+    finish(args.fetch().and_then(|()| run(&args)))
+}
+
+impl Args {
+    /// Puts paths in the place of names on the hub; a plan needs no weights.
+    fn fetch(&mut self) -> Result<(), Failure> {
+        self.data.fetch()?;
+        if self.shape.is_some() { Ok(()) } else { self.model.fetch(Wanted::Description) }
+    }
 }
 
 fn run(args: &Args) -> Result<(), Failure> {

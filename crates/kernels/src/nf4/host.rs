@@ -4,20 +4,20 @@
 //! kernels (`kQuantizeBlockwiseSmall`, `kQuantizeBlockwise`, `kDequantizeBlockwise`), which are built with fast math:
 //! f32 subnormals count as zero, and a division is a product with the card's approximate reciprocal.
 //!
-//! What it trades: one thread, plain slices; callers share out tensors over threads. And that approximate reciprocal
+//! What it trades: plain slices, so that a tensor is in memory as f32 while it is quantized. And that approximate reciprocal
 //! is replaced by the rounded one, which differs by one unit in the last place for 13 % of all scales. No NF4 code of
 //! bf16 or f16 weights can differ for it (every pair of value and scale was tried with an H100's reciprocals); of the
 //! 8-bit codes of double quantization two in ten million do, each for a scale midway between two levels.
 //!
 //! What it refuses: nothing. NaN and infinity get the codes that bitsandbytes gives them.
 
+use rayon::prelude::*;
+
 use super::codebook::{NF4_CODE, NF4_THRESHOLDS, dynamic_code};
+use super::{BLOCK, NESTED_BLOCK};
 
-/// Values that share one scale; the `blocksize` of bitsandbytes' 4-bit linear layer.
-const BLOCK: usize = 64;
-
-/// Scales that share one nested scale under double quantization.
-const NESTED_BLOCK: usize = 256;
+/// Values that one core takes at a time; whole blocks.
+const PART: usize = 1 << 16;
 
 /// A tensor of n values in NF4, flattened row by row.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,17 +44,19 @@ pub struct DoubleQuant {
 /// A block of zeros gets the code 0 throughout (bitsandbytes divides zero by zero), which restores as -0. For odd n
 /// the low nibble of the last byte is the code of a zero in that block. Equal to `quantize_4bit(A, 64, "nf4")` for
 /// A in f32; f16 and bf16 tensors give the same codes, since the kernel widens them to f32 first.
+///
+/// Blocks do not depend on each other, so all cores share them.
 pub fn quantize(values: &[f32]) -> Nf4Host {
     let mut codes = vec![0; values.len().div_ceil(2)];
-    let absmax = values
-        .chunks(BLOCK)
-        .zip(codes.chunks_mut(BLOCK / 2))
-        .map(|(block, bytes)| {
-            let max = block_max(block);
-            quantize_block(block, reciprocal(max), bytes);
-            max
-        })
-        .collect();
+    let mut absmax = vec![0.0; values.len().div_ceil(BLOCK)];
+    let out = codes.par_chunks_mut(PART / 2).zip(absmax.par_chunks_mut(PART / BLOCK));
+    values.par_chunks(PART).zip(out).for_each(|(values, (codes, absmax))| {
+        let blocks = values.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / 2));
+        for ((block, bytes), max) in blocks.zip(absmax) {
+            *max = block_max(block);
+            quantize_block(block, reciprocal(*max), bytes);
+        }
+    });
     Nf4Host { codes, absmax }
 }
 
@@ -84,15 +86,20 @@ fn quantize_block(block: &[f32], inverse: f32, bytes: &mut [u8]) {
 pub fn double_quantize(absmax: &[f32]) -> DoubleQuant {
     let offset = mean_like_torch(absmax);
     let map = dynamic_code();
-    let mut codes = Vec::with_capacity(absmax.len());
-    let mut nested_absmax = Vec::with_capacity(absmax.len().div_ceil(NESTED_BLOCK));
-    for block in absmax.chunks(NESTED_BLOCK) {
-        let centred: Vec<f32> = block.iter().map(|scale| scale - offset).collect();
-        let max = block_max(&centred);
-        let inverse = reciprocal(max);
-        codes.extend(centred.iter().map(|&scale| nearest_dynamic(map, flush(scale) * inverse)));
-        nested_absmax.push(max);
-    }
+    let mut codes = vec![0; absmax.len()];
+    let mut nested_absmax = vec![0.0; absmax.len().div_ceil(NESTED_BLOCK)];
+    let out = codes.par_chunks_mut(NESTED_BLOCK).zip(&mut nested_absmax);
+    let blocks = absmax.par_chunks(NESTED_BLOCK).with_min_len(PART / NESTED_BLOCK);
+    blocks.zip(out).for_each(|(block, (codes, max))| {
+        let mut centred = [0.0; NESTED_BLOCK];
+        let centred = &mut centred[..block.len()];
+        centred.iter_mut().zip(block).for_each(|(centred, scale)| *centred = scale - offset);
+        *max = block_max(centred);
+        let inverse = reciprocal(*max);
+        for (code, &scale) in codes.iter_mut().zip(&*centred) {
+            *code = nearest_dynamic(map, flush(scale) * inverse);
+        }
+    });
     DoubleQuant { codes, nested_absmax, offset }
 }
 

@@ -27,9 +27,9 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 pub use codebook::{NF4_CODE, dynamic_code, unsigned_dynamic_code};
 pub use host::{DoubleQuant, Nf4Host, dequantize, double_quantize, quantize, restore_absmax};
 
-/// Values that share one scale.
+/// Values that share one scale; the `blocksize` of bitsandbytes' 4-bit linear layer.
 pub const BLOCK: usize = 64;
-/// Scales that share one second-level scale.
+/// Scales that share one nested scale under double quantization.
 pub const NESTED_BLOCK: usize = 256;
 
 /// Packed parts that do not belong together.

@@ -13,7 +13,7 @@ use buzzer_model::{Block, Llama, LlamaConfig, Weight};
 
 use super::{Gguf, Metadata, from_gguf_rows, reordered_heads};
 use crate::error::Place;
-use crate::open::FILES;
+use crate::open::WEIGHT_FILES;
 use crate::parts::Part;
 use crate::{Quantization, WeightsError, meta};
 
@@ -27,7 +27,7 @@ pub(crate) fn gguf_file(path: &Path) -> Option<PathBuf> {
     if !path.is_dir() {
         return is_gguf(path).then(|| path.to_owned());
     }
-    if FILES.iter().any(|name| path.join(name).exists()) || meta::is_folder(path) {
+    if WEIGHT_FILES.iter().any(|name| path.join(name).exists()) || meta::is_folder(path) {
         return None;
     }
     let entries = std::fs::read_dir(path).ok()?;
@@ -76,6 +76,9 @@ impl Gguf {
             let message =
                 format!("{heads} heads over {keys} of keys, each {head_dim} wide, are not supported");
             return Err(place.gguf(message));
+        }
+        if heads * head_dim > MAX_SIZE as usize {
+            return Err(place.gguf(format!("its {heads} heads are {head_dim} wide, too wide for so many")));
         }
         // The embedding has the last word on the number of its rows.
         let rows = self.tensor(&Part::Embedding.gguf_name()).and_then(|(_, shape)| shape.first().copied());

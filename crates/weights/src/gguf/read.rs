@@ -1,6 +1,6 @@
 //! A GGUF file's header and tensors, read with plain reads and checked until every range in it can be trusted.
 //!
-//! Lists (the vocabulary) are passed over and read only when asked for. What it trades: a seek per tensor instead of a map of the
+//! Lists (the vocabulary) are passed over: the tokenizer is read from its own file. What it trades: a seek per tensor instead of a map of the
 //! file. What it refuses: versions but 2 and 3, big-endian files, counts and lengths that the file has no bytes for, tensors
 //! that overlap or are no whole blocks, names that stand twice, and lists of lists.
 
@@ -48,16 +48,7 @@ pub struct Gguf {
     flag: &'static str,
     file: File,
     metadata: BTreeMap<String, Metadata>,
-    lists: BTreeMap<String, List>,
     tensors: BTreeMap<String, Entry>,
-}
-
-/// Where a list lies.
-#[derive(Clone, Copy, Debug)]
-struct List {
-    kind: u32,
-    length: u64,
-    start: u64,
 }
 
 /// Where a tensor lies in the file.
@@ -85,8 +76,7 @@ impl Gguf {
         let file = File::open(path).map_err(|source| place.read(source))?;
         let mut reader = Reader { place, file: BufReader::new(&file), at: 0, size: metadata.len() };
         let header = reader.header()?;
-        let (path, lists) = (path.to_owned(), header.lists);
-        Ok(Self { path, flag, file, metadata: header.metadata, lists, tensors: header.tensors })
+        Ok(Self { path: path.to_owned(), flag, file, metadata: header.metadata, tensors: header.tensors })
     }
 
     /// The file.
@@ -116,34 +106,6 @@ impl Gguf {
     #[must_use]
     pub fn tensor(&self, name: &str) -> Option<(BlockType, &[usize])> {
         self.tensors.get(name).map(|entry| (entry.block_type, entry.shape.as_slice()))
-    }
-
-    /// A list of texts of the metadata, such as the tokens.
-    ///
-    /// # Errors
-    /// If there is no such list, it is no list of texts, or one is not UTF-8.
-    pub fn texts(&self, key: &str) -> Result<Vec<String>, WeightsError> {
-        let (list, mut reader) = self.list(key, kind::STRING, "texts")?;
-        (0..list.length).map(|_| reader.text()).collect()
-    }
-
-    /// A list of f32 numbers of the metadata, such as the tokens' scores.
-    ///
-    /// # Errors
-    /// If there is no such list, or it is no list of f32.
-    pub fn floats(&self, key: &str) -> Result<Vec<f32>, WeightsError> {
-        let (list, mut reader) = self.list(key, kind::F32, "f32 numbers")?;
-        (0..list.length).map(|_| reader.bytes().map(f32::from_le_bytes)).collect()
-    }
-
-    fn list(&self, key: &str, kind: u32, what: &str) -> Result<(List, Reader<'_>), WeightsError> {
-        let list = self.lists.get(key).copied().filter(|list| list.kind == kind);
-        let place = self.place();
-        let list = list.ok_or_else(|| place.gguf(format!("it has no list of {what} named `{key}`")))?;
-        let size = self.file.metadata().map_err(|source| place.read(source))?.len();
-        let mut file = BufReader::new(&self.file);
-        file.seek(SeekFrom::Start(list.start)).map_err(|source| place.read(source))?;
-        Ok((list, Reader { place, file, at: list.start, size }))
     }
 
     /// A tensor of the expected shape in f32, into a buffer that is used again.
@@ -204,7 +166,6 @@ impl Gguf {
 #[derive(Default)]
 struct Header {
     metadata: BTreeMap<String, Metadata>,
-    lists: BTreeMap<String, List>,
     tensors: BTreeMap<String, Entry>,
 }
 
@@ -236,7 +197,7 @@ impl Reader<'_> {
         for _ in 0..pairs {
             let key = self.text()?;
             let kind = self.u32()?;
-            let value = self.value(&key, kind, &mut header)?;
+            let value = self.value(&key, kind)?;
             if header.metadata.insert(key.clone(), value).is_some() {
                 return Err(self.place.gguf(format!("the key `{key}` stands in it twice")));
             }
@@ -252,7 +213,7 @@ impl Reader<'_> {
         Ok(header)
     }
 
-    fn value(&mut self, key: &str, kind: u32, header: &mut Header) -> Result<Metadata, WeightsError> {
+    fn value(&mut self, key: &str, kind: u32) -> Result<Metadata, WeightsError> {
         Ok(match kind {
             kind::U8 => Metadata::Integer(u8::from_le_bytes(self.bytes()?).into()),
             kind::I8 => Metadata::Integer(i8::from_le_bytes(self.bytes()?).into()),
@@ -266,18 +227,14 @@ impl Reader<'_> {
             kind::F64 => Metadata::Float(f64::from_le_bytes(self.bytes()?)),
             kind::BOOL => Metadata::Bool(self.bytes::<1>()? != [0]),
             kind::STRING => Metadata::Text(self.text()?),
-            kind::ARRAY => {
-                let list = self.skip_list(key)?;
-                header.lists.insert(key.to_owned(), list);
-                Metadata::List { length: list.length }
-            }
+            kind::ARRAY => Metadata::List { length: self.skip_list(key)? },
             other => return Err(self.place.gguf(format!("the key `{key}` has the unknown type {other}"))),
         })
     }
 
-    fn skip_list(&mut self, key: &str) -> Result<List, WeightsError> {
+    /// The length of a list that is passed over.
+    fn skip_list(&mut self, key: &str) -> Result<u64, WeightsError> {
         let (kind, length) = (self.u32()?, self.u64()?);
-        let start = self.at;
         let width = match kind {
             kind::U8 | kind::I8 | kind::BOOL => 1,
             kind::U16 | kind::I16 => 2,
@@ -288,14 +245,14 @@ impl Reader<'_> {
                     let bytes = self.u64()?;
                     self.skip(bytes)?;
                 }
-                return Ok(List { kind, length, start });
+                return Ok(length);
             }
             other => {
                 return Err(self.place.gguf(format!("the list `{key}` has elements of the type {other}")));
             }
         };
         self.skip(length.saturating_mul(width))?;
-        Ok(List { kind, length, start })
+        Ok(length)
     }
 
     /// A tensor's entry; its start is still counted from where the data begins.

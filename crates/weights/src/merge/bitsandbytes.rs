@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use buzzer_kernels::nf4::{DoubleQuant, NF4_CODE, double_quantize, dynamic_code, quantize};
+use buzzer_kernels::nf4::{BLOCK, NESTED_BLOCK, NF4_CODE, double_quantize, dynamic_code, quantize};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -15,9 +15,6 @@ use super::hugging_face::{base_config, set_dtype, write_shards};
 use crate::parts::Part;
 use crate::write::{Planned, TensorSink};
 use crate::{Absmax, FloatType, Nf4Stored, WeightsError, write_json};
-
-const BLOCK: usize = 64;
-const NESTED_BLOCK: usize = 256;
 
 /// How to write a merge in NF4.
 #[derive(Clone, Copy, Debug)]
@@ -98,22 +95,21 @@ fn packed(
     let untouched = if merge.is_corrected(part) { None } else { merge.stored(part)? };
     if let Some(stored) = untouched {
         let absmax = match (stored.absmax, format.double) {
-            (Absmax::Plain(scales), true) => doubled(&scales),
-            (scales @ Absmax::Double { .. }, false) => Absmax::Plain(scales.to_f32()),
+            (Absmax::Plain(scales), true) => Absmax::Double(double_quantize(&scales)),
+            (scales @ Absmax::Double(_), false) => Absmax::Plain(scales.to_f32()),
             (scales, _) => scales,
         };
         return Ok(Nf4Stored { absmax, dtype, ..stored });
     }
     merge.read(part, values)?;
     let quantized = quantize(values);
-    let absmax = if format.double { doubled(&quantized.absmax) } else { Absmax::Plain(quantized.absmax) };
+    let absmax = if format.double {
+        Absmax::Double(double_quantize(&quantized.absmax))
+    } else {
+        Absmax::Plain(quantized.absmax)
+    };
     let shape = part.shape(merge.config());
     Ok(Nf4Stored { shape: [shape[0], shape[1]], codes: quantized.codes, absmax, dtype })
-}
-
-fn doubled(scales: &[f32]) -> Absmax {
-    let DoubleQuant { codes, nested_absmax, offset } = double_quantize(scales);
-    Absmax::Double { codes, nested: nested_absmax, map: dynamic_code().to_vec(), offset }
 }
 
 /// In the order of [`plan`].
@@ -126,12 +122,12 @@ fn write_linear(sink: &mut TensorSink<'_, '_>, linear: &Nf4Stored) -> Result<(),
             sink.floats(&NF4_CODE, float)?;
             None
         }
-        Absmax::Double { codes, nested, map, offset } => {
-            sink.bytes(codes)?;
+        Absmax::Double(scales) => {
+            sink.bytes(&scales.codes)?;
             sink.floats(&NF4_CODE, float)?;
-            sink.floats(nested, float)?;
-            sink.floats(map, float)?;
-            Some(*offset)
+            sink.floats(&scales.nested_absmax, float)?;
+            sink.floats(dynamic_code(), float)?;
+            Some(scales.offset)
         }
     };
     sink.text(&state(&linear.shape, &linear.dtype, offset))

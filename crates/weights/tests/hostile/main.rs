@@ -1,5 +1,5 @@
-//! Every reader but that of GGUF (which has tests of its own) against files that were damaged on purpose: an error or a value each time, no panic, and no more memory
-//! than the file accounts for.
+//! Every reader against files that were damaged on purpose: an error or a value each time, no panic, and no more memory than
+//! the file accounts for.
 //!
 //! Mutations are drawn from a fixed seed, so that a failure comes again; `BUZZER_HOSTILE_SECONDS` makes each reader go
 //! on for that long. `fuzz/` hands inputs to the same readers, guided by coverage, where there is a nightly compiler.
@@ -85,7 +85,7 @@ impl Random {
 }
 
 /// Pieces that mean something to one reader or another.
-const TOKENS: [&[u8]; 40] = [
+const TOKENS: [&[u8]; 44] = [
     b"\0\0\0\0",
     b"\xff\xff\xff\xff",
     b"\xff\xff\xff\xff\xff\xff\xff\xff",
@@ -126,6 +126,10 @@ const TOKENS: [&[u8]; 40] = [
     b"ctorch._utils\n_rebuild_tensor_v2\n",
     b"PK\x01\x02",
     b"PK\x05\x06",
+    b"GGUF\x03\0\0\0",
+    b"\x05\0\0\0\0\0\0\0llama",
+    b"\x09\0\0\0\x08\0\0\0",
+    b"\0\0\0\0\x01\0\0\0",
 ];
 
 /// A few damages to one of the seeds.
@@ -181,6 +185,7 @@ fn seeds(reader: &str) -> Vec<Vec<u8>> {
         "pytorch" => &["bin-odd/views.bin", "bin-odd/transposed.bin", "bin-odd/legacy.bin"],
         "pickle" => return pickles(),
         "index" => return vec![index()],
+        "gguf" => &["gguf/model.gguf"],
         "config" => &["hf/config.json", "bnb-nf4-dq/config.json", "bnb-int8/config.json"],
         "params" => &["meta/params.json"],
         "adapter_config" => &[
@@ -255,5 +260,71 @@ fn damaged_files_are_errors_and_cost_nothing() {
             inputs += 1;
         }
         println!("{}: {inputs} inputs, {accepted} of them accepted, at most {most} bytes held", reader.name);
+    }
+}
+
+/// A GGUF header: counts, and whatever follows.
+fn gguf(tensors: u64, pairs: u64, rest: &[&[u8]]) -> Vec<u8> {
+    let head = [
+        b"GGUF".to_vec(),
+        3_u32.to_le_bytes().into(),
+        tensors.to_le_bytes().into(),
+        pairs.to_le_bytes().into(),
+    ];
+    [head.concat(), rest.concat()].concat()
+}
+
+/// A tensor's entry, dimensions fastest first.
+fn entry(name: &str, dims: &[u64], kind: u32, offset: u64) -> Vec<u8> {
+    let dims_bytes: Vec<u8> = dims.iter().flat_map(|dim| dim.to_le_bytes()).collect();
+    let count = (dims.len() as u32).to_le_bytes();
+    [&text(name), &count[..], &dims_bytes, &kind.to_le_bytes(), &offset.to_le_bytes()].concat()
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()
+}
+
+/// A list of a type that says how long it is, and has nothing in it.
+fn list(kind: u32, length: u64) -> Vec<u8> {
+    [text("a list"), 9_u32.to_le_bytes().into(), kind.to_le_bytes().into(), length.to_le_bytes().into()]
+        .concat()
+}
+
+#[test]
+fn gguf_headers_that_promise_too_much_are_refused_and_cost_nothing() {
+    const HUGE: u64 = u64::MAX;
+    // ggml's types of tensors, and GGUF's of values.
+    const F32: u32 = 0;
+    const Q8_0: u32 = 8;
+    const TEXT: u32 = 8;
+    const F64: u32 = 12;
+    let reader = Reader::all(&forms()).into_iter().find(|reader| reader.name == "gguf").unwrap();
+    let zeros = [0; 256];
+    let cases: [(&str, Vec<u8>); 16] = [
+        ("as many pairs as can be counted", gguf(0, HUGE, &[])),
+        ("more pairs than follow", gguf(0, 1 << 14, &[&zeros])),
+        ("more tensors than follow", gguf(1 << 17, 0, &[&zeros])),
+        ("a key without end", gguf(0, 1, &[&HUGE.to_le_bytes()])),
+        ("a key of a terabyte", gguf(0, 1, &[&(1_u64 << 40).to_le_bytes(), &zeros])),
+        ("as many texts as can be counted", gguf(0, 1, &[&list(TEXT, HUGE), &zeros])),
+        ("numbers whose bytes overflow", gguf(0, 1, &[&list(F64, HUGE / 4), &zeros])),
+        ("a list of lists", gguf(0, 1, &[&list(9, 1 << 20), &list(9, 1 << 20)])),
+        ("a product that overflows", gguf(1, 0, &[&entry("t", &[1 << 32, 1 << 32], F32, 0), &zeros])),
+        ("bytes that overflow", gguf(1, 0, &[&entry("t", &[1 << 62], F32, 0), &zeros])),
+        ("a terabyte of blocks", gguf(1, 0, &[&entry("t", &[32, 1 << 35], Q8_0, 0), &zeros])),
+        ("an offset at the end of all numbers", gguf(1, 0, &[&entry("t", &[8], F32, HUGE - 31), &zeros])),
+        ("no dimension", gguf(1, 0, &[&entry("t", &[], F32, 0), &zeros])),
+        ("a thousand dimensions", gguf(1, 0, &[&entry("t", &[1; 1000], F32, 0), &zeros])),
+        ("half a block", gguf(1, 0, &[&entry("t", &[48], Q8_0, 0), &zeros])),
+        (
+            "two tensors in one place",
+            gguf(2, 0, &[&entry("a", &[8], F32, 0), &entry("b", &[8], F32, 0), &zeros]),
+        ),
+    ];
+    for (what, bytes) in cases {
+        let (held, accepted) = measured(&reader, &bytes);
+        assert!(!accepted, "{what}");
+        assert!(held <= 64 << 10, "{what}: {held} bytes held for {}", bytes.len());
     }
 }

@@ -1,6 +1,7 @@
 //! GGUF files as they are written, as llama.cpp describes them, and as an attacker would make them.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use buzzer_model::LlamaConfig;
@@ -29,9 +30,37 @@ fn written_gguf(block_type: BlockType) -> Vec<u8> {
     fs::read(path).unwrap()
 }
 
+/// The type of a list's elements, their number, and the bytes from the first on: lists are written here and read by llama.cpp.
+fn list<'a>(bytes: &'a [u8], key: &str) -> (u32, usize, &'a [u8]) {
+    let place = bytes.windows(key.len()).position(|window| window == key.as_bytes()).unwrap();
+    let (head, elements) = bytes[place + key.len()..].split_at(16);
+    let number = |range: Range<usize>| u32::from_le_bytes(head[range].try_into().unwrap());
+    assert_eq!(number(0..4), 9, "`{key}` is no list");
+    (number(4..8), number(8..12) as usize, elements)
+}
+
+fn texts(bytes: &[u8], key: &str) -> Vec<String> {
+    let (kind, length, mut rest) = list(bytes, key);
+    assert_eq!(kind, 8, "`{key}` is no list of texts");
+    let text = |_| {
+        let (size, behind) = rest.split_first_chunk().unwrap();
+        let (text, behind) = behind.split_at(u64::from_le_bytes(*size) as usize);
+        rest = behind;
+        String::from_utf8(text.to_vec()).unwrap()
+    };
+    (0..length).map(text).collect()
+}
+
+fn numbers(bytes: &[u8], key: &str) -> Vec<f32> {
+    let (kind, length, elements) = list(bytes, key);
+    assert_eq!(kind, 6, "`{key}` is no list of f32");
+    elements.as_chunks().0[..length].iter().map(|&number| f32::from_le_bytes(number)).collect()
+}
+
 #[test]
 fn a_written_file_says_what_llama_cpp_asks() {
-    let file = open(&written_gguf(BlockType::Q4_0)).unwrap();
+    let bytes = written_gguf(BlockType::Q4_0);
+    let file = open(&bytes).unwrap();
     let text = |text: &str| Some(Metadata::Text(text.into()));
     let number = |number: i128| Some(Metadata::Integer(number));
     let get = |key: &str| file.get(key).cloned();
@@ -47,8 +76,8 @@ fn a_written_file_says_what_llama_cpp_asks() {
     );
     assert_eq!(get("tokenizer.ggml.add_space_prefix"), Some(Metadata::Bool(true)));
 
-    let tokens = file.texts("tokenizer.ggml.tokens").unwrap();
-    let scores = file.floats("tokenizer.ggml.scores").unwrap();
+    let tokens = texts(&bytes, "tokenizer.ggml.tokens");
+    let scores = numbers(&bytes, "tokenizer.ggml.scores");
     let tokenizer: Value = serde_json::from_slice(&fs::read(tokenizer()).unwrap()).unwrap();
     let vocab = tokenizer["model"]["vocab"].as_object().unwrap();
     assert_eq!((tokens.len(), scores.len()), (1024, 1024));
@@ -58,7 +87,7 @@ fn a_written_file_says_what_llama_cpp_asks() {
     let joint = |merge: &Value| format!("{}{}", merge[0].as_str().unwrap(), merge[1].as_str().unwrap());
     let score = |merge: &Value| scores[vocab[&joint(merge)].as_u64().unwrap() as usize];
     assert!(merges.windows(2).all(|pair| score(&pair[0]) > score(&pair[1])));
-    expect(file.texts("tokenizer.ggml.scores"), &["no list of texts", "tokenizer.ggml.scores"]);
+    assert_eq!(get("tokenizer.ggml.tokens"), Some(Metadata::List { length: 1024 }));
 
     assert_eq!(file.names().len(), 12);
     let kinds = ["token_embd", "output", "output_norm", "blk.0.attn_q", "blk.0.ffn_down"]
@@ -72,6 +101,35 @@ fn a_written_file_says_what_llama_cpp_asks() {
         (BlockType::F16, &[32, 48]),
     ];
     assert_eq!(kinds, expected);
+}
+
+/// Written by llama.cpp's own package, see `forms/gguf/generate.py`.
+#[test]
+fn a_file_of_llama_cpps_own_writer_is_read() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/weights/forms/gguf/model.gguf");
+    let file = Gguf::open(&path, "--model").unwrap();
+    let config = LlamaConfig::new(12, 32, 64, 1, 4, 2, 8).with_max_position_embeddings(128);
+    assert_eq!(file.config().unwrap(), config.with_rms_norm_eps(1e-5));
+    assert_eq!(file.get("tokenizer.ggml.tokens"), Some(&Metadata::List { length: 12 }));
+    let (mut values, mut kinds) = (Vec::new(), Vec::new());
+    for name in file.names() {
+        let (kind, shape) = file.tensor(name).unwrap();
+        file.read_f32_into(name, shape, &mut values).unwrap();
+        // Half a step of the scale, which is 1 / 127; of 1 / 8, and a whole step where +1 is out of reach.
+        let bound = match kind {
+            BlockType::F32 | BlockType::F16 => 0.0,
+            BlockType::Q8_0 => 0.5 / 127.0 + 1e-3,
+            BlockType::Q4_0 => 0.125,
+        };
+        let expected = |place: usize| ((place * 7 % 17) as f32 - 8.0) / 8.0;
+        for (place, value) in values.iter().enumerate() {
+            assert!((value - expected(place)).abs() <= bound, "{name}: {value} at {place}");
+        }
+        kinds.push(kind);
+    }
+    let all = [BlockType::F32, BlockType::F16, BlockType::Q8_0, BlockType::Q4_0];
+    assert!(all.iter().all(|kind| kinds.contains(kind)));
+    assert!(load(&path, Quantization::Nf4Double).is_ok());
 }
 
 #[test]
@@ -173,6 +231,13 @@ fn hostile_headers_are_refused() {
     expect(open(&two("b", 65)), &["`b`", "not aligned"]);
     let aligned = Raw::new(0, 1).text("general.alignment").u32(4).u32(12).0;
     expect(open(&aligned), &["alignment"]);
+    let sizes = [("head_count", 4), ("key_length", 1 << 19)];
+    let wide = Raw::new(0, 4).text("general.architecture").u32(8).text("llama");
+    let wide = wide.text("llama.embedding_length").u32(4).u32(32);
+    let wide = sizes
+        .iter()
+        .fold(wide, |raw, (key, size)| raw.text(&format!("llama.attention.{key}")).u32(4).u32(*size));
+    expect(open(&wide.0).unwrap().config(), &["x.gguf", "4 heads", "too wide"]);
     expect(Gguf::open(Path::new("/dev/null"), "--model"), &["no regular file"]);
 }
 

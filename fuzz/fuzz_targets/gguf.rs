@@ -1,0 +1,2 @@
+#![no_main]
+buzzer_fuzz::target!("gguf");
