@@ -6,6 +6,7 @@
 //! is trained whole. What it refuses: to print, to write a file, to judge an answer. A program does these between steps.
 
 mod batch;
+mod checkpoint;
 mod error;
 mod gradients;
 mod plan;
@@ -16,10 +17,17 @@ mod step;
 mod trainer;
 
 pub use batch::DeviceBatch;
+pub use checkpoint::{
+    Checkpoint, CheckpointError, CheckpointJob, CheckpointWriter, Difference, Found, Written,
+    checkpoint_steps, newest_checkpoint,
+};
 pub use error::TrainError;
 pub use gradients::LoraGradients;
 pub use plan::{Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork};
 pub use pretrain::{PretrainSettings, Pretrainer};
+pub use scaling::LossScale;
 pub use schedule::{Schedule, ScheduleKind};
 pub use step::{BlockPass, PassSettings, backward_by_blocks, mean_loss};
-pub use trainer::{LoraOptimizer, OptimizerSettings, StepReport, TrainSettings, Trainer};
+pub use trainer::{
+    HostMoments, LoraOptimizer, OptimizerSettings, Progress, StepReport, TrainSettings, Trainer, TrainerState,
+};
