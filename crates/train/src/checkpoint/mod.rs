@@ -19,7 +19,6 @@ mod writer;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use buzzer_weights::{Adapter, NewFolder, WeightsError, write_atomic, write_json, write_stored};

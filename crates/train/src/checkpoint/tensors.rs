@@ -73,9 +73,10 @@ fn read_moments(
     target: Target,
     side: &str,
 ) -> Result<HostMoments, WeightsError> {
-    let numbers = |moment| Ok(file.read_f32_any_shape(&name(layer, target, side, moment))?.1);
-    let bytes = |moment| Ok(file.read_u8(&name(layer, target, side, moment))?.1);
-    if file.contains(&name(layer, target, side, FIRST_SCALES)) {
+    let name_of = |moment| name(layer, target, side, moment);
+    let numbers = |moment| file.read_f32_any_shape(&name_of(moment)).map(|(_, values)| values);
+    let bytes = |moment| file.read_u8(&name_of(moment)).map(|(_, bytes)| bytes);
+    if file.contains(&name_of(FIRST_SCALES)) {
         return Ok(HostMoments::EightBit {
             first: bytes(FIRST)?,
             first_scales: numbers(FIRST_SCALES)?,

@@ -33,6 +33,12 @@ fn checkpoint(trainer: &Trainer<Flex>, dropout: f64) -> Checkpoint {
     }
 }
 
+fn take(trainer: &mut Trainer<Flex>, steps: usize) {
+    for _ in 0..steps {
+        trainer.step().unwrap().unwrap();
+    }
+}
+
 /// Takes the steps that are left, and gives every loss, norm and factor as bits.
 fn finish(trainer: &mut Trainer<Flex>) -> (Vec<[u64; 2]>, Vec<u32>) {
     let bits = |report: StepReport| [report.loss.to_bits(), report.grad_norm.to_bits()];
@@ -58,7 +64,7 @@ fn a_run_goes_on_from_any_step_as_if_it_had_not_stopped() {
         assert!(total >= 4 && whole.cursor().epoch == 2, "{total} steps");
         for stop in 0..=total {
             let mut first = trainer(&rows, &settings);
-            (0..stop).for_each(|_| drop(first.step().unwrap().unwrap()));
+            take(&mut first, stop);
             let path = folder.path().join(format!("{accumulation}-{stop}"));
             let written = checkpoint(&first, settings.dropout);
             written.write(&path).unwrap();
@@ -103,7 +109,7 @@ fn damage_is_found_and_the_checkpoint_before_is_taken() {
     let root = tempfile::tempdir().unwrap();
     let mut trainer = trainer(&packed(24), &run_settings(1, true));
     let mut write = |steps: usize| {
-        (0..steps).for_each(|_| drop(trainer.step().unwrap()));
+        take(&mut trainer, steps);
         let path = root.path().join(format!("step-{:06}", trainer.steps_done()));
         checkpoint(&trainer, 0.1).write(&path).unwrap();
         path

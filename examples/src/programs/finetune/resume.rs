@@ -75,8 +75,9 @@ impl Start {
 
     /// The account of the run so far, with which it goes on.
     pub(super) fn history(&self) -> Result<History, Failure> {
-        let history = self.from.as_ref().map(history_of).transpose()?.unwrap_or_default();
-        Ok(History { arguments: self.arguments.clone(), ..history })
+        let mut history = self.from.as_ref().map(history_of).transpose()?.unwrap_or_default();
+        history.arguments.clone_from(&self.arguments);
+        Ok(history)
     }
 
     /// The state, and the factors with their folder, to go on from.

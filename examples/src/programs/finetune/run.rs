@@ -153,7 +153,8 @@ impl Run<'_> {
         history: &History,
         is_best: bool,
     ) -> CheckpointJob {
-        let history = History { seconds: self.seconds(), ..history.clone() };
+        let mut history = history.clone();
+        history.seconds = self.seconds();
         CheckpointJob {
             best: history.best().map(|best| best.step()),
             best_adapter: is_best.then(|| self.out.join(BEST_ADAPTER)),
