@@ -3,7 +3,8 @@
 //! Burn's autodiff keeps every tensor of a forward pass. Here the forward pass runs without it and keeps one tensor a
 //! block; the backward pass runs each block again under autodiff, so only one block's activations live at a time
 //! ([`backward_by_blocks`]). [`Trainer`] is the loop around it, [`Pretrainer`] the plain way for a small dense model that
-//! is trained whole. What it refuses: to print, to write a file, to judge an answer. A program does these between steps.
+//! is trained whole. [`Trainer::state`] is where a run stands, and a [`Checkpoint`] that on a disk. What it refuses: to print, to
+//! judge an answer, to decide when to save. A program does these between steps.
 
 mod batch;
 mod checkpoint;
