@@ -122,7 +122,7 @@ fn damage_is_found_and_the_checkpoint_before_is_taken() {
         let whole = fs::read(&file).unwrap();
         let mut flipped = whole.clone();
         flipped[whole.len() / 2] ^= 4;
-        let damages: [Option<&[u8]>; 4] = [None, Some(&[]), Some(&whole[..whole.len() - 1]), Some(&flipped)];
+        let damages: [Option<&[u8]>; 4] = [None, Some(&[]), Some(&whole[..whole.len() / 2]), Some(&flipped)];
         for damage in damages {
             match damage {
                 None => fs::remove_file(&file).unwrap(),
