@@ -7,6 +7,7 @@ use buzzer::kernels::KernelBackend;
 use buzzer::model::{Llama, PagedCache};
 use buzzer::text::Renderer;
 use clap::Args;
+use serde::Serialize;
 
 use crate::Failure;
 
@@ -14,7 +15,7 @@ use crate::Failure;
 const PAGE_TOKENS: usize = 16;
 
 /// How to answer.
-#[derive(Args, Clone, Copy, Debug)]
+#[derive(Args, Clone, Copy, Debug, Serialize)]
 pub struct AnswerArgs {
     /// Tokens of an answer at most
     #[arg(long, value_name = "N", default_value_t = 24)]
@@ -38,9 +39,11 @@ pub struct AnswerArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub sample_seed: u64,
     /// GiB for keys and values at most
+    #[serde(skip)]
     #[arg(long, value_name = "GIB", default_value_t = 4.0)]
     pub cache_limit: f64,
     /// Clues answered together
+    #[serde(skip)]
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub answer_batch: u32,
 }

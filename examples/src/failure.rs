@@ -4,6 +4,8 @@ use std::error::Error;
 use std::fmt;
 use std::process::ExitCode;
 
+use crate::print_error_line;
+
 /// A message for the user and the exit status.
 pub struct Failure {
     status: u8,
@@ -30,6 +32,14 @@ impl Failure {
     }
 }
 
+impl Failure {
+    /// The same, with what else can be done.
+    #[must_use]
+    pub fn advise(self, advice: impl fmt::Display) -> Self {
+        Self { message: format!("{}; {advice}", self.message), ..self }
+    }
+}
+
 /// Library errors end a program with status 2: nearly all are about what it was given.
 impl<E: Error> From<E> for Failure {
     fn from(error: E) -> Self {
@@ -48,7 +58,7 @@ pub fn finish(result: Result<(), Failure>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {}", failure.message);
+            print_error_line(format_args!("error: {}", failure.message));
             ExitCode::from(failure.status)
         }
     }

@@ -17,6 +17,7 @@ mod planning;
 mod plots;
 mod predictions;
 mod recipe;
+mod signals;
 mod verdict;
 
 pub mod programs;
@@ -28,8 +29,8 @@ pub use failure::{Failure, finish};
 pub use hub::{Hub, HubError, HubSettings, Patience, RepoName, Wanted, local, local_file};
 pub use model::{AnswererArgs, Base, ModelArgs, QuantizationArg, load_base};
 pub use output::{
-    available_memory_bytes, bytes, create, duration, next_run_dir, peak_device_bytes, peak_memory_bytes,
-    read_json, write_report,
+    available_memory_bytes, bytes, create, duration, last_run_dir, next_run_dir, peak_device_bytes,
+    peak_memory_bytes, print_error_line, print_line, read_json, write_report,
 };
 pub use planning::{
     Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype, run_on,
@@ -39,4 +40,5 @@ pub use predictions::{
     Compared, EarlierRun, FoundLeak, Prediction, as_judged, read_predictions, write_predictions,
 };
 pub use recipe::{OptimizerArg, Preset, Recipe, RecipeArgs};
+pub use signals::StopSignal;
 pub use verdict::{describe_assessment, describe_comparison};

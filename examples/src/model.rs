@@ -8,6 +8,7 @@ use buzzer::model::Llama;
 use buzzer::text::{Renderer, Template, Tokenizer};
 use buzzer::weights::{Adapter, Quantization, attach_adapter, describe, load_llama};
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 
 use crate::planning::{DtypeArg, device_dtype};
 use crate::{AnswerArgs, Failure, RepoName, Wanted, local};
@@ -68,7 +69,8 @@ pub struct AnswererArgs {
 }
 
 /// [`Quantization`] as an argument.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum QuantizationArg {
     /// Dense
     None,

@@ -1,6 +1,8 @@
 //! Reports, run folders, and what the operating system knows of this process.
 
+use std::fmt;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use buzzer::kernels::KernelBackend;
@@ -9,6 +11,23 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::Failure;
+
+/// A line for people on standard output. Unlike `println!` it does not end the program where nobody reads any more: a run
+/// outlives its terminal, and a log on a full disk.
+#[macro_export]
+macro_rules! say {
+    ($($part:tt)*) => { $crate::print_line(format_args!($($part)*)) };
+}
+
+/// What [`say!`](crate::say) does.
+pub fn print_line(line: fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// A line on the error stream, under the same rule.
+pub fn print_error_line(line: fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
 
 /// Writes `DIR/report.json`; it appears whole or not at all.
 ///
@@ -51,6 +70,18 @@ pub fn next_run_dir(name: &str) -> Result<PathBuf, Failure> {
         }
     }
     Err(Failure::input("runs/ is full; choose a folder with --out"))
+}
+
+/// The last of `runs/NAME-001`, `runs/NAME-002` ...
+#[must_use]
+pub fn last_run_dir(name: &str) -> Option<PathBuf> {
+    let number = |entry: fs::DirEntry| -> Option<(u32, PathBuf)> {
+        let file_name = entry.file_name();
+        let number = file_name.to_str()?.strip_prefix(name)?.strip_prefix('-')?.parse().ok()?;
+        Some((number, entry.path()))
+    };
+    let runs = fs::read_dir("runs").into_iter().flatten().flatten();
+    runs.filter_map(number).max().map(|(_, path)| path)
 }
 
 /// Makes a folder for what a run writes, unless it is there.

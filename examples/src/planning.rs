@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::model::QuantizationArg;
 use crate::output::{available_memory_bytes, bytes};
-use crate::{Corpus, Failure, Recipe};
+use crate::{Corpus, Failure, Recipe, print_error_line};
 
 /// What compiled kernels take of a card beside the tensors, once its free memory is known. An estimate.
 const KERNELS_BYTES: u64 = 128 << 20;
@@ -124,7 +124,9 @@ impl Budget {
         let capability = card.as_ref().and_then(|card| card.compute_capability);
         let dtype = compute_dtype(dtype, &name.to_string(), capability)?;
         if let Some(reason) = card.as_ref().and_then(|card| card.without_library.as_ref()) {
-            eprintln!("products  Burn multiplies instead of cuBLASLt, which is slower: {reason}");
+            print_error_line(format_args!(
+                "products  Burn multiplies instead of cuBLASLt, which is slower: {reason}"
+            ));
         }
         Ok(match card {
             Some(card) => Self {
@@ -186,7 +188,7 @@ impl LimitArgs {
                 let taken = buzzer::kernels::limit_memory(index, limit).map_err(|reason| {
                     Failure::input(format!("--memory-limit: {reason}; choose a lower one"))
                 })?;
-                println!("memory    {} of {device} set aside, {} left", bytes(taken), bytes(limit));
+                crate::say!("memory    {} of {device} set aside, {} left", bytes(taken), bytes(limit));
             }
             _ => {}
         }

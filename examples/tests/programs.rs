@@ -4,6 +4,10 @@
 //! outside the project read.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+#[cfg(unix)]
+#[path = "programs/resume.rs"]
+mod resume;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

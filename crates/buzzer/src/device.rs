@@ -79,14 +79,26 @@ impl Device {
     }
 }
 
+impl Device {
+    /// What it is, whichever of several: the part of its name before the number.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => "cuda",
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => "wgpu",
+        }
+    }
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Cpu => f.write_str("cpu"),
             #[cfg(feature = "cuda")]
-            Self::Cuda(index) => write!(f, "cuda:{index}"),
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu => f.write_str("wgpu"),
+            Self::Cuda(index) => write!(f, "{}:{index}", self.kind()),
+            _ => f.write_str(self.kind()),
         }
     }
 }

@@ -15,7 +15,7 @@ pub enum TrainError {
     },
     /// The loss or a gradient stopped being a number.
     #[error(
-        "step {step}: the {what} is {value}, first in {place}; lower --lr, or check the base model's weights. The last saved adapter is from before this step"
+        "step {step}: the {what} is {value}, first in {place}; lower --lr, or check the base model's weights. Factors and checkpoints are those from before this step"
     )]
     NonFinite {
         /// The step, from 1.
@@ -36,6 +36,14 @@ pub enum TrainError {
         found: String,
         /// What would be possible.
         choose: &'static str,
+    },
+    /// A state is not one of the run that it is to continue.
+    #[error(
+        "the saved state does not fit this run: {what} differs; resume with the model, rows and settings it was made with"
+    )]
+    State {
+        /// What differs.
+        what: String,
     },
     /// The model has no correction to train.
     #[error("the model has no LoRA factors to train; name linears with --targets")]

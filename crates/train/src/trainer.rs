@@ -11,9 +11,14 @@ use buzzer_model::{Llama, Lora, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::gradients::scalar;
-use crate::scaling::LossScale;
 use crate::step::{PassSettings, locate_non_finite};
-use crate::{DeviceBatch, LoraGradients, Schedule, ScheduleKind, TrainError, backward_by_blocks, mean_loss};
+use crate::{
+    DeviceBatch, LoraGradients, LossScale, Schedule, ScheduleKind, TrainError, backward_by_blocks, mean_loss,
+};
+
+mod state;
+
+pub use state::{HostMoments, Progress, TrainerState};
 
 /// AdamW's numbers and the clipping in front of it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -155,6 +160,7 @@ impl<B: KernelBackend> Moments<B> {
 pub struct LoraOptimizer<B: KernelBackend> {
     settings: OptimizerSettings,
     states: BTreeMap<(usize, Target), [Moments<B>; 2]>,
+    /// Steps that changed the factors.
     steps: u64,
 }
 
@@ -167,7 +173,9 @@ pub struct Trainer<B: KernelBackend> {
     optimizer: LoraOptimizer<B>,
     schedule: Schedule,
     stream: RowStream,
+    /// Rows that the rest of the run will take.
     rows_left: usize,
+    /// Steps taken.
     step: u64,
     loss_scale: LossScale,
     /// Tokens of the longest row.
@@ -349,9 +357,18 @@ impl<B: KernelBackend> Trainer<B> {
     /// In f16 a step whose gradient leaves the dtype's range is skipped, reported as such, and the loss is scaled down.
     ///
     /// # Errors
-    /// If the rows have no target, or loss or gradient is no finite number and a smaller scale cannot help. The model is
-    /// then as it was.
+    /// If the rows have no target, or loss or gradient is no finite number and a smaller scale cannot help. The run then
+    /// stands where it stood before the step.
     pub fn step(&mut self) -> Result<Option<StepReport>, TrainError> {
+        let (cursor, loss_scale) = (self.cursor(), self.loss_scale);
+        self.try_step().inspect_err(|_| {
+            self.stream = RowStream::resume(self.rows.len(), cursor);
+            self.loss_scale = loss_scale;
+        })
+    }
+
+    /// [`Self::step`], after an error of which the stream is past the step's rows and the loss's scale has changed.
+    fn try_step(&mut self) -> Result<Option<StepReport>, TrainError> {
         let started = Instant::now();
         let count = self.rows_left.min(self.settings.rows_per_step());
         if count == 0 {

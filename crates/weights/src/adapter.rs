@@ -93,6 +93,9 @@ enum Side {
 }
 
 impl Adapter {
+    /// The names of the files that [`Self::write`] makes.
+    pub const FILES: [&str; 2] = [CONFIG, TENSORS];
+
     /// Reads a PEFT directory; f32, f16 and bf16 factors become f32.
     ///
     /// # Errors
@@ -126,7 +129,17 @@ impl Adapter {
     /// If the factors do not agree with the configuration or hold NaN or infinity, or if a file cannot be written.
     /// What stood there before is kept then.
     pub fn write(&self, dir: &Path) -> Result<(), WeightsError> {
-        let path = dir.join(TENSORS);
+        let folder = NewFolder::begin(dir)?;
+        self.write_into(&folder)?;
+        folder.replace(&[])
+    }
+
+    /// [`Self::write`] as a part of a folder that holds more.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn write_into(&self, folder: &NewFolder) -> Result<(), WeightsError> {
+        let path = folder.path().join(TENSORS);
         self.check(&path)?;
         let mut tensors = Vec::with_capacity(2 * self.tensors.len());
         for (&(layer, target), factors) in &self.tensors {
@@ -140,10 +153,8 @@ impl Adapter {
                 values: values.into(),
             }));
         }
-        let folder = NewFolder::begin(dir)?;
-        write_safetensors(&folder.path().join(TENSORS), &tensors, FloatType::F32, &pytorch_metadata())?;
-        write_json(&folder.path().join(CONFIG), &config::to_json(self))?;
-        folder.replace(&[])
+        write_safetensors(&path, &tensors, FloatType::F32, &pytorch_metadata())?;
+        write_json(&folder.path().join(CONFIG), &config::to_json(self))
     }
 
     /// The number of the last layer with factors, plus one.

@@ -15,7 +15,10 @@ use std::path::{Path, PathBuf};
 use crate::WeightsError;
 use crate::write::sync_folder;
 
-/// A folder that is being filled; dropped before [`NewFolder::finish`], it is removed.
+/// What stands between a folder's name and the number of the process that works at it.
+const PARTIAL: &str = ".partial-";
+
+/// A folder that is being filled; dropped before [`NewFolder::finish`] or [`NewFolder::replace`], it is removed.
 #[derive(Debug)]
 pub struct NewFolder {
     target: PathBuf,
@@ -45,17 +48,20 @@ impl NewFolder {
     }
 
     /// [`Self::create`] for a place where an older folder may stand, to be ended with [`Self::replace`].
-    pub(crate) fn begin(target: &Path) -> Result<Self, WeightsError> {
+    ///
+    /// # Errors
+    /// If nothing can be written there.
+    pub fn begin(target: &Path) -> Result<Self, WeightsError> {
         // A link keeps its place, and what it leads to is written.
         let target = fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
         let Some(name) = target.file_name() else {
             return Err(WeightsError::write(&target, ErrorKind::InvalidFilename));
         };
-        let prefix = format!("{}.partial-", name.to_string_lossy());
+        let name = name.to_string_lossy();
         let parent = parent_of(&target);
         fs::create_dir_all(parent).map_err(|error| WeightsError::write(parent, error))?;
-        remove_abandoned(parent, &prefix);
-        let staging = parent.join(format!("{prefix}{}", std::process::id()));
+        remove_abandoned(parent, |abandoned| abandoned == name);
+        let staging = partial_name(&target);
         let fault = |error: std::io::Error| WeightsError::write(&staging, error);
         fs::create_dir(&staging).map_err(fault)?;
         let lock = File::open(&staging).map_err(fault)?;
@@ -89,7 +95,10 @@ impl NewFolder {
 
     /// [`Self::finish`] in place of an older folder; files in that one which this one does not have come along, but for
     /// those that are `outdated` by what this one has.
-    pub(crate) fn replace(self, outdated: &[&str]) -> Result<(), WeightsError> {
+    ///
+    /// # Errors
+    /// If a file cannot be brought along, or the folders cannot change places; the new folder is removed then.
+    pub fn replace(self, outdated: &[&str]) -> Result<(), WeightsError> {
         if !self.target.is_dir() {
             return self.finish();
         }
@@ -113,6 +122,31 @@ impl Drop for NewFolder {
         // After a rename there is nothing under this name; and if it cannot be removed, the next start will try again.
         let _ = fs::remove_dir_all(&self.staging);
     }
+}
+
+/// Removes a folder, so that whoever looks at the name sees all of it or nothing. Nothing to remove is no error.
+///
+/// # Errors
+/// If it cannot be renamed or removed.
+pub fn remove_folder(path: &Path) -> Result<(), WeightsError> {
+    let aside = partial_name(path);
+    let fault = |error: std::io::Error| WeightsError::write(path, error);
+    match fs::rename(path, &aside) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(fault(error)),
+        Ok(()) => fs::remove_dir_all(&aside).map_err(fault),
+    }
+}
+
+/// Removes what killed processes have left in a folder: parts of folders that they were filling or removing.
+pub fn remove_partial_folders(parent: &Path) {
+    remove_abandoned(parent, |_| true);
+}
+
+/// Where this process works at a folder.
+fn partial_name(target: &Path) -> PathBuf {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    target.with_file_name(format!("{name}{PARTIAL}{}", std::process::id()))
 }
 
 fn parent_of(path: &Path) -> &Path {
@@ -156,12 +190,12 @@ fn exchange(new: &Path, old: &Path) -> std::io::Result<()> {
     fs::rename(&aside, new)
 }
 
-/// Removes part-filled folders whose process is gone.
-fn remove_abandoned(parent: &Path, prefix: &str) {
+/// Removes part-filled folders of such names whose process is gone.
+fn remove_abandoned(parent: &Path, is_meant: impl Fn(&str) -> bool) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix(prefix));
-        if number.is_none_or(|number| number.parse::<u32>().is_err()) {
+        let parts = name.to_str().and_then(|name| name.rsplit_once(PARTIAL));
+        if parts.is_none_or(|(name, process)| !is_meant(name) || process.parse::<u32>().is_err()) {
             continue;
         }
         let free = File::open(entry.path()).is_ok_and(|folder| folder.try_lock().is_ok());
@@ -256,5 +290,21 @@ mod tests {
         for name in ["out.partial-x", "other.partial-7", "out.partial-8", "out"] {
             assert!(path(name).exists(), "{name}");
         }
+        remove_partial_folders(parent.path());
+        assert!(!path("other.partial-7").exists());
+        for name in ["out.partial-x", "out.partial-8", "out"] {
+            assert!(path(name).exists(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_removed_folder_leaves_nothing() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("old");
+        fs::create_dir_all(folder.join("inner")).unwrap();
+        fs::write(folder.join("inner/x"), "1").unwrap();
+        remove_folder(&folder).unwrap();
+        remove_folder(&folder).unwrap();
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
     }
 }

@@ -22,13 +22,14 @@ mod meta;
 mod open;
 mod parts;
 mod pytorch;
+mod sample;
 mod write;
 
 pub use adapter::{Adapter, AdapterConfig, Factors, describe};
 pub use bnb::{Absmax, Nf4Stored};
 pub use checkpoint::Checkpoint;
 pub use error::WeightsError;
-pub use folder::NewFolder;
+pub use folder::{NewFolder, remove_folder, remove_partial_folders};
 pub use gguf::{BlockType, Gguf, GgufFormat, Metadata, write_gguf};
 pub use load::{
     Quantization, adapter_settings, attach_adapter, extract_adapter, load_llama, model_tensors, read_config,
@@ -36,4 +37,8 @@ pub use load::{
 pub use merge::{BaseForm, Merge, Nf4Format, write_merged, write_nf4};
 pub use open::{WEIGHT_FILES, indexed_files};
 pub use safetensors::Dtype;
-pub use write::{FloatType, TensorToWrite, write_atomic, write_json, write_model, write_safetensors};
+pub use sample::sample_of_weights;
+pub use write::{
+    FloatType, StoredTensor, StoredValues, TensorToWrite, write_atomic, write_json, write_model,
+    write_safetensors, write_stored,
+};

@@ -274,11 +274,10 @@ pub fn extract_adapter<B: KernelBackend>(
     dropout: f64,
     base_model: Option<String>,
 ) -> Adapter {
-    let host = |tensor: Tensor<B, 2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
     let factors = |(layer, target, lora): (usize, Target, &Lora<B>)| {
         let [rank, in_features] = lora.a.val().dims();
         let [out_features, _] = lora.b.val().dims();
-        let (a, b) = (host(lora.a.val()), host(lora.b.val()));
+        let [a, b] = [&lora.a, &lora.b].map(|factor| to_host(factor.val()));
         ((layer, target), Factors { a, b, rank, alpha: settings.alpha, in_features, out_features })
     };
     let tensors: BTreeMap<_, _> = model.loras().map(factors).collect();
@@ -292,6 +291,12 @@ pub fn extract_adapter<B: KernelBackend>(
         use_rslora: settings.rslora,
     };
     Adapter { config, tensors }
+}
+
+/// A tensor's elements in f32, row by row.
+fn to_host<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+    let data = tensor.into_data();
+    data.to_vec().unwrap_or_else(|_| data.iter().collect())
 }
 
 /// The settings that an adapter was made with, less what patterns say about single modules.
@@ -327,6 +332,5 @@ pub fn model_tensors<B: KernelBackend>(model: &Llama<B>) -> Vec<TensorToWrite<'s
 
 fn to_write<B: Backend, const D: usize>(name: String, tensor: Tensor<B, D>) -> TensorToWrite<'static> {
     let shape = tensor.dims().to_vec();
-    let values: Vec<f32> = tensor.into_data().iter::<f32>().collect();
-    TensorToWrite { name, shape, values: values.into() }
+    TensorToWrite { name, shape, values: to_host(tensor).into() }
 }

@@ -47,6 +47,26 @@ pub struct TensorToWrite<'a> {
     pub values: Cow<'a, [f32]>,
 }
 
+/// A tensor of a file that holds several element types.
+#[derive(Clone, Debug)]
+pub struct StoredTensor<'a> {
+    /// Its name in the file.
+    pub name: String,
+    /// Its shape, slowest dimension first.
+    pub shape: Vec<usize>,
+    /// Its elements, row by row.
+    pub values: StoredValues<'a>,
+}
+
+/// Elements that are stored as they are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum StoredValues<'a> {
+    /// Finite numbers of 32 bits.
+    F32(&'a [f32]),
+    /// Bytes.
+    U8(&'a [u8]),
+}
+
 /// A tensor that a safetensors file will hold.
 #[derive(Clone, Debug)]
 pub(crate) struct Planned {
@@ -192,6 +212,26 @@ pub fn write_safetensors(
     };
     write_tensors(path, tensors.iter().map(plan).collect(), metadata, |sink| {
         tensors.iter().try_for_each(|tensor| sink.floats(&tensor.values, float_type))
+    })
+}
+
+/// Writes a safetensors file of tensors of several element types, in the order given.
+///
+/// # Errors
+/// As [`write_safetensors`].
+pub fn write_stored(path: &Path, tensors: &[StoredTensor<'_>]) -> Result<(), WeightsError> {
+    let plan = |tensor: &StoredTensor<'_>| {
+        let dtype = match tensor.values {
+            StoredValues::F32(_) => Dtype::F32,
+            StoredValues::U8(_) => Dtype::U8,
+        };
+        Planned { name: tensor.name.clone(), dtype, shape: tensor.shape.clone() }
+    };
+    write_tensors(path, tensors.iter().map(plan).collect(), &pytorch_metadata(), |sink| {
+        tensors.iter().try_for_each(|tensor| match tensor.values {
+            StoredValues::F32(values) => sink.floats(values, FloatType::F32),
+            StoredValues::U8(bytes) => sink.bytes(bytes),
+        })
     })
 }
 

@@ -16,7 +16,7 @@ typedef unsigned int u32;
 
 #define THREADS (TILES < 4 ? 256 : 512)
 #define WARPS (THREADS / 32)
-#define BLOCKS (TILES == 1 ? 3 : TILES == 2 ? 2 : 1)  // on a multiprocessor
+#define BLOCKS (TILES == 1 ? 2 : TILES == 2 ? 2 : 1)  // on a multiprocessor
 #define TOKENS (8 * TILES)
 #define MOST_PARTS 3
 #define MOST_ATTENTION_SPLITS 8
@@ -330,30 +330,41 @@ __device__ __forceinline__ u32 pair_of(const Shared &s, u32 word, int byte) {
 template <bool PLAIN> __device__ __forceinline__ void add_codes(
     const Shared &s, const PackedRows &rows, const Inputs &inputs, const Codes &codes, int column, float (*sums)[4]
 ) {
+    u32 a[2][2][8];
 #pragma unroll
     for (int block = 0; block < 2; block++) {
-        u32 a[2][8];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
             for (int byte = 0; byte < 4; byte++) {
-                a[half][byte] = pair_of(s, codes.words[half][block].x, byte);
-                a[half][4 + byte] = pair_of(s, codes.words[half][block].y, byte);
+                a[block][half][byte] = pair_of(s, codes.words[half][block].x, byte);
+                a[block][half][4 + byte] = pair_of(s, codes.words[half][block].y, byte);
             }
         }
-        float low = scale_of<PLAIN>(rows, s, codes, 0, block), high = scale_of<PLAIN>(rows, s, codes, 1, block);
+    }
+    float scales[2][2];
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            u32 b[8];
-            load_inputs(inputs.of[tile] + column + 64 * block, b);
-            float unscaled[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int block = 0; block < 2; block++) {
 #pragma unroll
-            for (int j = 0; j < 8; j += 2)
-                multiply(unscaled, a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], b[j], b[j + 1]);
-            sums[tile][0] += low * unscaled[0];
-            sums[tile][1] += low * unscaled[1];
-            sums[tile][2] += high * unscaled[2];
-            sums[tile][3] += high * unscaled[3];
+        for (int half = 0; half < 2; half++) scales[block][half] = scale_of<PLAIN>(rows, s, codes, half, block);
+    }
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        // Four sums that do not wait for each other.
+        float unscaled[2][2][4] = {};
+        u32 b[2][8];
+        load_inputs(inputs.of[tile] + column, b[0]);
+        load_inputs(inputs.of[tile] + column + 64, b[1]);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+#pragma unroll
+            for (int block = 0; block < 2; block++)
+                multiply(unscaled[block][j / 2 % 2], a[block][0][j], a[block][1][j], a[block][0][j + 1], a[block][1][j + 1], b[block][j], b[block][j + 1]);
+        }
+#pragma unroll
+        for (int block = 0; block < 2; block++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[tile][i] += scales[block][i / 2] * (unscaled[block][0][i] + unscaled[block][1][i]);
         }
     }
 }
