@@ -1,7 +1,7 @@
 // One token for each of n sequences, at most 8 * TILES of them: products that read four-bit weights where they lie, with
 // their low-rank corrections in the same pass; attention over pages; the choice of the likeliest token.
 //
-// Compiled when it is first used, with TILES (1, 2 or 4) and BF16 (0 or 1) defined. See mod.rs for what is computed and
+// Compiled when it is first used, with TILES (1, 2 or 4), BF16 (0 or 1) and TABLE_ROW (256 or 128) defined. See mod.rs for what is computed and
 // cuda.rs for the shapes of what is passed.
 //
 // How a product works. A block keeps some columns of the n inputs in shared memory and walks over tiles of
@@ -14,9 +14,8 @@
 typedef unsigned short u16;
 typedef unsigned int u32;
 
-#define THREADS (TILES < 4 ? 256 : 512)
+#define THREADS 512
 #define WARPS (THREADS / 32)
-#define BLOCKS (TILES == 1 ? 2 : TILES == 2 ? 2 : 1)  // on a multiprocessor
 #define TOKENS (8 * TILES)
 #define MOST_PARTS 3
 #define MOST_ATTENTION_SPLITS 8
@@ -43,13 +42,6 @@ struct Part {
     int first_row, first_rank;  // among those of all parts
 };
 
-// Weights that the next product will read.
-struct Ahead {
-    const unsigned char *rows[MOST_PARTS];
-    int count[MOST_PARTS];
-    int pitch, bytes;        // from row to row, and of each row
-};
-
 struct Product {
     Part parts[MOST_PARTS];
     int part_count, n, inner;
@@ -70,7 +62,6 @@ struct Product {
     u32 *ready;              // pieces of low_rank that are there; zero before
     const u32 *pairs;        // two levels for each byte
     const float *dynamic;    // levels of the scales' codes
-    Ahead ahead;
 };
 
 struct Attend {
@@ -85,7 +76,6 @@ struct Attend {
     u32 *arrived;            // [n, heads], zero before and after
     int table, page_tokens, heads, key_heads, splits;
     float scale;
-    Ahead ahead;
 };
 
 __device__ __forceinline__ u32 bits(float x) { return __float_as_uint(x); }
@@ -142,16 +132,6 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Brings weights into the card's cache while this kernel waits for others, each thread of all blocks its lines.
-__device__ __forceinline__ void fetch_ahead(const Ahead &ahead, int thread, int threads) {
-    int lines = ahead.bytes / 128;
-    for (int part = 0; part < MOST_PARTS; part++)
-        for (int i = thread; i < ahead.count[part] * lines; i += threads) {
-            const unsigned char *line = ahead.rows[part] + (size_t)(i / lines) * ahead.pitch + i % lines * 128;
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-        }
-}
-
 // The number of the warp, which the compiler then knows to be the same in all lanes.
 __device__ __forceinline__ int warp_number() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
 
@@ -162,7 +142,7 @@ __device__ __forceinline__ float sum_of_warp(float x) {
 
 // What the products of a block share.
 struct Shared {
-    u32 *pairs;      // [256, 32]
+    u32 *pairs;      // [256, TABLE_ROW / 4], of which the first 32 of a row are used
     float *dynamic;  // [256]
     float *sums;     // [WARPS, 16, TOKENS]
     u32 *flags;      // [WARPS]
@@ -173,7 +153,7 @@ struct Shared {
 __device__ __forceinline__ Shared lay_out(const Product &p, unsigned char *memory) {
     Shared s;
     s.pairs = (u32 *)memory;
-    s.dynamic = (float *)(s.pairs + 256 * 32);
+    s.dynamic = (float *)(s.pairs + 256 * TABLE_ROW / 4);
     s.sums = s.dynamic + 256;
     s.flags = (u32 *)(s.sums + WARPS * 16 * TOKENS);
     s.low_rank = (u16 *)(s.flags + 16);
@@ -208,7 +188,7 @@ __device__ __forceinline__ void wait_for(const Team &team) {
 __device__ __forceinline__ void fetch_tables(const Product &p, const Shared &s) {
     for (int byte = threadIdx.x; byte < 256; byte += THREADS) {
         u32 pair = __ldg(p.pairs + byte);
-        uint4 *to = (uint4 *)(s.pairs + byte * 32);
+        uint4 *to = (uint4 *)(s.pairs + byte * TABLE_ROW / 4);
 #pragma unroll
         for (int i = 0; i < 8; i++) to[(i + byte) % 8] = make_uint4(pair, pair, pair, pair);
         s.dynamic[byte] = __ldg(p.dynamic + byte);
@@ -321,10 +301,16 @@ __device__ __forceinline__ float scale_of(const PackedRows &rows, const Shared &
     return s.dynamic[code] * __uint_as_float(codes.scales[half][1]) + rows.offsets[half];
 }
 
-// A byte's pair of levels: row `byte` of the table, this lane's column.
+// A byte's pair of levels: row `byte` of the table, this lane's column. Where rows are 256 bytes apart, the byte is the second one
+// of the address, which takes one instruction to make.
 __device__ __forceinline__ u32 pair_of(const Shared &s, u32 word, int byte) {
-    u32 shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
-    return *(const u32 *)((const unsigned char *)s.pairs + ((shifted & 0x7f80) | (threadIdx.x % 32 * 4)));
+    u32 column = threadIdx.x % 32 * 4;
+#if TABLE_ROW == 256
+    u32 offset = __byte_perm(word, column, 0x5504 | byte << 4);
+#else
+    u32 offset = ((byte == 0 ? word << 7 : word >> (8 * byte - 7)) & 0x7f80) | column;
+#endif
+    return *(const u32 *)((const unsigned char *)s.pairs + offset);
 }
 
 template <bool PLAIN> __device__ __forceinline__ void add_codes(
@@ -611,7 +597,7 @@ __device__ __forceinline__ void weight_tile(
     else multiply_packed<false>(s, rows, inputs, first / 128, from, end, sums);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_product(const __grid_constant__ Product p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) step_product(const __grid_constant__ Product p) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared s = lay_out(p, memory);
     Team team = team_of(p);
@@ -632,8 +618,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_product(const
         int tile = start + (round + team.number) * blocks;
         float sums[TILES][4] = {};
         if (tile < p.tiles) weight_tile(p, s, team, tile, first, count, sums);
-        if (start + (round + WARPS / p.team) * blocks >= p.tiles)
-            fetch_ahead(p.ahead, blockIdx.x * THREADS + threadIdx.x, gridDim.x * THREADS);
         if (corrects && !gathered) {
             gather_low_rank(p, s);
             gathered = true;
@@ -712,8 +696,6 @@ template <int WIDTH> __device__ __forceinline__ void attend(const Attend &p) {
     __shared__ __align__(16) u16 new_key[WIDTH];
     __shared__ __align__(16) u16 new_value[WIDTH];
     let_next_begin();
-    int numbered = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-    fetch_ahead(p.ahead, numbered * LANES * GROUPS + threadIdx.x, gridDim.x * gridDim.y * gridDim.z * LANES * GROUPS);
     wait_for_previous();
     int head = blockIdx.x, row = blockIdx.y, split = blockIdx.z, tid = threadIdx.x;
     int shared_by = p.heads / p.key_heads, key_head = head / shared_by;

@@ -7,7 +7,7 @@ use cubecl::cuda::CudaRuntime;
 
 use super::driver::Limits;
 use super::layout::{
-    Ahead, Attend, GROUP, MOST_PARTS, Part, Product, RANKS, Share, TILE, attention_splits, row_tiles,
+    Attend, GROUP, MOST_PARTS, Part, Product, RANKS, Share, TILE, attention_splits, row_tiles,
 };
 use super::{Ends, Launch, ROWS, Room, Shapes, wrong};
 use crate::device::{Cube, primitive, uninitialized};
@@ -117,7 +117,6 @@ pub(super) fn build(program: &StepProgram<Device>, limits: &Limits) -> Result<Bu
     let room = builder.room(&launches, &shapes, &table, limits)?;
     let tables = builder.tables(&table)?;
     launches.iter_mut().for_each(|launch| settle_in(launch, &room, &shapes, tables));
-    look_ahead(&mut launches);
     let embedding = builder.kept.packed(table, dtype)?;
     Ok(Built { launches, embedding, shapes, room, kept: builder.kept, bf16: dtype == DType::BF16 })
 }
@@ -378,20 +377,6 @@ fn settle_in(launch: &mut Launch, room: &Room, shapes: &Shapes, tables: Tables) 
             attend.result = room.heads_result;
             attend.arrived = room.heads_arrived;
             attend.table = shapes.table as i32;
-        }
-    }
-}
-
-/// Tells every launch what the next product will read.
-fn look_ahead(launches: &mut [Launch]) {
-    let mut next = Ahead::default();
-    for launch in launches.iter_mut().rev() {
-        match launch {
-            Launch::Product(product, _) => {
-                product.ahead = next;
-                next = Ahead::of(product);
-            }
-            Launch::Attend(attend) => attend.ahead = next,
         }
     }
 }

@@ -6,11 +6,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
 use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 
+use super::layout::{THREADS, table_row};
 use crate::step::StepError;
 
 const SOURCE: &str = include_str!("../kernels.cu");
-/// Shared memory that the driver keeps of each block's.
-const RESERVED_SHARED: usize = 1024;
 
 impl From<DriverError> for StepError {
     fn from(error: DriverError) -> Self {
@@ -27,15 +26,6 @@ pub(super) struct Limits {
     pub(super) processors: usize,
     /// Bytes of shared memory that one block may have.
     pub(super) shared_of_block: usize,
-    /// Bytes of shared memory that a multiprocessor's blocks share out.
-    pub(super) shared_of_processor: usize,
-}
-
-impl Limits {
-    /// Bytes of shared memory for each of so many blocks at a time.
-    pub(super) fn shared_for(&self, blocks: usize) -> usize {
-        (self.shared_of_processor / blocks).saturating_sub(RESERVED_SHARED).min(self.shared_of_block)
-    }
 }
 
 /// A stream of its own on a device that CubeCL uses too.
@@ -72,9 +62,6 @@ impl Driver {
             compute_capability: 10 * major + minor,
             processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_of_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-            shared_of_processor: attribute(
-                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
-            )?,
         };
         Ok(Self {
             stream: driver::stream::create(driver::stream::StreamKind::NonBlocking)?,
@@ -112,6 +99,7 @@ impl Driver {
             options: vec![
                 format!("--gpu-architecture=compute_{}", self.limits.compute_capability),
                 format!("-DTILES={tiles}"),
+                format!("-DTABLE_ROW={}", table_row(&self.limits)),
                 format!("-DBF16={}", u8::from(bf16)),
             ],
             ..CompileOptions::default()
@@ -142,10 +130,10 @@ impl Driver {
     }
 
     /// Blocks of the product that a multiprocessor runs at a time with so much shared memory.
-    pub(super) fn resident(&self, kernels: &Kernels, threads: usize, shared: usize) -> Result<usize, StepError> {
+    pub(super) fn resident(&self, kernels: &Kernels, shared: usize) -> Result<usize, StepError> {
         // SAFETY: the function lives as long as the process.
         let blocks = unsafe {
-            driver::occupancy::max_active_block_per_multiprocessor(kernels.product, threads as i32, shared)
+            driver::occupancy::max_active_block_per_multiprocessor(kernels.product, THREADS as i32, shared)
         }?;
         Ok(usize::try_from(blocks).unwrap_or(0))
     }

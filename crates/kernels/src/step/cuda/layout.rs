@@ -10,12 +10,8 @@ pub(super) const TILE: usize = 16;
 pub(super) const RANKS: usize = 64;
 /// Layers that share an input at most.
 pub(super) const MOST_PARTS: usize = 3;
-/// Blocks that share out the columns of a tile at most, where two blocks of them fit on a multiprocessor.
-const MOST_SPLITS: usize = 8;
-/// Bytes of weights that are brought into the cache before they are wanted: less than half of what large cards have.
-const AHEAD_BYTES: i32 = 20 << 20;
-/// Bytes of a line of the cache.
-const LINE: i32 = 128;
+/// Shared memory of a block, in bytes, below which it has no room for a table of 64 KiB.
+const SMALL_SHARED: usize = 80 << 10;
 /// `MOST_ATTENTION_SPLITS`.
 const MOST_ATTENTION_SPLITS: usize = 8;
 /// Pieces that a factor A is cut into, so that a piece is about as much to read as a tile of a packed weight.
@@ -37,33 +33,6 @@ pub(super) struct Part {
     pub(super) rank: i32,
     pub(super) first_row: i32,
     pub(super) first_rank: i32,
-}
-
-/// `Ahead`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Ahead {
-    pub(super) rows: [u64; MOST_PARTS],
-    pub(super) count: [i32; MOST_PARTS],
-    pub(super) pitch: i32,
-    pub(super) bytes: i32,
-}
-
-impl Ahead {
-    /// As much of a product's weights as the cache can keep until they are wanted: of each row its beginning, because all rows
-    /// are read at a time.
-    pub(super) fn of(product: &Product) -> Self {
-        let parts = &product.parts[..product.part_count as usize];
-        let packed = parts[0].codes != 0;
-        let pitch = if packed { product.inner / 2 } else { 2 * product.inner };
-        let bytes = (AHEAD_BYTES / product.rows).min(pitch) / LINE * LINE;
-        let mut ahead = Self { pitch, bytes, ..Self::default() };
-        for (place, part) in parts.iter().enumerate() {
-            ahead.rows[place] = if packed { part.codes } else { part.dense };
-            ahead.count[place] = part.rows;
-        }
-        ahead
-    }
 }
 
 /// `Product`.
@@ -95,7 +64,6 @@ pub(super) struct Product {
     pub(super) ready: u64,
     pub(super) pairs: u64,
     pub(super) dynamic: u64,
-    pub(super) ahead: Ahead,
 }
 
 /// `Attend`.
@@ -118,7 +86,6 @@ pub(super) struct Attend {
     pub(super) key_heads: i32,
     pub(super) splits: i32,
     pub(super) scale: f32,
-    pub(super) ahead: Ahead,
 }
 
 /// Tiles of eight rows of the input: kernels exist for 1, 2 and 4.
@@ -127,8 +94,11 @@ pub(super) fn row_tiles(n: usize) -> usize {
 }
 
 /// `THREADS`.
-pub(super) fn threads(row_tiles: usize) -> usize {
-    if row_tiles < 4 { 256 } else { 512 }
+pub(super) const THREADS: usize = 512;
+
+/// `TABLE_ROW`: bytes between the rows of the table of pairs, of which there are 256.
+pub(super) fn table_row(limits: &Limits) -> usize {
+    if limits.shared_of_block > SMALL_SHARED { 256 } else { 128 }
 }
 
 /// How one product is shared out among blocks.
@@ -143,30 +113,23 @@ pub(super) struct Share {
 }
 
 impl Share {
-    /// For a product of n rows; `None` if the card's shared memory does not even hold 256 columns of them.
+    /// For a product of n rows, with as few splits as the card's shared memory allows; `None` if it does not even hold 256
+    /// columns of the rows.
     pub(super) fn new(n: usize, inner: usize, ranks: usize, limits: &Limits) -> Option<Self> {
-        let of_two = || Self::within(n, inner, ranks, limits.shared_for(2)).filter(|share| share.splits <= MOST_SPLITS);
-        let two = if row_tiles(n) < 4 { of_two() } else { None };
-        two.or_else(|| Self::within(n, inner, ranks, limits.shared_for(1)))
-    }
-
-    /// With as few splits as so many bytes of shared memory allow.
-    fn within(n: usize, inner: usize, ranks: usize, bytes: usize) -> Option<Self> {
         let groups = inner / GROUP;
         let share = |splits: usize| {
             let chunk = groups.div_ceil(splits) * GROUP;
             let a_chunks = LOW_RANK_PIECES.div_ceil(splits);
-            Self { splits, chunk, a_chunks, shared: shared_bytes(n, chunk, ranks) }
+            Self { splits, chunk, a_chunks, shared: shared_bytes(n, chunk, ranks, limits) }
         };
-        (1..=groups).map(share).find(|share| share.shared <= bytes)
+        (1..=groups).map(share).find(|share| share.shared <= limits.shared_of_block)
     }
 }
 
 /// `lay_out`.
-fn shared_bytes(n: usize, chunk: usize, ranks: usize) -> usize {
+fn shared_bytes(n: usize, chunk: usize, ranks: usize, limits: &Limits) -> usize {
     let tokens = 8 * row_tiles(n);
-    let warps = threads(row_tiles(n)) / 32;
-    let words = 256 * 32 + 256 + warps * TILE * tokens + 16;
+    let words = 256 * table_row(limits) / 4 + 256 + THREADS / 32 * TILE * tokens + 16;
     4 * words + 2 * n * (ranks + 8) + 2 * n * (chunk + 8)
 }
 
@@ -195,13 +158,11 @@ mod tests {
         compute_capability: 90,
         processors: 132,
         shared_of_block: 232_448,
-        shared_of_processor: 233_472,
     };
     const T4: Limits = Limits {
         compute_capability: 75,
         processors: 40,
         shared_of_block: 65_536,
-        shared_of_processor: 65_536,
     };
 
     #[test]
@@ -221,7 +182,7 @@ mod tests {
             }
         }
         assert_eq!(Share::new(1, 4096, 192, &H100).unwrap().splits, 1);
-        assert_eq!(Share::new(32, 4096, 64, &H100).unwrap().splits, 2);
+        assert_eq!(Share::new(32, 4096, 64, &H100).unwrap().splits, 3);
     }
 
     #[test]
@@ -231,6 +192,6 @@ mod tests {
 
     #[test]
     fn structures_have_the_sizes_that_the_kernels_expect() {
-        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Attend>()], [80, 432, 152]);
+        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Attend>()], [80, 384, 104]);
     }
 }

@@ -16,7 +16,7 @@ use cudarc::driver::{result as cuda, sys};
 
 use self::build::{Built, Kept};
 use self::driver::{Driver, Kernels};
-use self::layout::{Attend, NORMALISED_BY_BLOCKS, Product, Share, attention_splits, row_tiles, team, threads};
+use self::layout::{Attend, NORMALISED_BY_BLOCKS, Product, Share, attention_splits, THREADS, row_tiles, team};
 use super::{StepError, StepProgram, StepRow, StepRunner, StepTarget};
 use crate::Heads;
 use crate::device::{Cube, primitive};
@@ -162,7 +162,7 @@ impl CudaRunner {
         let Room { residual, ready, numbers, logits, choices, .. } = self.room;
         let (d, products) = (self.shapes.hidden as i32, self.shapes.products as i32);
         let rows = (n as u32, 1, 1);
-        let units = threads(row_tiles(n)) as u32;
+        let units = THREADS as u32;
         let ids = numbers;
         launch(&self.driver, kernels.embed, rows, units, 0, &mut [
             place(&self.embedding), place(&ids), place(&residual), place(&d), place(&ready), place(&products),
@@ -185,10 +185,9 @@ impl CudaRunner {
         let limits = &self.driver.limits;
         let share = Share::new(n, product.inner as usize, product.ranks as usize, limits)
             .ok_or_else(|| wrong(format!("no room for {n} rows in shared memory")))?;
-        let units = threads(row_tiles(n));
-        let resident = limits.processors * self.driver.resident(kernels, units, share.shared)?;
+        let resident = limits.processors * self.driver.resident(kernels, share.shared)?;
         let blocks = resident / share.splits;
-        let warps = units / WARP;
+        let warps = THREADS / WARP;
         if blocks == 0 {
             return Err(wrong(format!("{} blocks do not run at a time", share.splits)));
         }
@@ -207,12 +206,12 @@ impl CudaRunner {
         }
         let blocks = ((blocks * share.splits) as u32, 1, 1);
         let shared = share.shared as u32;
-        launch(&self.driver, kernels.product, blocks, units as u32, shared, &mut [place(&product)])
+        launch(&self.driver, kernels.product, blocks, THREADS as u32, shared, &mut [place(&product)])
     }
 
     fn submit_norm(&self, n: usize, kernels: &Kernels, product: &Product) -> Result<(), StepError> {
         let Product { residual, norm, epsilon, inner, .. } = product;
-        let units = threads(row_tiles(n)) as u32;
+        let units = THREADS as u32;
         let to = self.room.normalised;
         launch(&self.driver, kernels.normalise, (n as u32, 1, 1), units, 0, &mut [
             place(residual), place(norm), place(epsilon), place(inner), place(&to),
