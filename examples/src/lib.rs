@@ -9,32 +9,42 @@
 mod answer;
 mod compare;
 mod corpus;
+mod dashboard;
 mod failure;
+mod import;
 mod model;
 mod output;
 mod planning;
 mod plots;
 mod predictions;
 mod recipe;
+mod records;
 mod verdict;
+mod watch;
 
 pub mod programs;
 
 pub use answer::{AnswerArgs, Answered, answer_clues, answer_text, judge_answers};
 pub use compare::{Answers, Comparison, Probe, Record, Spread};
-pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, SplitArg, build as build_corpus};
+pub use corpus::{Corpus, CorpusReport, DataArgs, HeldOut, Packing, SplitArg, build as build_corpus};
+pub use dashboard::Dashboard;
 pub use failure::{Failure, finish};
 pub use model::{AnswererArgs, Base, ModelArgs, QuantizationArg, load_base};
 pub use output::{
-    available_memory_bytes, bytes, create, duration, next_run_dir, peak_device_bytes, peak_memory_bytes,
-    read_json, write_report,
+    available_memory_bytes, bytes, create, device_bytes, duration, next_run_dir, peak_device_bytes,
+    peak_memory_bytes, read_json, write_bytes, write_report,
 };
 pub use planning::{
-    Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype, run_on,
+    Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype, peak_flops,
+    run_on,
 };
-pub use plots::plot_confidence;
+pub use plots::{plot_confidence, plot_training};
 pub use predictions::{
     Compared, EarlierRun, FoundLeak, Prediction, as_judged, read_predictions, write_predictions,
 };
-pub use recipe::{OptimizerArg, Preset, Recipe, RecipeArgs};
+pub use recipe::{EvalSettings, OptimizerArg, Preset, Recipe, RecipeArgs};
+pub use records::{
+    AccuracyRecord, HeldOutRecord, Record, Recorder, StepRecord, When, Yardstick, read_records, records_path,
+};
 pub use verdict::{describe_assessment, describe_comparison};
+pub use watch::{HeldOutLosses, Watch};

@@ -8,6 +8,7 @@ use buzzer::model::Llama;
 use buzzer::text::{Renderer, Template, Tokenizer};
 use buzzer::weights::{Adapter, Quantization, attach_adapter, describe, load_llama};
 use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 use crate::planning::{DtypeArg, device_dtype};
 use crate::{AnswerArgs, Failure};
@@ -16,17 +17,19 @@ use crate::{AnswerArgs, Failure};
 pub(crate) const TINY_LLAMA: &str = "datasets/tiny-llama";
 
 /// Which model to use.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ModelArgs {
     /// Folder of a Llama 2 model: Hugging Face's (config.json with safetensors or PyTorch files, bitsandbytes' 4 bits
     /// too) or Meta's (params.json, consolidated.*.pth); or a GGUF file
     #[arg(long, value_name = "DIR", default_value = TINY_LLAMA)]
+    #[serde(rename = "path")]
     pub model: PathBuf,
     /// A tokenizer.json, a tokenizer.model, or the folder of one, if it does not lie beside the model
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
     /// How the frozen weights are held
-    #[arg(long, value_enum, default_value_t = QuantizationArg::Nf4Double)]
+    #[arg(long, value_enum, default_value_t)]
     pub quantization: QuantizationArg,
     /// Dtype to compute in [default: bf16 or f16 on a CUDA card, whichever it has; f32 elsewhere]
     #[arg(long, value_enum)]
@@ -57,13 +60,15 @@ pub struct AnswererArgs {
 }
 
 /// [`Quantization`] as an argument.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum QuantizationArg {
     /// Dense
     None,
     /// Four bits, scales in f32
     Nf4,
     /// Four bits, scales in eight
+    #[default]
     Nf4Double,
 }
 
@@ -86,6 +91,17 @@ pub struct Base<B: KernelBackend> {
     pub tokenizer: Tokenizer,
 }
 
+impl Default for ModelArgs {
+    fn default() -> Self {
+        Self {
+            model: TINY_LLAMA.into(),
+            tokenizer: None,
+            quantization: QuantizationArg::default(),
+            dtype: None,
+        }
+    }
+}
+
 impl ModelArgs {
     /// Opens the tokenizer.
     ///
@@ -98,10 +114,10 @@ impl ModelArgs {
         Ok(Tokenizer::from_file(self.tokenizer.as_deref().unwrap_or(&beside))?)
     }
 
-    /// Whether this is the model that ships with the project.
+    /// Whether this is the folder of the model that ships with the project.
     #[must_use]
-    pub fn is_sample(&self) -> bool {
-        self.model == Path::new(TINY_LLAMA)
+    pub fn is_sample_path(path: &Path) -> bool {
+        path == Path::new(TINY_LLAMA)
     }
 }
 

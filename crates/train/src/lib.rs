@@ -18,7 +18,7 @@ mod trainer;
 pub use batch::DeviceBatch;
 pub use error::TrainError;
 pub use gradients::LoraGradients;
-pub use plan::{Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork};
+pub use plan::{Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork, token_flop};
 pub use pretrain::{PretrainSettings, Pretrainer};
 pub use schedule::{Schedule, ScheduleKind};
 pub use step::{BlockPass, PassSettings, backward_by_blocks, mean_loss};

@@ -10,18 +10,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::{
-    AnswerArgs, Answered, Budget, Corpus, CorpusReport, CorpusSize, DataArgs, Failure, LimitArgs, ModelArgs,
-    Recipe, RecipeArgs, RunPlan, answer_clues, build_corpus, bytes, duration, finish, judge_answers,
-    load_base, next_run_dir, peak_device_bytes, run_on, write_report,
+    AnswerArgs, Answered, Budget, Corpus, CorpusReport, CorpusSize, DataArgs, EvalSettings, Failure,
+    HeldOutLosses, LimitArgs, ModelArgs, Recipe, RecipeArgs, RunPlan, Watch, When, Yardstick, answer_clues,
+    build_corpus, bytes, create, device_bytes, duration, finish, judge_answers, load_base, next_run_dir,
+    peak_device_bytes, peak_flops, plot_training, read_records, records_path, run_on, write_report,
 };
 use buzzer::eval::{Scores, exact_match};
 use buzzer::kernels::KernelBackend;
 use buzzer::model::{Llama, LlamaConfig};
 use buzzer::text::Renderer;
-use buzzer::train::{MemoryPlan, StepReport, Trainer};
+use buzzer::train::{MemoryPlan, StepReport, Trainer, token_flop};
 use buzzer::weights::{extract_adapter, read_config};
 use buzzer::{Device, DeviceJob};
-use clap::Parser;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -45,9 +46,9 @@ struct Args {
     #[arg(long, default_value_t, hide_default_value = true)]
     device: Device,
     /// Measure the loss on held-out clues so many times during the run; the best adapter is kept
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = EvalSettings::default().evaluations)]
     evaluations: u64,
-    /// Folder for the adapters and report.json [default: runs/finetune-NNN]
+    /// Folder for adapters, recipe, records and report.json [default: runs/finetune-NNN]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Set by the signal handler.
@@ -74,6 +75,11 @@ struct Report {
     eval: Eval,
     adapter: PathBuf,
     adapter_best: Option<PathBuf>,
+    /// The file of all settings, which can be given again.
+    recipe_file: PathBuf,
+    /// One record a step.
+    records: PathBuf,
+    plot: PathBuf,
     seconds: f64,
 }
 
@@ -102,7 +108,10 @@ struct Loss {
 #[derive(Clone, Copy, Serialize)]
 struct EvalLoss {
     step: u64,
+    /// The one that is trained.
     loss: f64,
+    #[serde(flatten)]
+    losses: HeldOutLosses,
 }
 
 #[derive(Serialize)]
@@ -114,8 +123,13 @@ struct Eval {
 /// Runs the program on the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
-    let args = Args::parse();
-    finish(listen(&args.stop).and_then(|()| run_on(args.device, Finetune { args: &args })))
+    finish(run(&Args::command().get_matches()))
+}
+
+fn run(matches: &ArgMatches) -> Result<(), Failure> {
+    let (args, recipe) = Args::settle(matches)?;
+    listen(&args.stop)?;
+    run_on(args.device, Finetune { args: &args, recipe: &recipe })
 }
 
 /// From here on Ctrl-C, a hang-up or a polite kill ends the run after the step in hand.
@@ -126,6 +140,8 @@ fn listen(stop: &Arc<AtomicBool>) -> Result<(), Failure> {
 
 struct Finetune<'a> {
     args: &'a Args,
+    /// As it was asked for: the run below may shorten it to what there is.
+    recipe: &'a Recipe,
 }
 
 impl DeviceJob for Finetune<'_> {
@@ -134,13 +150,13 @@ impl DeviceJob for Finetune<'_> {
     fn run<B: KernelBackend>(self, device: &B::Device) -> Result<(), Failure> {
         let started = Instant::now();
         let args = self.args;
-        let mut recipe = args.recipe.resolve(args.model.is_sample())?;
+        let mut recipe = self.recipe.clone();
         let config = read_config(&args.model.model)?;
-        recipe.row_len = recipe.row_len.min(config.max_position_embeddings);
+        recipe.packing.row_len = recipe.packing.row_len.min(config.max_position_embeddings);
         let renderer = Renderer::new(args.model.open_tokenizer()?, recipe.template);
         renderer.tokenizer().notes().iter().for_each(|note| println!("tokenizer {note}"));
-        let corpus = build_corpus(&args.data, &renderer, recipe.pack_args())?;
-        println!("{}", corpus.describe(recipe.pack_args()));
+        let corpus = build_corpus(&args.data, &renderer, recipe.packing)?;
+        println!("{}", corpus.describe(recipe.packing));
         recipe.limit_steps(corpus.train.rows.len());
 
         let plan = args.plan::<B>(&config, &recipe, &corpus, device)?;
@@ -149,13 +165,24 @@ impl DeviceJob for Finetune<'_> {
         let (parameters, trainable) = (config.parameters(), model.lora_parameters());
         println!("model     {}: {parameters} parameters, {trainable} trainable", args.model.model.display());
         let out = args.out.clone().map_or_else(|| next_run_dir("finetune"), Ok)?;
+        create(&out)?;
+        let recipe_file = self.recipe.write(&out)?;
+        let yardstick = Yardstick {
+            loss_on: recipe.packing.loss_on,
+            token_flop: token_flop(&config, &recipe.lora),
+            peak_flops: peak_flops::<B>(device, model.dtype()),
+        };
+        let (_, steps) = recipe.train.length(corpus.train.rows.len());
+        let mut watch = Watch::new(&out, yardstick, steps, None)?;
         let before = answer(&model, &renderer, &corpus, &args.answer, "before")?;
+        watch.accuracy(0, When::Before, judge_answers(&before));
         // Buffers of answering have other sizes than those of training.
         B::memory_cleanup(device);
         let run = Run { args, recipe: &recipe, corpus: &corpus, out: &out };
-        let trained = run.train(model)?;
+        let trained = run.train(model, &mut watch)?;
         B::memory_cleanup(device);
         let after = answer(&trained.model, &renderer, &corpus, &args.answer, "after")?;
+        watch.accuracy(trained.steps, When::After, judge_answers(&after));
         show(&before, &after);
 
         let packing = corpus.train.report;
@@ -181,6 +208,9 @@ impl DeviceJob for Finetune<'_> {
             eval: Eval { before: judge_answers(&before), after: judge_answers(&after) },
             adapter: out.join("adapter"),
             adapter_best: trained.best.map(|_| out.join("adapter-best")),
+            recipe_file,
+            records: records_path(&out),
+            plot: plot_training(&out, &read_records(&out)?)?,
             seconds: started.elapsed().as_secs_f64(),
             recipe,
             data: corpus.report,
@@ -192,6 +222,21 @@ impl DeviceJob for Finetune<'_> {
 }
 
 impl Args {
+    /// The arguments and the recipe that they and its file make; where the file holds a setting, the arguments hold it too.
+    fn settle(matches: &ArgMatches) -> Result<(Self, Recipe), Failure> {
+        let recipe = Recipe::resolve(matches, None)?;
+        let args = Self {
+            data: recipe.data.clone(),
+            model: recipe.model.clone(),
+            limits: recipe.limits,
+            answer: recipe.answer,
+            device: recipe.device,
+            evaluations: recipe.eval.evaluations,
+            ..Self::from_arg_matches(matches)?
+        };
+        Ok((args, recipe))
+    }
+
     /// Prints the plan, and refuses what does not fit before anything is loaded.
     fn plan<B: KernelBackend>(
         &self,
@@ -262,25 +307,22 @@ struct Trained<B: KernelBackend> {
 }
 
 impl Run<'_> {
-    fn train<B: KernelBackend>(&self, model: Llama<B>) -> Result<Trained<B>, Failure> {
+    fn train<B: KernelBackend>(&self, model: Llama<B>, watch: &mut Watch) -> Result<Trained<B>, Failure> {
         let stop = &self.args.stop;
         let mut trainer = Trainer::new(model, self.corpus.train.rows.clone(), self.recipe.train.clone())?;
         let total = trainer.total_steps();
         let every = (total / self.args.evaluations.max(1)).max(1);
-        let style = ProgressStyle::with_template("training  {bar:30} step {pos}/{len}  {msg}  {eta} left")?;
-        let bar = ProgressBar::new(total).with_style(style);
         let mut reports: Vec<StepReport> = Vec::with_capacity(total as usize);
         let (mut eval_loss, mut best) = (Vec::new(), None);
         while !stop.load(Ordering::SeqCst) {
             let Some(report) = trainer.step()? else { break };
             reports.push(report);
-            bar.set_message(progress(&reports));
-            bar.inc(1);
+            watch.step(&report, device_bytes::<B>(&trainer.model().device()));
             if self.args.evaluations > 0 && report.step % every == 0 {
-                self.evaluate(&trainer, &mut eval_loss, &mut best, &bar)?;
+                self.evaluate(&trainer, &mut eval_loss, &mut best, watch)?;
             }
         }
-        bar.finish_and_clear();
+        watch.finish();
         let interrupted = stop.load(Ordering::SeqCst);
         if interrupted {
             println!("stopped   after step {} of {total}; saving the adapter", trainer.steps_done());
@@ -310,12 +352,12 @@ impl Run<'_> {
         trainer: &Trainer<B>,
         losses: &mut Vec<EvalLoss>,
         best: &mut Option<f64>,
-        bar: &ProgressBar,
+        watch: &mut Watch,
     ) -> Result<(), Failure> {
-        let Some(loss) = trainer.evaluate(&self.corpus.eval.rows) else { return Ok(()) };
-        let step = trainer.steps_done();
-        losses.push(EvalLoss { step, loss });
-        bar.suspend(|| println!("held out  loss {loss:.3} after step {step}"));
+        let (step, found) = (trainer.steps_done(), self.corpus.held_out.losses(trainer));
+        watch.held_out(step, &found);
+        let Some(loss) = found.trained() else { return Ok(()) };
+        losses.push(EvalLoss { step, loss, losses: found });
         if best.is_none_or(|best| loss < best) {
             *best = Some(loss);
             self.save(trainer.model(), "adapter-best")?;
@@ -328,15 +370,6 @@ impl Run<'_> {
         let adapter = extract_adapter(model, &self.recipe.lora, self.recipe.train.dropout, Some(base));
         Ok(adapter.write(&self.out.join(name))?)
     }
-}
-
-/// The last steps' mean loss and speed.
-fn progress(reports: &[StepReport]) -> String {
-    let recent = &reports[reports.len().saturating_sub(20)..];
-    let loss = recent.iter().map(|report| report.loss).sum::<f64>() / recent.len() as f64;
-    let tokens: usize = recent.iter().map(|report| report.tokens).sum();
-    let seconds: f64 = recent.iter().map(|report| report.seconds).sum();
-    format!("loss {loss:.3}  {:.0} tokens/s", tokens as f64 / seconds)
 }
 
 /// Five clues with the answers before and after.
@@ -368,5 +401,10 @@ fn summary(report: &Report, path: &Path) {
         100.0 * report.eval.before.exact_match,
         100.0 * report.eval.after.exact_match
     );
-    println!("written   {} and {}", report.adapter.display(), path.display());
+    println!(
+        "written   {} and {}; records in {}",
+        report.adapter.display(),
+        path.display(),
+        report.records.display()
+    );
 }
