@@ -44,7 +44,8 @@ pub use predictions::{
 };
 pub use recipe::{EvalSettings, OptimizerArg, Preset, Recipe, RecipeArgs};
 pub use records::{
-    AccuracyRecord, HeldOutRecord, Record, Recorder, StepRecord, When, Yardstick, read_records, records_path,
+    AccuracyRecord, HeldOutRecord, Recorder, RunRecord, StepRecord, When, Yardstick, read_records,
+    records_path,
 };
 pub use verdict::{describe_assessment, describe_comparison};
 pub use watch::{HeldOutLosses, Watch};

@@ -11,7 +11,7 @@ use buzzer::train::{StepReport, Trainer};
 use buzzer::weights::WeightsError;
 use serde::Serialize;
 
-use crate::records::{Record, Recorder, When, Yardstick};
+use crate::records::{Recorder, RunRecord, When, Yardstick};
 use crate::{Dashboard, Failure, HeldOut};
 
 /// Shows and records what a run does.
@@ -82,7 +82,7 @@ impl Watch {
     /// After a step; `memory_bytes` is what the device or, on a processor, the process holds now.
     pub fn step(&mut self, report: &StepReport, memory_bytes: u64) {
         let record = self.recorder.measure(report, memory_bytes);
-        let written = self.recorder.write(&Record::Step(record));
+        let written = self.recorder.write(&RunRecord::Step(record));
         self.warn(written);
         self.dashboard.step(record);
     }

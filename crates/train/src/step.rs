@@ -131,7 +131,7 @@ pub(crate) fn target_losses<B: KernelBackend>(model: &Llama<B>, batches: &[Batch
         return vec![Vec::new(); batches.len()];
     };
     let all = first.ids.len();
-    let at_a_time = rows_at_head(targets[0].len(), all).unwrap_or(all).max(1);
+    let at_a_time = rows_at_head(targets[0].len().max(1), all).unwrap_or(all);
     let batch = DeviceBatch::<B>::new(first, &model.device());
     let hidden = model.hidden(batch.ids.clone(), &context(model, &batch), None);
     let union: Vec<(i32, i32)> = union.into_iter().collect();

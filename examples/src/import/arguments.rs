@@ -19,7 +19,7 @@ const PRESET: &str = "notebook";
 
 /// An argument that became settings, or needs none.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Taken {
+pub(crate) struct Taken {
     /// Where it stands in the source; none for a default of its library.
     pub place: Option<String>,
     /// Its name and value.
@@ -30,7 +30,7 @@ pub struct Taken {
 
 /// An argument without a counterpart.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Left {
+pub(crate) struct Left {
     /// Where it stands in the source; none for a default of its library.
     pub place: Option<String>,
     /// Its name and value.
@@ -41,7 +41,7 @@ pub struct Left {
 
 /// A recipe from somebody else's script.
 #[derive(Debug)]
-pub struct Import {
+pub(crate) struct Import {
     /// The recipe file's text, with the account as comments.
     pub recipe: String,
     /// What was understood.
@@ -54,7 +54,7 @@ pub struct Import {
 ///
 /// # Errors
 /// If the file cannot be read or parsed, has none of the arguments, or gives a run settings that make no sense.
-pub fn import_recipe(path: &Path) -> Result<Import, Failure> {
+pub(crate) fn import_recipe(path: &Path) -> Result<Import, Failure> {
     let fault = |message: String| Failure::input(format!("{}: {message}", path.display()));
     let text = fs::read_to_string(path).map_err(|error| fault(error.to_string()))?;
     let mut script = Script::default();
@@ -355,18 +355,19 @@ fn dtype_of(value: &Literal) -> Option<&'static str> {
 /// Dotted keys as tables in tables.
 fn nested(settings: &BTreeMap<&'static str, Value>) -> Table {
     let mut root = Table::new();
-    for (key, value) in settings {
-        let mut names = key.split('.');
-        let last = names.next_back().unwrap_or(key);
-        let mut table = &mut root;
-        for name in names {
-            let inner = table.entry(name).or_insert_with(|| Table::new().into());
-            let Value::Table(inner) = inner else { break };
-            table = inner;
-        }
-        table.insert(last.to_owned(), value.clone());
-    }
+    settings.iter().for_each(|(key, value)| insert(&mut root, key, value));
     root
+}
+
+fn insert(table: &mut Table, key: &str, value: &Value) {
+    match key.split_once('.') {
+        None => drop(table.insert(key.to_owned(), value.clone())),
+        Some((section, rest)) => {
+            if let Value::Table(inner) = table.entry(section).or_insert_with(|| Table::new().into()) {
+                insert(inner, rest, value);
+            }
+        }
+    }
 }
 
 #[cfg(test)]

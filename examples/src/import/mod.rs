@@ -8,4 +8,4 @@ mod arguments;
 mod python;
 mod rules;
 
-pub use arguments::{Import, Left, Taken, import_recipe};
+pub(crate) use arguments::{Import, Left, Taken, import_recipe};

@@ -127,7 +127,7 @@ fn dots(chart: &mut Chart<'_, '_>, points: &[Point], color: RGBColor) -> Drawn {
 }
 
 /// The legend of what has been drawn with labels.
-fn legend(chart: &mut Chart<'_, '_>, position: SeriesLabelPosition) -> Drawn {
+fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>, position: SeriesLabelPosition) -> Drawn {
     let mut labels = chart.configure_series_labels();
     labels
         .position(position)

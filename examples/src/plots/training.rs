@@ -12,7 +12,7 @@ use plotters::style::{BLUE, Color, RED, RGBAColor, RGBColor};
 
 use super::{Axis, Chart, Drawn, Panel, Point, chart, dots, legend, line, write_plot};
 use crate::Failure;
-use crate::records::{AccuracyRecord, HeldOutRecord, Record, StepRecord};
+use crate::records::{AccuracyRecord, HeldOutRecord, RunRecord, StepRecord};
 
 const FILE: &str = "training.svg";
 const GREEN: RGBColor = RGBColor(0, 130, 60);
@@ -23,7 +23,7 @@ const SMOOTHED_SHARE: usize = 25;
 ///
 /// # Errors
 /// If the file cannot be written.
-pub fn plot_training(dir: &Path, records: &[Record]) -> Result<PathBuf, Failure> {
+pub fn plot_training(dir: &Path, records: &[RunRecord]) -> Result<PathBuf, Failure> {
     let run = Run::new(records);
     write_plot(dir, FILE, |left, right| {
         run.draw_losses(left)?;
@@ -40,13 +40,13 @@ struct Run {
 }
 
 impl Run {
-    fn new(records: &[Record]) -> Self {
+    fn new(records: &[RunRecord]) -> Self {
         let mut run = Self::default();
         for record in records {
             match *record {
-                Record::Step(step) => run.steps.push(step),
-                Record::HeldOut(held_out) => run.held_out.push(held_out),
-                Record::Accuracy(accuracy) => run.accuracy.push(accuracy),
+                RunRecord::Step(step) => run.steps.push(step),
+                RunRecord::HeldOut(held_out) => run.held_out.push(held_out),
+                RunRecord::Accuracy(accuracy) => run.accuracy.push(accuracy),
             }
         }
         run
@@ -147,7 +147,7 @@ mod tests {
                 skipped: false,
             };
             let record = recorder.measure(&report, 0);
-            recorder.write(&Record::Step(record)).unwrap();
+            recorder.write(&RunRecord::Step(record)).unwrap();
             if step % 50 == 0 {
                 recorder.held_out(step, Some(2.0), Some(40.0 / step as f64)).unwrap();
             }

@@ -17,7 +17,7 @@ use buzzer::train::StepReport;
 use buzzer::weights::WeightsError;
 
 use self::append::Appender;
-pub use self::record::{AccuracyRecord, HeldOutRecord, Record, StepRecord, When};
+pub use self::record::{AccuracyRecord, HeldOutRecord, RunRecord, StepRecord, When};
 use self::tensorboard::Event;
 use crate::{Failure, create, write_bytes};
 
@@ -69,10 +69,10 @@ impl Recorder {
     }
 
     /// Lines from a length on, and events that repeat the records before it.
-    fn continued(dir: &Path, yardstick: Yardstick, kept: &[Record], length: u64) -> Result<Self, Failure> {
+    fn continued(dir: &Path, yardstick: Yardstick, kept: &[RunRecord], length: u64) -> Result<Self, Failure> {
         let events = dir.join(EVENTS);
         events.parent().map_or(Ok(()), create)?;
-        let mut bytes = Event::version(kept.first().map_or_else(unix_seconds, Record::time)).framed();
+        let mut bytes = Event::version(kept.first().map_or_else(unix_seconds, RunRecord::time)).framed();
         kept.iter().for_each(|record| bytes.extend(Event::of(record).framed()));
         write_bytes(&events, &bytes)?;
         Ok(Self {
@@ -101,7 +101,7 @@ impl Recorder {
         answers: Option<f64>,
     ) -> Result<(), WeightsError> {
         let time = unix_seconds();
-        self.write(&Record::HeldOut(HeldOutRecord { step, time, loss_all: all, loss_answers: answers }))
+        self.write(&RunRecord::HeldOut(HeldOutRecord { step, time, loss_all: all, loss_answers: answers }))
     }
 
     /// How clues are answered after a step.
@@ -111,14 +111,14 @@ impl Recorder {
     pub fn accuracy(&mut self, step: u64, when: When, scores: Scores) -> Result<(), WeightsError> {
         let Scores { exact_match, f1, n } = scores;
         let time = unix_seconds();
-        self.write(&Record::Accuracy(AccuracyRecord { step, time, when, exact_match, f1, n }))
+        self.write(&RunRecord::Accuracy(AccuracyRecord { step, time, when, exact_match, f1, n }))
     }
 
     /// Any record.
     ///
     /// # Errors
     /// See [`Recorder`].
-    pub fn write(&mut self, record: &Record) -> Result<(), WeightsError> {
+    pub fn write(&mut self, record: &RunRecord) -> Result<(), WeightsError> {
         let line = self.lines.append(&record.line());
         let event = self.events.append(&Event::of(record).framed());
         let told = self.failing;
@@ -132,7 +132,7 @@ impl Recorder {
 ///
 /// # Errors
 /// If the file is there and cannot be read.
-pub fn read_records(dir: &Path) -> Result<Vec<Record>, Failure> {
+pub fn read_records(dir: &Path) -> Result<Vec<RunRecord>, Failure> {
     Ok(record::read_until(&dir.join(LINES), |_| true)?.0)
 }
 
@@ -177,7 +177,7 @@ mod tests {
     fn record(recorder: &mut Recorder, steps: std::ops::RangeInclusive<u64>) {
         for step in steps {
             let record = recorder.measure(&report(step), 1 << 20);
-            recorder.write(&Record::Step(record)).unwrap();
+            recorder.write(&RunRecord::Step(record)).unwrap();
             if step % 2 == 0 {
                 recorder.held_out(step, Some(3.0), None).unwrap();
             }

@@ -14,7 +14,7 @@ use crate::Failure;
 /// A line of `metrics.jsonl`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
-pub enum Record {
+pub enum RunRecord {
     /// An optimizer step.
     Step(StepRecord),
     /// The loss on held-out clues.
@@ -126,7 +126,7 @@ impl StepRecord {
     }
 }
 
-impl Record {
+impl RunRecord {
     pub(super) fn step(&self) -> u64 {
         match self {
             Self::Step(record) => record.step,
@@ -159,14 +159,17 @@ impl Record {
 
 /// The records of a file up to the first that is not to be kept, or is no whole line of JSON, and the length of their lines in
 /// bytes. A file that is not there has none.
-pub(super) fn read_until(path: &Path, keep: impl Fn(&Record) -> bool) -> Result<(Vec<Record>, u64), Failure> {
+pub(super) fn read_until(
+    path: &Path,
+    keep: impl Fn(&RunRecord) -> bool,
+) -> Result<(Vec<RunRecord>, u64), Failure> {
     let bytes = match fs::read(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
         read => read.map_err(|error| Failure::input(format!("{}: {error}", path.display())))?,
     };
     let (mut records, mut length) = (Vec::new(), 0);
     for line in bytes.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n")) {
-        match serde_json::from_slice::<Record>(line) {
+        match serde_json::from_slice::<RunRecord>(line) {
             Ok(record) if keep(&record) => records.push(record),
             _ => break,
         }

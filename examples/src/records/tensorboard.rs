@@ -7,7 +7,7 @@
 //! `core/framework/summary.proto`). Four fields of three messages are needed, so they are written here: the crates that do this bring
 //! a compiler of protocol buffers or TensorFlow along. `examples/tests/external` has TensorBoard read what this writes.
 
-use super::{AccuracyRecord, HeldOutRecord, Record, StepRecord};
+use super::{AccuracyRecord, HeldOutRecord, RunRecord, StepRecord};
 
 /// What every file begins with.
 const VERSION: &str = "brain.Event:2";
@@ -30,7 +30,7 @@ impl Event {
     }
 
     /// A record as scalars.
-    pub(super) fn of(record: &Record) -> Self {
+    pub(super) fn of(record: &RunRecord) -> Self {
         let mut summary = Message::default();
         for (tag, value) in scalars(record) {
             let mut scalar = Message::default();
@@ -55,16 +55,16 @@ impl Event {
 }
 
 /// Names and values of what a record has.
-fn scalars(record: &Record) -> Vec<(String, f64)> {
+fn scalars(record: &RunRecord) -> Vec<(String, f64)> {
     let named = |pairs: &[(&str, Option<f64>)]| -> Vec<(String, f64)> {
         pairs.iter().filter_map(|&(name, value)| Some((name.to_owned(), value?))).collect()
     };
     match record {
-        Record::Step(step) => of_step(step),
-        Record::HeldOut(HeldOutRecord { loss_all, loss_answers, .. }) => {
+        RunRecord::Step(step) => of_step(step),
+        RunRecord::HeldOut(HeldOutRecord { loss_all, loss_answers, .. }) => {
             named(&[("loss/held_out_all", *loss_all), ("loss/held_out_answers", *loss_answers)])
         }
-        Record::Accuracy(AccuracyRecord { exact_match, f1, .. }) => {
+        RunRecord::Accuracy(AccuracyRecord { exact_match, f1, .. }) => {
             named(&[("accuracy/exact_match", Some(*exact_match)), ("accuracy/f1", Some(*f1))])
         }
     }
