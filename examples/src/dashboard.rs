@@ -90,7 +90,7 @@ impl Dashboard {
         let loss = mean(self.recent().iter().map(|step| step.loss));
         let held_out = self.held_out.map(|loss| format!("  held out {loss:.3}")).unwrap_or_default();
         let skipped = self.steps.iter().filter(|step| step.skipped).count();
-        let skipped = if skipped > 0 { format!("  {skipped} steps skipped") } else { String::new() };
+        let skipped = if skipped > 0 { format!("  {skipped} skipped") } else { String::new() };
         format!("loss {loss:.3}{held_out}{skipped}")
     }
 
@@ -168,7 +168,7 @@ mod tests {
         (1..=40).for_each(|step| dashboard.step(record(step)));
         dashboard.held_out(40, 0.5);
         // The mean of 1/21 to 1/40.
-        assert_eq!(dashboard.loss(), "loss 0.034  held out 0.500  1 steps skipped");
+        assert_eq!(dashboard.loss(), "loss 0.034  held out 0.500  1 skipped");
         assert_eq!(dashboard.speed(), "200 tokens/s, 20 with loss  MFU 25 %  3.0 MiB  8 min left");
     }
 

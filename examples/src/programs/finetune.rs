@@ -167,13 +167,7 @@ impl DeviceJob for Finetune<'_> {
         let out = args.out.clone().map_or_else(|| next_run_dir("finetune"), Ok)?;
         create(&out)?;
         let recipe_file = self.recipe.write(&out)?;
-        let yardstick = Yardstick {
-            loss_on: recipe.packing.loss_on,
-            token_flop: token_flop(&config, &recipe.lora),
-            peak_flops: peak_flops::<B>(device, model.dtype()),
-        };
-        let (_, steps) = recipe.train.length(corpus.train.rows.len());
-        let mut watch = Watch::new(&out, yardstick, steps, None)?;
+        let mut watch = watch(&out, &recipe, &model, corpus.train.rows.len())?;
         let before = answer(&model, &renderer, &corpus, &args.answer, "before")?;
         watch.accuracy(0, When::Before, judge_answers(&before));
         // Buffers of answering have other sizes than those of training.
@@ -219,6 +213,22 @@ impl DeviceJob for Finetune<'_> {
         summary(&report, &path);
         Ok(())
     }
+}
+
+/// Begins the records of a run over so many rows.
+fn watch<B: KernelBackend>(
+    out: &Path,
+    recipe: &Recipe,
+    model: &Llama<B>,
+    rows: usize,
+) -> Result<Watch, Failure> {
+    let yardstick = Yardstick {
+        loss_on: recipe.packing.loss_on,
+        token_flop: token_flop(model.config(), &recipe.lora),
+        peak_flops: peak_flops::<B>(&model.device(), model.dtype()),
+    };
+    let (_, steps) = recipe.train.length(rows);
+    Watch::new(out, yardstick, steps, None)
 }
 
 impl Args {

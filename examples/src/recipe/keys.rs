@@ -66,6 +66,9 @@ const FLAGS: [(&str, &str); 50] = [
 const FILE_ONLY: [&str; 4] =
     ["lora.rslora", "train.optimizer.beta_1", "train.optimizer.beta_2", "train.optimizer.epsilon"];
 
+/// The section that stands in another.
+const INNER_SECTION: &str = "train.optimizer";
+
 /// Settings of which one rules out the others, so that a layer which makes one unmakes those below it.
 pub(crate) const HELD_OUT: [&str; 3] = ["data.eval_from", "data.split", "data.eval_fraction"];
 
@@ -119,7 +122,7 @@ fn last_name(key: &str) -> &str {
 
 /// What somebody may have meant who wrote `name` in a section that has `names`.
 pub(crate) fn suggestion(section: &str, name: &str, names: &[&str]) -> String {
-    let all = || FLAGS.into_iter().map(|(_, key)| key).chain(FILE_ONLY);
+    let all = || FLAGS.into_iter().map(|(_, key)| key).chain(FILE_ONLY).chain([INNER_SECTION]);
     let near = |candidate: &str| {
         let distance = strsim::damerau_levenshtein(name, candidate);
         (2 * distance <= name.chars().count()).then_some(distance)

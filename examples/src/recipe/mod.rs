@@ -463,7 +463,8 @@ mod tests {
         refused(nested, &[], &["a.toml line 5", "`beta1` in [train.optimizer]", "`beta_1`"]);
         refused("[train]\nrank = 4\n", &[], &["a.toml line 2", "`rank` in `[lora]`"]);
         refused("[train]\nlr = 1e-4\n", &[], &["`learning_rate` in `[train]`"]);
-        refused("[optimiser]\nx = 1\n", &[], &["a.toml line 1", "at the top", "packing, lora, train"]);
+        refused("[optimiser]\nx = 1\n", &[], &["a.toml line 1", "at the top", "`optimizer` in `[train]`"]);
+        refused("\nzzzzzzzz = 1\n", &[], &["a.toml line 2", "packing, lora, train"]);
         refused("[lora]\nzzzzzzz = 1\n", &[], &["it takes: rank, alpha, rslora, targets"]);
     }
 
@@ -484,6 +485,7 @@ mod tests {
         refused("[answer]\ntop_p = 0\n", &[], &["a.toml line 2: answer.top_p"]);
         refused("[limits]\nmemory_limit = 0\n", &[], &["a.toml line 2: limits.memory_limit"]);
         refused("[data]\neval_fraction = 1\n", &[], &["a.toml line 2: data.eval_fraction"]);
+        refused("[data]\neval_from = \"soon\"\n", &[], &["a.toml line 2: data.eval_from", "`soon`"]);
         refused("device = \"abacus\"\n", &[], &["a.toml line 1: device", "abacus", "cpu"]);
         refused(
             "preset = \"smal\"\n",

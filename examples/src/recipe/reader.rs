@@ -4,8 +4,12 @@
 //! for one file, but not for settings that come from a preset, a file and flags at once, each of which an error has to name.
 //! What it refuses: names that no setting has, with the nearest that one has; wrong types and choices.
 
-use serde::de::value::{MapDeserializer, SeqDeserializer, StrDeserializer};
-use serde::de::{self, Deserializer, Expected, IntoDeserializer, Unexpected, Visitor};
+use std::collections::btree_map;
+
+use serde::de::value::{SeqDeserializer, StrDeserializer};
+use serde::de::{
+    self, DeserializeSeed, Deserializer, Expected, IntoDeserializer, MapAccess, Unexpected, Visitor,
+};
 
 use super::keys::suggestion;
 use super::layers::{Node, Place, Value};
@@ -96,8 +100,7 @@ impl<'a> Reader<'a> {
     fn read<'de, V: Visitor<'de>>(&self, visitor: V) -> Result<V::Value, Mistake> {
         match &self.node.value {
             Value::Section(section) => {
-                let entries = section.iter().map(|(name, node)| (name.as_str(), self.inner(name, node)));
-                visitor.visit_map(MapDeserializer::new(entries))
+                visitor.visit_map(Entries { section: self, names: section.iter(), value: None })
             }
             Value::List(list) => {
                 let elements = list.iter().map(|node| Self { node, key: self.key.clone() });
@@ -135,6 +138,32 @@ impl<'de> IntoDeserializer<'de, Mistake> for Reader<'_> {
 
     fn into_deserializer(self) -> Self {
         self
+    }
+}
+
+/// The settings of a section, one after the other.
+struct Entries<'r, 'a> {
+    section: &'r Reader<'a>,
+    names: btree_map::Iter<'a, String, Node>,
+    value: Option<Reader<'a>>,
+}
+
+impl<'de> MapAccess<'de> for Entries<'_, '_> {
+    type Error = Mistake;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Mistake> {
+        let Some((name, node)) = self.names.next() else { return Ok(None) };
+        self.value = Some(self.section.inner(name, node));
+        let name: StrDeserializer<'_, Mistake> = name.as_str().into_deserializer();
+        seed.deserialize(name).map(Some)
+    }
+
+    /// Types that parse a text of their own know no place, so it is named here.
+    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Mistake> {
+        let value =
+            self.value.take().ok_or_else(|| Mistake::new("a value was asked for before its name".into()))?;
+        let (node, key) = (value.node, value.key.clone());
+        seed.deserialize(value).map_err(|mistake| mistake.or_at(node, &key))
     }
 }
 

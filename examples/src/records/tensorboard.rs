@@ -183,12 +183,15 @@ pub(super) mod tests {
     }
 
     fn take_varint(bytes: &mut &[u8]) -> u64 {
-        (0..)
-            .map(|group| (group, take(bytes, 1)[0]))
-            .scan(true, |more, (group, byte)| {
-                std::mem::replace(more, byte & 0x80 != 0).then_some(u64::from(byte & 0x7F) << (7 * group))
-            })
-            .sum()
+        let (mut value, mut shift) = (0, 0);
+        loop {
+            let byte = take(bytes, 1)[0];
+            value |= u64::from(byte & 0x7F) << shift;
+            shift += 7;
+            if byte & 0x80 == 0 {
+                return value;
+            }
+        }
     }
 
     /// Steps, names and values of a file's scalars.
