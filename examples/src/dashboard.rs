@@ -44,8 +44,8 @@ impl Dashboard {
             ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden())
         };
         let layout = "training  {bar:32} step {pos} of {len}\n          {prefix}\n          {msg}";
-        bar.set_style(ProgressStyle::with_template(layout)?);
-        bar.set_position(done);
+        // Nothing is drawn before the first step, for clues are answered first and have a bar of their own.
+        let bar = bar.with_style(ProgressStyle::with_template(layout)?).with_position(done);
         Ok(Self { total, bar, steps: Vec::new(), held_out: None, last_line: Instant::now() })
     }
 

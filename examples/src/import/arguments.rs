@@ -131,8 +131,8 @@ fn literal(json: &Json) -> Literal {
 #[derive(Default)]
 struct Account {
     settings: BTreeMap<&'static str, Value>,
-    taken: Vec<Taken>,
-    left: Vec<Left>,
+    taken: Vec<(Option<Place>, Taken)>,
+    left: Vec<(Option<Place>, Left)>,
 }
 
 /// Arguments that mean something only together.
@@ -186,18 +186,19 @@ impl Account {
     }
 
     fn add(&mut self, name: &str, given: &Given, outcome: Outcome) {
-        let place = given.place.map(|place| place.to_string());
+        let at = given.place;
+        let place = at.map(|place| place.to_string());
         let argument = format!("{name} = {}", given.value);
         match outcome {
             Outcome::Set(settings, remark) => {
                 let made: Vec<String> =
                     settings.iter().map(|(key, value)| format!("{key} = {value}")).collect();
                 let remark = remark.map(|remark| format!(" ({remark})")).unwrap_or_default();
-                self.taken.push(Taken { place, argument, means: made.join(", ") + &remark });
+                self.taken.push((at, Taken { place, argument, means: made.join(", ") + &remark }));
                 self.settings.extend(settings);
             }
-            Outcome::Same(means) => self.taken.push(Taken { place, argument, means: means.to_owned() }),
-            Outcome::Left(why) => self.left.push(Left { place, argument, why }),
+            Outcome::Same(means) => self.taken.push((at, Taken { place, argument, means: means.to_owned() })),
+            Outcome::Left(why) => self.left.push((at, Left { place, argument, why })),
         }
     }
 
@@ -313,23 +314,30 @@ impl Account {
 
     fn finish(self, path: &Path) -> Result<Import, Failure> {
         let source = path.display();
+        let (taken, left) = (in_order(self.taken), in_order(self.left));
         let mut text = format!("# A recipe made from {source} by `import-recipe`.\n#\n");
         let at = |place: &Option<String>| place.clone().unwrap_or_else(|| "left out, so".into());
         text += "# No counterpart:\n";
-        for Left { place, argument, why } in &self.left {
+        for Left { place, argument, why } in &left {
             text += &format!("#   {}: {argument}: {why}\n", at(place));
         }
         text += "#\n# Taken:\n";
-        for Taken { place, argument, means } in &self.taken {
+        for Taken { place, argument, means } in &taken {
             text += &format!("#   {}: {argument}: {means}\n", at(place));
         }
         let settings = toml::to_string(&nested(&self.settings)).map_err(|error| {
             Failure::input(format!("{source}: its settings cannot be written as TOML: {error}"))
         })?;
-        text += &format!("\npreset = \"{PRESET}\"\n{settings}");
+        text += &format!("\npreset = \"{PRESET}\"\n\n{settings}");
         Recipe::parse(&text, &format!("the recipe made from {source}"))?;
-        Ok(Import { recipe: text, taken: self.taken, left: self.left })
+        Ok(Import { recipe: text, taken, left })
     }
+}
+
+/// By place in the source; what is left out there comes last.
+fn in_order<T>(mut listed: Vec<(Option<Place>, T)>) -> Vec<T> {
+    listed.sort_by_key(|(place, _)| (place.is_none(), *place));
+    listed.into_iter().map(|(_, entry)| entry).collect()
 }
 
 fn is_object(argument: &Argument) -> bool {

@@ -42,7 +42,7 @@ impl fmt::Display for Literal {
 }
 
 /// Where something stands in a source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Place {
     /// The cell of a notebook, from 1.
     pub(super) cell: Option<usize>,

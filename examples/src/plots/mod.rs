@@ -24,6 +24,8 @@ pub use training::plot_training;
 
 /// Width and height of two plots side by side, in pixels.
 const SIZE: (u32, u32) = (1000, 460);
+/// Labels of an axis at most, unless there are fewer values.
+const LABELS: usize = 11;
 const GREY: RGBColor = RGBColor(150, 150, 150);
 
 type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
@@ -32,16 +34,17 @@ type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64
 /// What goes wrong when drawing, as text: plotters' own errors borrow the drawing.
 type Drawn = Result<(), String>;
 
-/// An axis: its description, its range, and digits behind the point of its labels.
+/// An axis: its description, its range, how many labels it has at most, and their digits behind the point.
 struct Axis {
     name: &'static str,
     range: Range<f64>,
+    labels: usize,
     digits: usize,
 }
 
 impl Axis {
     fn percent(name: &'static str) -> Self {
-        Self { name, range: 0.0..100.0, digits: 0 }
+        Self { name, range: 0.0..100.0, labels: LABELS, digits: 0 }
     }
 }
 
@@ -93,6 +96,8 @@ fn chart<'a, 'b>(area: &Panel<'b>, title: &str, [x, y]: [&Axis; 2]) -> Result<Ch
         .map_err(|error| error.to_string())?;
     chart
         .configure_mesh()
+        .x_labels(x.labels)
+        .y_labels(y.labels)
         .x_desc(x.name)
         .y_desc(y.name)
         .x_label_formatter(&|value| format!("{value:.*}", x.digits))

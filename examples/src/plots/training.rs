@@ -10,7 +10,7 @@ use buzzer::eval::wilson;
 use plotters::chart::SeriesLabelPosition;
 use plotters::style::{BLUE, Color, RED, RGBAColor, RGBColor};
 
-use super::{Axis, Chart, Drawn, Panel, Point, chart, dots, legend, line, write_plot};
+use super::{Axis, Chart, Drawn, LABELS, Panel, Point, chart, dots, legend, line, write_plot};
 use crate::Failure;
 use crate::records::{AccuracyRecord, HeldOutRecord, RunRecord, StepRecord};
 
@@ -54,7 +54,8 @@ impl Run {
 
     fn step_axis(&self) -> Axis {
         let last = self.steps.last().map_or(1, |step| step.step.max(1));
-        Axis { name: "step", range: 0.0..last as f64, digits: 0 }
+        let labels = usize::try_from(last).map_or(LABELS, |last| LABELS.min(last + 1));
+        Axis { name: "step", range: 0.0..last as f64, labels, digits: 0 }
     }
 
     fn draw_losses(&self, area: &Panel<'_>) -> Drawn {
@@ -66,7 +67,12 @@ impl Run {
         let highest =
             [&losses, &all, &answers].into_iter().flatten().map(|&(_, loss)| loss).fold(0.0, f64::max);
         let top = if highest > 0.0 { 1.05 * highest } else { 1.0 };
-        let y = Axis { name: "loss, nats a token", range: 0.0..top, digits: if top < 1.0 { 2 } else { 1 } };
+        let y = Axis {
+            name: "loss, nats a token",
+            range: 0.0..top,
+            labels: LABELS,
+            digits: if top < 1.0 { 2 } else { 1 },
+        };
         let trained = match self.steps.first().map(|step| step.loss_on) {
             Some(LossOn::Answers) => "trained on: answers",
             _ => "trained on: all tokens",

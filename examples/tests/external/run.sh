@@ -10,4 +10,4 @@ run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 
 cargo run --release --example finetune -- --steps 40 --evaluations 4 --eval-limit 20 --out "$run"
-"$1" -W ignore "$here/tensorboard.py" "$run" | tee "$here/tensorboard.txt"
+"$1" -W ignore "$here/events.py" "$run" | tee "$here/events.txt"

@@ -1,6 +1,6 @@
 """TensorBoard's reading of a run's events, against the run's own metrics.jsonl.
 
-usage: tensorboard.py RUN_DIR
+usage: events.py RUN_DIR
 
 Exit status 1 if a series is missing, or a value or step differs by more than f32 has digits.
 """
