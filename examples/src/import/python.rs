@@ -337,8 +337,8 @@ impl Reader<'_> {
             return;
         };
         script.calls.insert(call);
-        let mut place = start + 2;
-        while !self.is(place, ")") && place < self.tokens.len() {
+        let mut next = Some(start + 2);
+        while let Some(place) = next {
             if let Kind::Name(name) = self.kind(place)
                 && self.is(place + 1, "=")
             {
@@ -346,26 +346,23 @@ impl Reader<'_> {
                 let value = script.resolve(value);
                 script.arguments.push(Argument { place: self.place(place), name: name.clone(), value });
             }
-            place = self.after_comma(place);
+            next = self.after_comma(place);
         }
     }
 
-    /// The place behind the next comma on this level, or that of the bracket which closes it.
-    fn after_comma(&self, mut place: usize) -> usize {
+    /// The place behind the next comma on this level, unless the level ends before.
+    fn after_comma(&self, start: usize) -> Option<usize> {
         let mut depth = 0_usize;
-        while let Some(token) = self.tokens.get(place) {
-            if let Kind::Mark(mark) = &token.kind {
-                match mark.as_str() {
-                    "," if depth == 0 => return place + 1,
-                    ")" | "]" | "}" if depth == 0 => return place,
-                    ")" | "]" | "}" => depth -= 1,
-                    "(" | "[" | "{" => depth += 1,
-                    _ => {}
-                }
+        for (place, token) in self.tokens.iter().enumerate().skip(start) {
+            let Kind::Mark(mark) = &token.kind else { continue };
+            match mark.as_str() {
+                "," if depth == 0 => return Some(place + 1),
+                ")" | "]" | "}" => depth = depth.checked_sub(1)?,
+                "(" | "[" | "{" => depth += 1,
+                _ => {}
             }
-            place += 1;
         }
-        place
+        None
     }
 
     /// A literal and the place behind it; computed if an expression goes on there.
