@@ -161,7 +161,7 @@ struct Given {
 
 impl Account {
     fn arguments(&mut self, script: &Script) {
-        let loose = script.loose_variables().filter(|argument| is_known(argument));
+        let loose = script.loose_variables().filter(is_known);
         let mut joint: BTreeMap<String, Given> = BTreeMap::new();
         let all = script.arguments.iter().cloned().chain(loose);
         for Argument { place, name, value } in all.filter(|argument| !is_object(argument)) {
