@@ -83,7 +83,7 @@ impl Run {
         line(&mut chart, smooth, BLUE.into(), Some(trained))?;
         marked(&mut chart, all, RED, "held out: all tokens")?;
         marked(&mut chart, answers, GREEN, "held out: answers")?;
-        legend(&mut chart, SeriesLabelPosition::UpperRight)
+        legend(&mut chart, SeriesLabelPosition::MiddleRight)
     }
 
     fn draw_accuracy(&self, area: &Panel<'_>) -> Drawn {
