@@ -38,6 +38,20 @@ const RUN: [&str; 18] = [
 const FULL: &[&str] = &[];
 const FRUGAL: &[&str] = &["--optimizer", "adamw8", "--accumulate", "2"];
 
+/// What `metrics.jsonl` says of a run's steps and measurements, but for what a clock or the system tells.
+fn records(out: &Path) -> Vec<Value> {
+    const OF_THE_MOMENT: [&str; 5] =
+        ["time", "seconds", "tokens_per_second", "loss_tokens_per_second", "memory_bytes"];
+    let text = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let record = |line: &str| {
+        let mut record: Value = serde_json::from_str(line).unwrap();
+        let fields = record.as_object_mut().unwrap();
+        OF_THE_MOMENT.iter().for_each(|name| drop(fields.remove(*name)));
+        record
+    };
+    text.lines().map(record).collect()
+}
+
 /// What must not depend on interruptions.
 #[derive(Debug, PartialEq)]
 struct Outcome {

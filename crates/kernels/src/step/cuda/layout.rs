@@ -145,7 +145,9 @@ pub(super) struct Share {
 impl Share {
     /// For a product of n rows; `None` if the card's shared memory does not even hold 256 columns of them.
     pub(super) fn new(n: usize, inner: usize, ranks: usize, limits: &Limits) -> Option<Self> {
-        let of_two = || Self::within(n, inner, ranks, limits.shared_for(2)).filter(|share| share.splits <= MOST_SPLITS);
+        let of_two = || {
+            Self::within(n, inner, ranks, limits.shared_for(2)).filter(|share| share.splits <= MOST_SPLITS)
+        };
         let two = if row_tiles(n) < 4 { of_two() } else { None };
         two.or_else(|| Self::within(n, inner, ranks, limits.shared_for(1)))
     }
