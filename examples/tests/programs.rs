@@ -740,6 +740,10 @@ fn programs_take_names_on_the_hub_for_paths() {
         config["base_model_name_or_path"], "buzzer/tiny",
         "other libraries know the model by its name"
     );
+    let recipe = fs::read_to_string(out.join("recipe.toml")).unwrap();
+    for named in ["path = \"buzzer/tiny\"", "file = \"hub:buzzer/clues/clues.csv\""] {
+        assert!(recipe.contains(named), "{named} is missing in {recipe}");
+    }
     let parts =
         ["--base", "buzzer/tiny", "--adapter", "buzzer/taught", "--eval-limit", "0", "--out", text(&merged)];
     run(&offline, "merge", &parts);

@@ -459,11 +459,15 @@ SFTTrainer(model, args=how, peft_config=tuned, dataset_text_field="text", max_se
 
     #[test]
     fn variables_alone_are_taken_too() {
-        let import =
-            imported("settings.py", "lora_r = 4\nuse_4bit = True\nuse_nested_quant = True\nr = 3\n").unwrap();
+        let import = imported(
+            "settings.py",
+            "model_name = \"org/name\"\nlora_r = 4\nuse_4bit = True\nuse_nested_quant = True\nr = 3\n",
+        )
+        .unwrap();
         let recipe = recipe(&import);
         assert_eq!((recipe.lora.rank, recipe.model.quantization), (4, QuantizationArg::Nf4Double));
-        assert_eq!(import.taken.len(), 3);
+        assert_eq!(recipe.model.model, Path::new("org/name"));
+        assert_eq!(import.taken.len(), 4);
     }
 
     #[test]
