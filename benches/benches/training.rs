@@ -15,7 +15,7 @@ use buzzer::model::{Llama, LlamaConfig, LoraSettings, Target};
 use buzzer::text::{Fields, Renderer, Template, Tokenizer};
 use buzzer::train::{
     Engine, FrozenFormat, MemoryPlan, OptimizerSettings, PlanSettings, ScheduleKind, Shape, TrainSettings,
-    Trainer,
+    Trainer, token_flop,
 };
 use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
@@ -294,18 +294,6 @@ impl Setup {
         })
     }
 
-    /// Operations of a token forward and backward without recomputation: 4 for each frozen weight that is multiplied,
-    /// 6 for each trainable one; attention is not counted.
-    fn token_flop(&self) -> f64 {
-        let linears = Target::ALL.map(|target| self.config.linear_shape(target));
-        let frozen: usize = linears.iter().map(|[out, inner]| out * inner).sum();
-        let head = self.config.vocab_size * self.config.hidden_size;
-        let factors = |&target: &Target| self.config.linear_shape(target).iter().sum::<usize>();
-        let trained: usize = self.lora.targets.iter().map(factors).sum::<usize>() * self.lora.rank;
-        let layers = self.config.num_hidden_layers;
-        4.0 * (layers * frozen + head) as f64 + 6.0 * (layers * trained) as f64
-    }
-
     /// What recomputation adds: every product of a block but the last.
     fn recomputed_flop(&self) -> f64 {
         let run_again = Target::ALL.into_iter().filter(|&target| target != Target::Down);
@@ -344,13 +332,14 @@ impl Setup {
             commit: commit.clone(),
         };
         let bytes = |bytes: Option<u64>| bytes.map_or(f64::NAN, |bytes| bytes as f64);
+        let flop = token_flop(&self.config, &self.lora);
         let mut table = vec![
             row("step", measured.seconds / self.steps as f64, "s"),
             row("tokens", rate, "tokens/s"),
             row("loss_tokens", measured.loss_tokens as f64 / measured.seconds, "tokens/s"),
             row("matmul", ceiling / 1e12, "TFLOP/s"),
-            row("mfu", rate * self.token_flop() / ceiling, "of matmul"),
-            row("hfu", rate * (self.token_flop() + self.recomputed_flop()) / ceiling, "of matmul"),
+            row("mfu", rate * flop / ceiling, "of matmul"),
+            row("hfu", rate * (flop + self.recomputed_flop()) / ceiling, "of matmul"),
             row("loss", measured.last_loss, "nats"),
             row("planned_memory", measured.planned as f64, "bytes"),
         ];

@@ -7,7 +7,7 @@ use buzzer::kernels::KernelBackend;
 use buzzer::model::{Llama, PagedCache};
 use buzzer::text::Renderer;
 use clap::Args;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::Failure;
 
@@ -15,36 +15,36 @@ use crate::Failure;
 const PAGE_TOKENS: usize = 16;
 
 /// How to answer.
-#[derive(Args, Clone, Copy, Debug, Serialize)]
+#[derive(Args, Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct AnswerArgs {
     /// Tokens of an answer at most
-    #[arg(long, value_name = "N", default_value_t = 24)]
+    #[arg(long, value_name = "N", default_value_t = Self::default().max_new_tokens)]
     pub max_new_tokens: usize,
     /// 0 takes the likeliest token; higher is more random
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = Self::default().temperature)]
     pub temperature: f64,
     /// Choose among the K likeliest tokens only; 0 for all
-    #[arg(long, value_name = "K", default_value_t = 0)]
+    #[arg(long, value_name = "K", default_value_t = Self::default().top_k)]
     pub top_k: usize,
     /// Choose among the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = Self::default().top_p)]
     pub top_p: f64,
     /// Choose among tokens with at least this share of the likeliest one's probability; 0 for all
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(long, value_name = "P", default_value_t = Self::default().min_p)]
     pub min_p: f64,
     /// Make tokens that were there before less likely by this factor; 1 for no penalty
-    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    #[arg(long, value_name = "F", default_value_t = Self::default().repetition_penalty)]
     pub repetition_penalty: f64,
     /// Seed of sampled answers; each clue of a file has one of its own
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = Self::default().sample_seed)]
     pub sample_seed: u64,
     /// GiB for keys and values at most
-    #[serde(skip)]
-    #[arg(long, value_name = "GIB", default_value_t = 4.0)]
+    #[arg(long, value_name = "GIB", default_value_t = Self::default().cache_limit)]
     pub cache_limit: f64,
     /// Clues answered together
-    #[serde(skip)]
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = Self::default().answer_batch,
+          value_parser = clap::value_parser!(u32).range(1..))]
     pub answer_batch: u32,
 }
 
@@ -59,7 +59,43 @@ pub struct Answered {
     pub log_prob: Option<f64>,
 }
 
+impl Default for AnswerArgs {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 24,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            sample_seed: 0,
+            cache_limit: 4.0,
+            answer_batch: 64,
+        }
+    }
+}
+
 impl AnswerArgs {
+    /// # Errors
+    /// If a number makes no sense.
+    pub fn check(&self) -> Result<(), Failure> {
+        if self.answer_batch == 0 {
+            return Err(Failure::input("--answer-batch 0 is not possible; choose one clue or more"));
+        }
+        Ok(self.sampling(0).check()?)
+    }
+
+    fn sampling(&self, number: u64) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.sample_seed.wrapping_add(number),
+        }
+    }
+
     /// An engine for prompts of at most so many tokens; its cache is no larger than they need.
     ///
     /// # Errors
@@ -95,15 +131,7 @@ impl AnswerArgs {
     /// A request; `number` is the clue's, for its seed.
     #[must_use]
     pub fn request(&self, prompt: Vec<u32>, number: u64) -> Request {
-        let sampling = Sampling {
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repetition_penalty: self.repetition_penalty,
-            seed: self.sample_seed.wrapping_add(number),
-        };
-        Request::new(prompt).with_max_new_tokens(self.max_new_tokens).with_sampling(sampling)
+        Request::new(prompt).with_max_new_tokens(self.max_new_tokens).with_sampling(self.sampling(number))
     }
 }
 

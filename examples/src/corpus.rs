@@ -5,12 +5,12 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use buzzer::data::{
-    CleanReport, Cleaned, Clue, Date, DropReason, Format, LossOn, PackOptions, PackReport, Packed,
+    CleanReport, Cleaned, Clue, Date, DropReason, Format, LossOn, PackOptions, PackReport, Packed, PackedRow,
     ReadOptions, Split, clean, pack, read_clues, split,
 };
 use buzzer::text::{Fields, Renderer, show_masked};
 use clap::{Args, ValueEnum};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Failure, local_file};
 
@@ -19,13 +19,17 @@ pub use buzzer::data::Packing;
 /// The clue file that ships with the project, and the first date of its held-out wordings.
 const SAMPLE: &str = "datasets/sample/clues.csv";
 const SAMPLE_EVAL_FROM: &str = "2006-01-01";
+/// Share of the clues that is held out unless something else is asked for.
+const USUAL_SHARE: f64 = 0.05;
 
 /// Which clues to use.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct DataArgs {
     /// Clue file: CSV, TSV, JSON, JSON lines or Parquet; or hub:org/name/file or hub:org/name/file@revision for one in a data
     /// set on the Hugging Face hub
     #[arg(long, value_name = "FILE", default_value = SAMPLE)]
+    #[serde(rename = "file")]
     pub data: PathBuf,
     /// Format, if the file's extension does not tell: csv, tsv, json, json-lines, parquet
     #[arg(long)]
@@ -55,33 +59,21 @@ pub struct DataArgs {
     #[arg(long, value_name = "SHARE")]
     pub eval_fraction: Option<f64>,
     /// Another seed holds out other clues
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = Self::default().split_seed)]
     pub split_seed: u64,
     /// Judge at most so many of the clues held out
-    #[arg(long, value_name = "N", default_value_t = 300)]
+    #[arg(long, value_name = "N", default_value_t = Self::default().eval_limit)]
     pub eval_limit: usize,
 }
 
 /// A rule of [`Split`] that needs no date.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum SplitArg {
     /// By a hash of the question
     Hash,
     /// The clues aired last
     AirDate,
-}
-
-/// How documents become rows.
-#[derive(Clone, Copy, Debug)]
-pub struct PackArgs {
-    /// How documents share rows.
-    pub packing: Packing,
-    /// Tokens of a row.
-    pub row_len: usize,
-    /// Which tokens are targets.
-    pub loss_on: LossOn,
-    /// Order of documents.
-    pub seed: u64,
 }
 
 /// What became of the file's rows.
@@ -103,19 +95,49 @@ pub struct CorpusReport {
     pub held_out_from: Option<Date>,
 }
 
+/// The same rows with loss on every token and on answers alone.
+#[derive(Debug)]
+pub struct HeldOut {
+    /// Which of the two is trained.
+    pub loss_on: LossOn,
+    /// Every token.
+    pub all: Vec<PackedRow>,
+    /// Answers.
+    pub answers: Vec<PackedRow>,
+}
+
 /// Packed rows, held-out clues, and the account.
 #[derive(Debug)]
 pub struct Corpus {
     /// Rows to train on.
     pub train: Packed,
     /// Rows of held-out clues, for their loss.
-    pub eval: Packed,
+    pub held_out: HeldOut,
     /// Held-out clues to answer.
     pub eval_clues: Vec<Clue>,
     /// The account.
     pub report: CorpusReport,
     /// One document as the model sees it, loss-bearing part marked.
     sample: String,
+}
+
+impl Default for DataArgs {
+    fn default() -> Self {
+        Self {
+            data: SAMPLE.into(),
+            format: None,
+            question_column: None,
+            answer_column: None,
+            category_column: None,
+            air_date_column: None,
+            limit: None,
+            eval_from: None,
+            split: None,
+            eval_fraction: None,
+            split_seed: 0,
+            eval_limit: 300,
+        }
+    }
 }
 
 impl DataArgs {
@@ -126,6 +148,21 @@ impl DataArgs {
     pub fn fetch(&mut self) -> Result<(), Failure> {
         self.data = local_file(&self.data)?;
         Ok(())
+    }
+
+    /// # Errors
+    /// If the share to hold out is out of range.
+    pub fn check(&self) -> Result<(), Failure> {
+        Ok(self.split().check()?)
+    }
+
+    /// Writes down how clues are held out where that was left to this program, so that it can be repeated.
+    pub(crate) fn settle_split(&mut self) {
+        match self.split() {
+            Split::AirDate { from } => self.eval_from = Some(from),
+            Split::Latest { fraction } | Split::Hash { fraction, .. } => self.eval_fraction = Some(fraction),
+            Split::None => {}
+        }
     }
 
     fn read_options(&self) -> ReadOptions {
@@ -140,7 +177,7 @@ impl DataArgs {
     }
 
     fn split(&self) -> Split {
-        let fraction = self.eval_fraction.unwrap_or(0.05);
+        let fraction = self.eval_fraction.unwrap_or(USUAL_SHARE);
         let sample_date = || {
             let is_sample =
                 self.data == Path::new(SAMPLE) && self.eval_fraction.is_none() && self.split.is_none();
@@ -209,26 +246,23 @@ impl DataArgs {
 ///
 /// # Errors
 /// As [`DataArgs::clues`], and if a clue cannot be tokenized.
-pub fn build(args: &DataArgs, renderer: &Renderer, options: PackArgs) -> Result<Corpus, Failure> {
+pub fn build(args: &DataArgs, renderer: &Renderer, options: PackOptions) -> Result<Corpus, Failure> {
     let (train, mut eval, mut report) = args.clues()?;
-    let options = PackOptions {
-        packing: options.packing,
-        row_len: options.row_len,
-        loss_on: options.loss_on,
-        seed: options.seed,
-    };
     let examples = renderer.examples(&fields(&train))?;
     let sample =
         examples.first().map(|example| show_masked(renderer.tokenizer(), example)).unwrap_or_default();
     let packed = pack(&examples, &options);
-    let eval_packed = pack(&renderer.examples(&fields(&eval))?, &options);
-    let too_long = packed.report.too_long + eval_packed.report.too_long;
+    let eval_examples = renderer.examples(&fields(&eval))?;
+    let [all, answers] = [LossOn::All, LossOn::Answers]
+        .map(|loss_on| pack(&eval_examples, &PackOptions { loss_on, ..options }));
+    let too_long = packed.report.too_long + all.report.too_long;
+    let held_out = HeldOut { loss_on: options.loss_on, all: all.rows, answers: answers.rows };
     if too_long > 0 {
         report.dropped.insert(DropReason::TooLong, too_long);
         report.rows_kept -= too_long;
     }
     eval.truncate(args.eval_limit);
-    Ok(Corpus { train: packed, eval: eval_packed, eval_clues: eval, report, sample })
+    Ok(Corpus { train: packed, held_out, eval_clues: eval, report, sample })
 }
 
 fn fields(clues: &[Clue]) -> Vec<Fields<'_>> {
@@ -241,7 +275,7 @@ fn fields(clues: &[Clue]) -> Vec<Fields<'_>> {
 impl Corpus {
     /// The lines before every run: what was dropped, how rows came out, and one document with its loss mask.
     #[must_use]
-    pub fn describe(&self, options: PackArgs) -> String {
+    pub fn describe(&self, options: PackOptions) -> String {
         let CorpusReport { file, rows_read, rows_kept, dropped, train, held_out, held_out_from } =
             &self.report;
         let PackReport { rows, documents, tokens, loss_tokens, efficiency, longest, mean_len, .. } =

@@ -25,6 +25,18 @@ impl Failure {
         Self { status: 3, message: message.into() }
     }
 
+    /// What went wrong.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The same, with the place where it was found in front.
+    #[must_use]
+    pub fn at(self, place: &str) -> Self {
+        Self { message: format!("{place}: {}", self.message), ..self }
+    }
+
     /// Bad arguments or input: status 2.
     #[must_use]
     pub fn input(message: impl Into<String>) -> Self {

@@ -9,36 +9,47 @@
 mod answer;
 mod compare;
 mod corpus;
+mod dashboard;
 mod failure;
 mod hub;
+mod import;
 mod model;
 mod output;
 mod planning;
 mod plots;
 mod predictions;
 mod recipe;
+mod records;
 mod signals;
 mod verdict;
+mod watch;
 
 pub mod programs;
 
 pub use answer::{AnswerArgs, Answered, answer_clues, answer_text, judge_answers};
 pub use compare::{Answers, Comparison, Probe, Record, Spread};
-pub use corpus::{Corpus, CorpusReport, DataArgs, PackArgs, Packing, SplitArg, build as build_corpus};
+pub use corpus::{Corpus, CorpusReport, DataArgs, HeldOut, Packing, SplitArg, build as build_corpus};
+pub use dashboard::Dashboard;
 pub use failure::{Failure, finish};
 pub use hub::{Hub, HubError, HubSettings, Patience, RepoName, Wanted, local, local_file};
 pub use model::{AnswererArgs, Base, ModelArgs, QuantizationArg, load_base};
 pub use output::{
-    available_memory_bytes, bytes, create, duration, last_run_dir, next_run_dir, peak_device_bytes,
-    peak_memory_bytes, print_error_line, print_line, read_json, write_report,
+    available_memory_bytes, bytes, create, device_bytes, duration, last_run_dir, next_run_dir,
+    peak_device_bytes, peak_memory_bytes, print_error_line, print_line, read_json, write_bytes, write_report,
 };
 pub use planning::{
-    Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype, run_on,
+    Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype, peak_flops,
+    run_on,
 };
-pub use plots::plot_confidence;
+pub use plots::{plot_confidence, plot_training};
 pub use predictions::{
     Compared, EarlierRun, FoundLeak, Prediction, as_judged, read_predictions, write_predictions,
 };
-pub use recipe::{OptimizerArg, Preset, Recipe, RecipeArgs};
+pub use recipe::{EvalSettings, OptimizerArg, Preset, Recipe, RecipeArgs};
+pub use records::{
+    AccuracyRecord, HeldOutRecord, Recorder, RunRecord, StepRecord, When, Yardstick, read_records,
+    records_path,
+};
 pub use signals::StopSignal;
 pub use verdict::{describe_assessment, describe_comparison};
+pub use watch::{HeldOutLosses, Watch};

@@ -8,7 +8,7 @@ use buzzer::model::Llama;
 use buzzer::text::{Renderer, Template, Tokenizer};
 use buzzer::weights::{Adapter, Quantization, attach_adapter, describe, load_llama};
 use clap::{Args, ValueEnum};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::planning::{DtypeArg, device_dtype};
 use crate::{AnswerArgs, Failure, RepoName, Wanted, local};
@@ -24,21 +24,24 @@ pub(crate) const TOKENIZER_NEIGHBOURS: [&str; 4] =
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// Which model to use.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ModelArgs {
     /// Folder of a Llama 2 model: Hugging Face's (config.json with safetensors or PyTorch files, bitsandbytes' 4 bits
     /// too) or Meta's (params.json, consolidated.*.pth); or a GGUF file; or the name of a repository on the Hugging Face
     /// hub, org/name or org/name@revision
     #[arg(long, value_name = "DIR", default_value = TINY_LLAMA)]
+    #[serde(rename = "path")]
     pub model: PathBuf,
     /// What `model` was before [`Self::fetch`] put a folder in its place.
     #[arg(skip)]
+    #[serde(skip)]
     repository: Option<RepoName>,
     /// A tokenizer.json, a tokenizer.model, or the folder of one, if it does not lie beside the model
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
     /// How the frozen weights are held
-    #[arg(long, value_enum, default_value_t = QuantizationArg::Nf4Double)]
+    #[arg(long, value_enum, default_value_t)]
     pub quantization: QuantizationArg,
     /// Dtype to compute in [default: bf16 or f16 on a CUDA card, whichever it has; f32 elsewhere]
     #[arg(long, value_enum)]
@@ -69,7 +72,7 @@ pub struct AnswererArgs {
 }
 
 /// [`Quantization`] as an argument.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum QuantizationArg {
     /// Dense
@@ -77,6 +80,7 @@ pub enum QuantizationArg {
     /// Four bits, scales in f32
     Nf4,
     /// Four bits, scales in eight
+    #[default]
     Nf4Double,
 }
 
@@ -99,6 +103,18 @@ pub struct Base<B: KernelBackend> {
     pub tokenizer: Tokenizer,
 }
 
+impl Default for ModelArgs {
+    fn default() -> Self {
+        Self {
+            model: TINY_LLAMA.into(),
+            repository: None,
+            tokenizer: None,
+            quantization: QuantizationArg::default(),
+            dtype: None,
+        }
+    }
+}
+
 impl ModelArgs {
     /// Puts the folder of its files in the place of a name on the hub, after fetching those that are not here.
     ///
@@ -106,7 +122,7 @@ impl ModelArgs {
     /// If they are neither here nor to be had.
     pub fn fetch(&mut self, wanted: Wanted<'_>) -> Result<(), Failure> {
         // The sample's path would be a name as well, for whoever starts a program in another folder.
-        if !self.is_sample() && !self.model.exists() {
+        if !Self::is_sample_path(&self.model) && !self.model.exists() {
             self.repository = RepoName::of_model(&self.model);
             self.model = local(&self.model, wanted)?;
         }
@@ -130,10 +146,10 @@ impl ModelArgs {
         Ok(Tokenizer::from_file(self.tokenizer.as_deref().unwrap_or(&beside))?)
     }
 
-    /// Whether this is the model that ships with the project.
+    /// Whether this is the folder of the model that ships with the project.
     #[must_use]
-    pub fn is_sample(&self) -> bool {
-        self.model == Path::new(TINY_LLAMA)
+    pub fn is_sample_path(path: &Path) -> bool {
+        path == Path::new(TINY_LLAMA)
     }
 }
 

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use buzzer::kernels::KernelBackend;
-use buzzer::weights::write_json;
+use buzzer::weights::{WeightsError, write_atomic, write_json};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -38,6 +38,14 @@ pub fn write_report(dir: &Path, report: &impl Serialize) -> Result<PathBuf, Fail
     let path = dir.join("report.json");
     write_json(&path, report)?;
     Ok(path)
+}
+
+/// Writes a file that appears whole or not at all.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<(), WeightsError> {
+    write_atomic(path, |file| file.write_all(bytes).map_err(|error| WeightsError::write(path, error)))
 }
 
 /// Reads a JSON file.
@@ -97,10 +105,21 @@ pub fn create(dir: &Path) -> Result<(), Failure> {
 /// The most memory this process has held, in bytes; 0 where the system does not tell.
 #[must_use]
 pub fn peak_memory_bytes() -> u64 {
+    status_bytes("VmHWM:")
+}
+
+/// A size that the system tells of this process; 0 where it does not.
+fn status_bytes(name: &str) -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
     let kilobytes = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     kilobytes.unwrap_or(0) * 1024
+}
+
+/// What the device's allocator has taken or, on a processor, the memory that this process holds now.
+#[must_use]
+pub fn device_bytes<B: KernelBackend>(device: &B::Device) -> u64 {
+    B::allocated(device).map_or_else(|| status_bytes("VmRSS:"), |allocated| allocated.reserved)
 }
 
 /// The most memory that the device's allocator has taken since it was last cleaned up; on a processor, what

@@ -9,7 +9,7 @@ use buzzer::model::LlamaConfig;
 use buzzer::train::{Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork};
 use buzzer::{Device, DeviceJob};
 use clap::{Args, ValueEnum};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::model::QuantizationArg;
 use crate::output::{available_memory_bytes, bytes};
@@ -29,7 +29,8 @@ const SHORTEST_ROW: usize = 128;
 const SPARSER: [usize; 3] = [2, 4, 6];
 
 /// Limits of a run.
-#[derive(Args, Clone, Copy, Debug)]
+#[derive(Args, Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LimitArgs {
     /// Plan for no more memory than this, in GiB; on a CUDA card the rest is taken away
     #[arg(long, value_name = "GIB")]
@@ -37,7 +38,8 @@ pub struct LimitArgs {
 }
 
 /// The dtype to compute in, as an argument.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DtypeArg {
     /// 32 bits, everywhere
     F32,
@@ -166,6 +168,12 @@ impl Budget {
 }
 
 impl LimitArgs {
+    /// # Errors
+    /// If the limit is no positive number.
+    pub fn check(self) -> Result<(), Failure> {
+        self.bytes().map(drop)
+    }
+
     fn bytes(self) -> Result<Option<u64>, Failure> {
         match self.memory_limit {
             None => Ok(None),
@@ -233,9 +241,9 @@ impl CorpusSize {
     pub fn assumed(clues: usize, mean_len: Option<f64>, recipe: &Recipe) -> Self {
         let mean_len = mean_len.unwrap_or(MEAN_CLUE);
         let tokens = (clues as f64 * mean_len).round();
-        let rows = match recipe.packing {
+        let rows = match recipe.packing.packing {
             Packing::None => clues as f64,
-            Packing::Isolated | Packing::Wrapped => tokens / (recipe.row_len as f64 * EFFICIENCY),
+            Packing::Isolated | Packing::Wrapped => tokens / (recipe.packing.row_len as f64 * EFFICIENCY),
         };
         Self {
             rows: rows.ceil() as usize,
@@ -243,7 +251,7 @@ impl CorpusSize {
             tokens: tokens as usize,
             mean_len,
             longest: None,
-            loss_share: if recipe.loss_on == LossOn::All { 1.0 } else { ANSWER_SHARE },
+            loss_share: if recipe.packing.loss_on == LossOn::All { 1.0 } else { ANSWER_SHARE },
         }
     }
 }
@@ -289,8 +297,8 @@ impl RunPlan {
         budget: &Budget,
     ) -> Self {
         // Without packing a row is as long as its document.
-        let longest = corpus.longest.filter(|_| recipe.packing == Packing::None);
-        let row_len = recipe.row_len.min(longest.unwrap_or(usize::MAX));
+        let longest = corpus.longest.filter(|_| recipe.packing.packing == Packing::None);
+        let row_len = recipe.packing.row_len.min(longest.unwrap_or(usize::MAX));
         let settings = PlanSettings {
             config: config.clone(),
             lora: recipe.lora.clone(),
@@ -308,7 +316,8 @@ impl RunPlan {
             loss_share: corpus.loss_share,
             engine: budget.engine,
         };
-        let document_len = if recipe.packing == Packing::Wrapped { row_len as f64 } else { corpus.mean_len };
+        let document_len =
+            if recipe.packing.packing == Packing::Wrapped { row_len as f64 } else { corpus.mean_len };
         Self {
             memory: MemoryPlan::new(&settings),
             work: StepWork::new(&settings, document_len),
@@ -436,6 +445,13 @@ where
         }
     }
     device.run(job)
+}
+
+/// Operations a second that the data sheet of the card here gives for a dtype; none in f32 and where there is no such card.
+#[must_use]
+pub fn peak_flops<B: KernelBackend>(device: &B::Device, dtype: DType) -> Option<f64> {
+    let model = CardModel::of(&B::card(device)?).filter(|_| dtype != DType::F32)?;
+    Some(model.matmul_flops)
 }
 
 /// The dtype that a program computes in on a device.

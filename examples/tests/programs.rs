@@ -136,6 +136,21 @@ fn a_short_run_leaves_what_the_contract_promises() {
     }
     assert_eq!(report["steps"], 2);
     assert_eq!(report["eval"]["after"]["n"], 6);
+    let losses = &report["eval_loss"][0];
+    assert!(losses["loss"] == losses["answers"] && losses["all"].as_f64().unwrap() > 0.0, "{losses}");
+
+    let records = fs::read_to_string(report["records"].as_str().unwrap()).unwrap();
+    let records: Vec<Value> = records.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let kinds: Vec<&str> = records.iter().map(|record| record["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["accuracy", "step", "step", "held-out", "accuracy"]);
+    assert_eq!(records[2]["loss"], report["loss"]["last"]);
+    assert_eq!(records[3]["loss_answers"], losses["answers"]);
+    assert_eq!(records[4]["exact_match"], report["eval"]["after"]["exact_match"]);
+    let events = fs::read(out.join("tensorboard/events.out.tfevents.buzzer")).unwrap();
+    assert!(events.windows(18).any(|bytes| bytes == b"loss/train_answers"));
+    assert!(fs::read_to_string(report["plot"].as_str().unwrap()).unwrap().contains("held out: answers"));
+    // A pipe gets whole lines.
+    assert!(said.lines().any(|line| line.starts_with("step      2 of 2")) && !said.contains('\r'), "{said}");
 
     let adapter = out.join("adapter");
     let evaluated = dir.path().join("evaluated");
@@ -229,6 +244,60 @@ fn one_flag_holds_out_the_clues_aired_last() {
     assert!((41..200).contains(&held_out), "{data}");
     assert!(data["held_out_from"].as_str().unwrap() > "2006-06-01", "{data}");
     refuses("evaluate", &["--split", "air-date", "--eval-from", "2006-01-01"], &["--split", "--eval-from"]);
+}
+
+#[test]
+fn a_runs_own_recipe_runs_it_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let [first, second] = ["first", "second"].map(|name| dir.path().join(name));
+    let odd = ["--rank", "3", "--targets", "qv", "--dropout", "0.1", "--lr", "0.004", "--max-grad-norm", "0"];
+    let more = ["--seed", "5", "--batch", "3", "--accumulate", "2", "--packing", "none", "--limit", "900"];
+    succeeds("finetune", &[&SHORT[..], &odd, &more, &["--out", text(&first)]].concat());
+    let recipe = first.join("recipe.toml");
+    succeeds("finetune", &["--recipe", text(&recipe), "--out", text(&second)]);
+    let read = |run: &Path, name: &str| fs::read(run.join(name)).unwrap();
+    for name in ["recipe.toml", "adapter/adapter_model.safetensors"] {
+        assert!(read(&first, name) == read(&second, name), "{name}");
+    }
+    assert_eq!(json(&second.join("report.json"))["eval"]["after"]["n"], 6);
+    // A flag goes before the file, and the plan reads the same file.
+    let said = succeeds("plan", &["--recipe", text(&recipe), "--batch", "2", "--no-measurement"]);
+    assert!(said.contains("2 x ") && said.contains("of 4 rows"), "{said}");
+}
+
+#[test]
+fn recipes_that_make_no_sense_are_refused_with_their_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("own.toml");
+    let refused = |recipe: &str, words: &[&str]| {
+        fs::write(&file, recipe).unwrap();
+        refuses("finetune", &["--recipe", text(&file)], &[&[text(&file)], words].concat());
+    };
+    refused("[train.optimizer]\nweight_dekay = 0.1\n", &["line 2", "[train.optimizer]", "`weight_decay`"]);
+    refused("\n[lora]\nrank = 2.5\n", &["line 3", "lora.rank", "2.5"]);
+    refused("[lora\n", &["line 1"]);
+    refuses("finetune", &["--recipe", "no/such.toml"], &["--recipe no/such.toml"]);
+}
+
+#[test]
+fn a_training_script_becomes_a_recipe() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("train.py");
+    let source = "rank = 6\nc = LoraConfig(r=rank, lora_alpha=12, target_modules=['q_proj'])\n\
+                  t = TrainingArguments(optim='paged_adamw_32bit', max_steps=2, group_by_length=True)\n";
+    fs::write(&script, source).unwrap();
+    let out = dir.path().join("out");
+    let said = succeeds("import-recipe", &[text(&script), "--out", text(&out)]);
+    assert!(said.contains("line 3: group_by_length = True"), "{said}");
+    let report = json(&out.join("report.json"));
+    assert_eq!(report["left"].as_array().unwrap().len(), 1);
+    let recipe = report["recipe"].as_str().unwrap();
+    assert_eq!(fs::read_to_string(recipe).unwrap(), succeeds("import-recipe", &[text(&script)]));
+    let run = ["--recipe", recipe, "--batch", "1", "--eval-limit", "2", "--evaluations", "0"];
+    succeeds("finetune", &[&run[..], &["--out", text(&dir.path().join("run"))]].concat());
+    let report = json(&dir.path().join("run/report.json"));
+    assert_eq!((&report["steps"], &report["recipe"]["lora"]["rank"]), (&2.into(), &6.into()));
+    refuses("import-recipe", &["no/such.py"], &["no/such.py"]);
 }
 
 #[test]
@@ -671,6 +740,10 @@ fn programs_take_names_on_the_hub_for_paths() {
         config["base_model_name_or_path"], "buzzer/tiny",
         "other libraries know the model by its name"
     );
+    let recipe = fs::read_to_string(out.join("recipe.toml")).unwrap();
+    for named in ["path = \"buzzer/tiny\"", "file = \"hub:buzzer/clues/clues.csv\""] {
+        assert!(recipe.contains(named), "{named} is missing in {recipe}");
+    }
     let parts =
         ["--base", "buzzer/tiny", "--adapter", "buzzer/taught", "--eval-limit", "0", "--out", text(&merged)];
     run(&offline, "merge", &parts);

@@ -22,7 +22,11 @@ fn model(config: &LlamaConfig, dtype: DType, rank: usize, device: &CudaDevice) -
         for block in &mut model.blocks {
             for target in Target::ALL {
                 let Some(lora) = &mut block.linear_mut(target).lora else { continue };
-                let noise = Tensor::random(lora.b.val().dims(), Distribution::Normal(0.0, 0.05), (device, DType::F32));
+                let noise = Tensor::random(
+                    lora.b.val().dims(),
+                    Distribution::Normal(0.0, 0.05),
+                    (device, DType::F32),
+                );
                 lora.b = Param::from_tensor(noise);
             }
         }
@@ -72,7 +76,8 @@ fn compare(config: &LlamaConfig, dtype: DType, rank: usize, device: &CudaDevice)
     for requests in [1, 3, 8, 13, 32] {
         let (found, expected) = (answers(&model, requests, true), answers(&model, requests, false));
         let what = format!("{dtype:?}, rank {rank}, {requests} requests, heads {}", config.head_dim);
-        let all: Vec<_> = found.iter().zip(&expected).map(|(found, expected)| same(&what, found, expected)).collect();
+        let all: Vec<_> =
+            found.iter().zip(&expected).map(|(found, expected)| same(&what, found, expected)).collect();
         let tokens: usize = all.iter().map(|(tokens, _)| tokens).sum();
         let worst = all.iter().map(|(_, worst)| *worst).fold(0.0, f32::max);
         println!("{what}: {tokens} of {} tokens alike, log-probabilities within {worst:.4}", requests * NEW);

@@ -132,9 +132,16 @@ pub enum DataError {
         /// Data row, from 1.
         row: u32,
     },
-    /// The evaluation fraction is out of range.
-    #[error("an evaluation fraction of {0} is not possible; choose one from 0 up to, but not including, 1")]
-    BadFraction(f64),
+    /// A setting that makes no sense.
+    #[error("{flag} {found} is not possible; choose {choose}")]
+    Setting {
+        /// The flag.
+        flag: &'static str,
+        /// Its value.
+        found: String,
+        /// What would be possible.
+        choose: &'static str,
+    },
     /// One side of a split is empty.
     #[error("the split leaves no clue for {side} out of {clues}; choose another date or fraction")]
     EmptySplit {

@@ -99,6 +99,7 @@ impl FromStr for LossOn {
 #[serde(default)]
 pub struct PackOptions {
     /// How documents share rows.
+    #[serde(rename = "form")]
     pub packing: Packing,
     /// Tokens a row holds at most.
     pub row_len: usize,
@@ -111,6 +112,18 @@ pub struct PackOptions {
 impl Default for PackOptions {
     fn default() -> Self {
         Self { packing: Packing::Isolated, row_len: 1024, loss_on: LossOn::All, seed: 0 }
+    }
+}
+
+impl PackOptions {
+    /// # Errors
+    /// If no row could hold a token and its successor.
+    pub fn check(&self) -> Result<(), DataError> {
+        if self.row_len < 2 {
+            let found = self.row_len.to_string();
+            return Err(DataError::Setting { flag: "--row-len", found, choose: "two tokens or more" });
+        }
+        Ok(())
     }
 }
 

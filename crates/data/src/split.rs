@@ -41,11 +41,11 @@ pub enum Split {
 /// training side always, the evaluation side when splitting by date.
 pub fn split(clues: Vec<Clue>, how: &Split) -> Result<(Vec<Clue>, Vec<Clue>), DataError> {
     let total = clues.len();
+    how.check()?;
     let how = how.with_date(&clues)?;
     let (train, eval): (Vec<Clue>, Vec<Clue>) = match how {
         Split::None | Split::Latest { .. } => return Ok((clues, Vec::new())),
         Split::Hash { fraction, seed } => {
-            check(fraction)?;
             clues.into_iter().partition(|clue| unit(question_hash(&clue.question, seed)) >= fraction)
         }
         Split::AirDate { from } => {
@@ -64,21 +64,26 @@ pub fn split(clues: Vec<Clue>, how: &Split) -> Result<(Vec<Clue>, Vec<Clue>), Da
 }
 
 impl Split {
+    /// # Errors
+    /// If the fraction is out of range.
+    pub fn check(&self) -> Result<(), DataError> {
+        let (Self::Hash { fraction, .. } | Self::Latest { fraction }) = self else { return Ok(()) };
+        if !(0.0..1.0).contains(fraction) {
+            let choose = "a share from 0 up to, but not including, 1";
+            return Err(DataError::Setting { flag: "--eval-fraction", found: fraction.to_string(), choose });
+        }
+        Ok(())
+    }
+
     /// [`Split::Latest`] with its first date found, unless nothing is to be held out; anything else as it is.
     fn with_date(self, clues: &[Clue]) -> Result<Self, DataError> {
         let Self::Latest { fraction } = self else { return Ok(self) };
-        check(fraction)?;
         let mut dates = dates(clues)?;
         dates.sort_unstable();
         let held_out = (fraction * dates.len() as f64).ceil() as usize;
         let first = dates.len().checked_sub(held_out).and_then(|place| dates.get(place));
         Ok(first.map_or(self, |&from| Self::AirDate { from }))
     }
-}
-
-fn check(fraction: f64) -> Result<(), DataError> {
-    let possible = (0.0..1.0).contains(&fraction);
-    if possible { Ok(()) } else { Err(DataError::BadFraction(fraction)) }
 }
 
 /// The date of every clue.

@@ -47,7 +47,13 @@ pub struct EngineSettings {
 impl Default for EngineSettings {
     /// A GiB, pages of 16, 64 answers, 512 tokens, and step programs.
     fn default() -> Self {
-        Self { budget_bytes: 1 << 30, page_tokens: 16, max_batch: 64, prefill_chunk: 512, step_programs: true }
+        Self {
+            budget_bytes: 1 << 30,
+            page_tokens: 16,
+            max_batch: 64,
+            prefill_chunk: 512,
+            step_programs: true,
+        }
     }
 }
 

@@ -21,8 +21,13 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 /// Ids of [`Tokenizer::byte_level_test`].
 const VOCAB: usize = 259;
 /// Small pages, batches and chunks, so that every border is crossed.
-const SMALL: EngineSettings =
-    EngineSettings { budget_bytes: 1 << 20, page_tokens: 4, max_batch: 5, prefill_chunk: 7, step_programs: true };
+const SMALL: EngineSettings = EngineSettings {
+    budget_bytes: 1 << 20,
+    page_tokens: 4,
+    max_batch: 5,
+    prefill_chunk: 7,
+    step_programs: true,
+};
 
 /// Larger weights than the initial ones, so that the likeliest token is not a matter of rounding.
 fn model() -> Llama<Flex> {

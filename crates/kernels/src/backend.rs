@@ -11,8 +11,8 @@ use crate::nf4::Nf4Tensor;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
     CrossEntropyGradient, Dropout, FrozenWeight, Heads, InputGradient, LinearPart, PagedIndex, Pages,
-    Projection, RotaryAngles, RowGroup, SpaciousRows, Spent, StepError, StepProgram, StepRunner, adamw, attention, cross_entropy, grouped_linear,
-    nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
+    Projection, RotaryAngles, RowGroup, SpaciousRows, Spent, StepError, StepProgram, StepRunner, adamw,
+    attention, cross_entropy, grouped_linear, nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 /// Burn's `Backend` and the operations of QLoRA training.

@@ -10,8 +10,8 @@ use crate::product::ProductRuntime;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
     CrossEntropyGradient, Dropout, Heads, InputGradient, KernelBackend, LinearPart, Nf4Tensor, PagedIndex,
-    Pages, Projection, RotaryAngles, SpaciousRows, Spent, StepError, StepProgram, StepRunner, adamw, attention, cross_entropy, dropout, nf4,
-    paged_attention, qlora_linear, rms_norm, rotary, swiglu,
+    Pages, Projection, RotaryAngles, SpaciousRows, Spent, StepError, StepProgram, StepRunner, adamw,
+    attention, cross_entropy, dropout, nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {

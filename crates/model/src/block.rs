@@ -4,8 +4,8 @@ use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 use buzzer_kernels::{
-    AttentionIndex, Dropout, Heads, KernelBackend, PagedIndex, Pages, RotaryAngles, RowGroup, StepOperation, StepSource,
-    StepTarget,
+    AttentionIndex, Dropout, Heads, KernelBackend, PagedIndex, Pages, RotaryAngles, RowGroup, StepOperation,
+    StepSource, StepTarget,
 };
 
 use crate::cache::BlockLoras;

@@ -44,10 +44,10 @@ pub enum ModelError {
     )]
     UnknownTarget(String),
     /// A LoRA setting that makes no sense.
-    #[error("{what} of {found} is not possible; choose {choose}")]
-    Lora {
-        /// The setting and its flag.
-        what: &'static str,
+    #[error("{flag} {found} is not possible; choose {choose}")]
+    Setting {
+        /// The flag.
+        flag: &'static str,
         /// Its value.
         found: String,
         /// What would be possible.

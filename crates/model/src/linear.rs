@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-use crate::{ModelError, Target};
+use crate::{LlamaConfig, ModelError, Target};
 
 /// A weight `[out, in]`.
 #[derive(Module, Debug)]
@@ -64,17 +64,24 @@ impl LoraSettings {
     /// # Errors
     /// If the rank is 0, alpha is not positive, or no linear is named.
     pub fn check(&self) -> Result<(), ModelError> {
-        let wrong = |what, found, choose| Err(ModelError::Lora { what, found, choose });
+        let wrong = |flag, found, choose| Err(ModelError::Setting { flag, found, choose });
         if self.rank == 0 {
-            return wrong("a LoRA rank (--rank)", "0".into(), "one from 1 on");
+            return wrong("--rank", "0".into(), "a rank from 1 on");
         }
         if !(self.alpha > 0.0 && self.alpha.is_finite()) {
-            return wrong("a LoRA alpha (--alpha)", self.alpha.to_string(), "a positive number");
+            return wrong("--alpha", self.alpha.to_string(), "a positive number");
         }
         if self.targets.is_empty() {
-            return wrong("a list of linears (--targets)", "none".into(), "all, or some of the seven");
+            return wrong("--targets", "none".into(), "all linears, or some of the seven");
         }
         Ok(())
+    }
+
+    /// Numbers in the factors of a model of this shape.
+    #[must_use]
+    pub fn parameters(&self, config: &LlamaConfig) -> usize {
+        let widths = |&target: &Target| config.linear_shape(target).iter().sum::<usize>();
+        config.num_hidden_layers * self.rank * self.targets.iter().map(widths).sum::<usize>()
     }
 }
 

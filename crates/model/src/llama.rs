@@ -6,7 +6,8 @@ use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData};
 use buzzer_kernels::{
-    Dropout, FrozenWeight, KernelBackend, LinearPart, RotaryAngles, StepOperation, StepProgram, StepSource, StepTarget,
+    Dropout, FrozenWeight, KernelBackend, LinearPart, RotaryAngles, StepOperation, StepProgram, StepSource,
+    StepTarget,
 };
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};

@@ -97,7 +97,7 @@ pub(crate) fn rows_at_head(loss_tokens: usize, all: usize) -> Option<usize> {
 }
 
 /// Pairs of a place and the target it predicts.
-fn shifted(batch: &Batch) -> impl Iterator<Item = (i32, i32)> {
+pub(crate) fn shifted(batch: &Batch) -> impl Iterator<Item = (i32, i32)> {
     let predicts = |place: usize| !(place + 1).is_multiple_of(batch.len) && batch.labels[place + 1] >= 0;
     let places = (0..batch.ids.len()).filter(move |&place| predicts(place));
     places.map(|place| (place as i32, batch.labels[place + 1]))

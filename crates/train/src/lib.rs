@@ -24,7 +24,7 @@ pub use checkpoint::{
 };
 pub use error::TrainError;
 pub use gradients::LoraGradients;
-pub use plan::{Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork};
+pub use plan::{Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork, token_flop};
 pub use pretrain::{PretrainSettings, Pretrainer};
 pub use scaling::LossScale;
 pub use schedule::{Schedule, ScheduleKind};

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use ledger::{Buffer, Ledger, Part};
 
-pub use work::StepWork;
+pub use work::{StepWork, token_flop};
 
 use crate::batch::rows_at_head;
 
@@ -157,8 +157,7 @@ impl PlanSettings {
     /// Numbers that are trained.
     #[must_use]
     pub fn lora_parameters(&self) -> usize {
-        let widths = |&target: &Target| self.config.linear_shape(target).iter().sum::<usize>();
-        self.config.num_hidden_layers * self.lora.rank * self.lora.targets.iter().map(widths).sum::<usize>()
+        self.lora.parameters(&self.config)
     }
 
     /// Rows of a batch that reach the head.

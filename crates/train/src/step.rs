@@ -10,10 +10,14 @@
 //! factors lie where the inputs of finished blocks lay. A block's
 //! dropout masks come from a key, so the second run draws the same ones.
 
-use burn::tensor::{DType, IndexingUpdateOp, Tensor};
-use buzzer_kernels::{Dropout, KernelBackend, Spent};
+use std::collections::BTreeMap;
+
+use burn::tensor::{DType, IndexingUpdateOp, Tensor, TensorData};
+use buzzer_data::Batch;
+use buzzer_kernels::{Dropout, IGNORED, KernelBackend, Spent};
 use buzzer_model::{BlockContext, Llama};
 
+use crate::batch::{rows_at_head, shifted};
 use crate::gradients::scalar;
 use crate::{DeviceBatch, LoraGradients};
 
@@ -113,6 +117,44 @@ pub fn mean_loss<B: KernelBackend>(model: &Llama<B>, batch: &DeviceBatch<B>) -> 
     let rows = batch.at_head(hidden, |rows| rows);
     let losses = B::cross_entropy(rows, model.head_weight(), batch.targets.clone());
     (f64::from(scalar(losses.sum())) / batch.loss_tokens.max(1) as f64, batch.loss_tokens)
+}
+
+/// The losses of the targets of each of several labellings of one batch's rows, in order of place; one pass through the blocks.
+///
+/// The head takes as many places at a time as the first labelling passes to it in a step.
+#[must_use]
+pub(crate) fn target_losses<B: KernelBackend>(model: &Llama<B>, batches: &[Batch]) -> Vec<Vec<f64>> {
+    let targets: Vec<BTreeMap<i32, i32>> = batches.iter().map(|batch| shifted(batch).collect()).collect();
+    let union: BTreeMap<i32, i32> =
+        targets.iter().flatten().map(|(&place, &target)| (place, target)).collect();
+    let Some(first) = batches.first().filter(|_| !union.is_empty()) else {
+        return vec![Vec::new(); batches.len()];
+    };
+    let all = first.ids.len();
+    let at_a_time = rows_at_head(targets[0].len().max(1), all).unwrap_or(all);
+    let batch = DeviceBatch::<B>::new(first, &model.device());
+    let hidden = model.hidden(batch.ids.clone(), &context(model, &batch), None);
+    let union: Vec<(i32, i32)> = union.into_iter().collect();
+    let losses: BTreeMap<i32, f64> =
+        union.chunks(at_a_time).flat_map(|places| head_losses(model, &hidden, places, at_a_time)).collect();
+    targets.iter().map(|targets| targets.keys().map(|place| losses[place]).collect()).collect()
+}
+
+/// Each place of `hidden [b t, d]` with its loss; they are filled up to `length` of them.
+fn head_losses<B: KernelBackend>(
+    model: &Llama<B>,
+    hidden: &Tensor<B, 2>,
+    places: &[(i32, i32)],
+    length: usize,
+) -> Vec<(i32, f64)> {
+    let device = hidden.device();
+    let (mut rows, mut targets): (Vec<i32>, Vec<i32>) = places.iter().copied().unzip();
+    rows.resize(length, 0);
+    targets.resize(length, IGNORED);
+    let line = |values: Vec<i32>| Tensor::from_data(TensorData::new(values, [length]), &device);
+    let losses = B::cross_entropy(hidden.clone().select(0, line(rows)), model.head_weight(), line(targets));
+    let losses = losses.cast(DType::F32).into_data();
+    places.iter().map(|&(place, _)| place).zip(losses.iter::<f32>().map(f64::from)).collect()
 }
 
 fn context<B: KernelBackend>(model: &Llama<B>, batch: &DeviceBatch<B>) -> BlockContext<B> {

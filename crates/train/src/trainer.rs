@@ -11,10 +11,8 @@ use buzzer_model::{Llama, Lora, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::gradients::scalar;
-use crate::step::{PassSettings, locate_non_finite};
-use crate::{
-    DeviceBatch, LoraGradients, LossScale, Schedule, ScheduleKind, TrainError, backward_by_blocks, mean_loss,
-};
+use crate::step::{PassSettings, locate_non_finite, target_losses};
+use crate::{DeviceBatch, LoraGradients, LossScale, Schedule, ScheduleKind, TrainError, backward_by_blocks};
 
 mod state;
 
@@ -31,11 +29,26 @@ pub struct OptimizerSettings {
     pub epsilon: f64,
     /// λ.
     pub weight_decay: f64,
-    /// The largest gradient norm, if there is to be one.
+    /// The largest gradient norm, if there is to be one; written as 0 where there is not, since TOML has no null.
+    #[serde(with = "limit")]
     pub max_grad_norm: Option<f64>,
     /// Keep the moments in 8 bits: 2 bytes for each trained number instead of 8.
     #[serde(default)]
     pub eight_bit: bool,
+}
+
+/// A limit as a number, 0 for none.
+mod limit {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(limit: &Option<f64>, to: S) -> Result<S::Ok, S::Error> {
+        limit.unwrap_or(0.0).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
+        let limit = Option::<f64>::deserialize(from)?;
+        Ok(limit.filter(|&limit| limit != 0.0))
+    }
 }
 
 impl Default for OptimizerSettings {
@@ -56,6 +69,30 @@ impl OptimizerSettings {
     #[must_use]
     pub fn clip_factor(&self, norm: f64) -> f64 {
         self.max_grad_norm.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0))
+    }
+
+    /// # Errors
+    /// If a number makes no sense.
+    pub fn check(&self) -> Result<(), TrainError> {
+        let wrong =
+            |flag, found: f64, choose| Err(TrainError::Setting { flag, found: found.to_string(), choose });
+        let positive = |number: f64| number > 0.0 && number.is_finite();
+        // No flag sets these three, so they are called what they are called in a recipe.
+        for (setting, beta) in [("beta_1", self.beta_1), ("beta_2", self.beta_2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return wrong(setting, beta, "a number from 0 up to, but not including, 1");
+            }
+        }
+        if !positive(self.epsilon) {
+            return wrong("epsilon", self.epsilon, "a positive number");
+        }
+        if !(self.weight_decay >= 0.0 && self.weight_decay.is_finite()) {
+            return wrong("--weight-decay", self.weight_decay, "0 or a positive number");
+        }
+        if let Some(most) = self.max_grad_norm.filter(|&most| !positive(most)) {
+            return wrong("--max-grad-norm", most, "a positive number, or 0 for no limit");
+        }
+        Ok(())
     }
 
     pub(crate) fn at(&self, learning_rate: f64, step: u64) -> AdamW {
@@ -99,6 +136,24 @@ pub struct TrainSettings {
 
 fn one() -> usize {
     1
+}
+
+/// A mean that is being gathered.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mean {
+    sum: f64,
+    count: usize,
+}
+
+impl Mean {
+    fn add(&mut self, value: f64) {
+        self.sum += value;
+        self.count += 1;
+    }
+
+    fn value(&self) -> Option<f64> {
+        (self.count > 0).then(|| self.sum / self.count as f64)
+    }
 }
 
 /// What one step did.
@@ -282,14 +337,7 @@ impl TrainSettings {
         if !(0.0..=1.0).contains(&self.warmup_ratio) {
             return wrong("--warmup", self.warmup_ratio.to_string(), "a share from 0 to 1");
         }
-        let decay = self.optimizer.weight_decay;
-        if !(decay >= 0.0 && decay.is_finite()) {
-            return wrong("--weight-decay", decay.to_string(), "0 or a positive number");
-        }
-        if let Some(most) = self.optimizer.max_grad_norm.filter(|&most| !positive(most)) {
-            return wrong("--max-grad-norm", most.to_string(), "a positive number, or no limit");
-        }
-        Ok(())
+        self.optimizer.check()
     }
 }
 
@@ -459,17 +507,26 @@ impl<B: KernelBackend> Trainer<B> {
     /// Mean loss over the targets of other rows, or `None` if they have no target.
     #[must_use]
     pub fn evaluate(&self, rows: &[PackedRow]) -> Option<f64> {
-        let device = self.model.device();
-        let (mut sum, mut targets) = (0.0, 0);
-        for rows in rows.chunks(self.settings.batch_rows) {
-            let batch = self.collate(&rows.iter().collect::<Vec<_>>());
-            let batch = DeviceBatch::<B>::new(&batch, &device);
-            if batch.loss_tokens > 0 {
-                let (mean, count) = mean_loss(&self.model, &batch);
-                sum += mean * count as f64;
-                targets += count;
+        self.evaluate_each(&[rows]).pop().flatten()
+    }
+
+    /// Mean loss over the targets of each of several labellings of the same rows, from one pass through the blocks; `None` for
+    /// one without a target.
+    ///
+    /// The head takes as many tokens at a time as have a target under the first, which is best the one that is trained: the
+    /// device's memory then holds what it holds in a step.
+    #[must_use]
+    pub fn evaluate_each(&self, labellings: &[&[PackedRow]]) -> Vec<Option<f64>> {
+        let mut means = vec![Mean::default(); labellings.len()];
+        let rows = labellings.iter().map(|rows| rows.len()).min().unwrap_or(0);
+        for first in (0..rows).step_by(self.settings.batch_rows) {
+            let last = rows.min(first + self.settings.batch_rows);
+            let collate = |rows: &&[PackedRow]| self.collate(&rows[first..last].iter().collect::<Vec<_>>());
+            let batches: Vec<Batch> = labellings.iter().map(collate).collect();
+            for (mean, losses) in means.iter_mut().zip(target_losses(&self.model, &batches)) {
+                losses.iter().for_each(|&loss| mean.add(loss));
             }
         }
-        (targets > 0).then(|| sum / targets as f64)
+        means.iter().map(Mean::value).collect()
     }
 }

@@ -3,6 +3,7 @@
 pub mod evaluate;
 pub mod finetune;
 pub mod generate;
+pub mod import_recipe;
 pub mod make_base;
 pub mod merge;
 pub mod parity;

@@ -14,12 +14,12 @@ use buzzer::text::Renderer;
 use buzzer::train::{MemoryPlan, TrainSettings, Trainer};
 use buzzer::weights::read_config;
 use buzzer::{Device, DeviceJob};
-use clap::{Parser, ValueEnum};
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use serde::Serialize;
 
 use crate::{
-    Budget, CorpusSize, DataArgs, Failure, LimitArgs, ModelArgs, Proposal, Recipe, RecipeArgs, RunPlan,
-    Wanted, build_corpus, bytes, duration, finish, run_on, write_report,
+    Budget, CorpusSize, DataArgs, Failure, LimitArgs, ModelArgs, Preset, Proposal, Recipe, RecipeArgs,
+    RunPlan, Wanted, build_corpus, bytes, duration, finish, run_on, write_report,
 };
 
 /// Plan a fine-tuning run: memory by part, tokens, steps, time.
@@ -108,11 +108,38 @@ struct ModelReport {
 /// Runs the program on the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
-    let mut args = Args::parse();
-    finish(args.fetch().and_then(|()| run(&args)))
+    finish(run(&Args::command().get_matches()))
+}
+
+fn run(matches: &ArgMatches) -> Result<(), Failure> {
+    let (mut args, recipe) = Args::settle(matches)?;
+    args.fetch()?;
+    let (args, recipe) = (&args, &recipe);
+    match args.card {
+        Some(card) => {
+            let budget = Budget::of_card(card, args.model.dtype)?.limited(args.limits)?;
+            Ready::new(args, recipe, budget)?.tell(args, None)
+        }
+        None => run_on(args.device, Here { args, recipe }),
+    }
 }
 
 impl Args {
+    /// The arguments and the recipe that they and its file make; where the file holds a setting, the arguments hold it too.
+    fn settle(matches: &ArgMatches) -> Result<(Self, Recipe), Failure> {
+        let args = Self::from_arg_matches(matches)?;
+        // A shape is no model that ships with the project, whatever the default of --model is.
+        let recipe = Recipe::resolve(matches, args.shape.map(|_| Preset::Notebook))?;
+        let args = Self {
+            data: recipe.data.clone(),
+            model: recipe.model.clone(),
+            limits: recipe.limits,
+            device: recipe.device,
+            ..args
+        };
+        Ok((args, recipe))
+    }
+
     /// Puts paths in the place of names on the hub; a plan needs no weights.
     fn fetch(&mut self) -> Result<(), Failure> {
         self.data.fetch()?;
@@ -120,20 +147,10 @@ impl Args {
     }
 }
 
-fn run(args: &Args) -> Result<(), Failure> {
-    match args.card {
-        Some(card) => {
-            let budget = Budget::of_card(card, args.model.dtype)?.limited(args.limits)?;
-            let ready = Ready::new(args, budget)?;
-            ready.tell(args, None)
-        }
-        None => run_on(args.device, Here { args }),
-    }
-}
-
 /// A plan for the device that the program runs on.
 struct Here<'a> {
     args: &'a Args,
+    recipe: &'a Recipe,
 }
 
 impl DeviceJob for Here<'_> {
@@ -143,7 +160,7 @@ impl DeviceJob for Here<'_> {
         let args = self.args;
         args.limits.enforce(args.device)?;
         let budget = Budget::of_device::<B>(args.device, device, args.model.dtype)?.limited(args.limits)?;
-        let ready = Ready::new(args, budget)?;
+        let ready = Ready::new(args, self.recipe, budget)?;
         let measured = (ready.plan.fits() && !args.no_measurement && ready.is_quick())
             .then(|| ready.measure::<B>(device))
             .transpose()?;
@@ -167,19 +184,19 @@ struct Measured {
 }
 
 impl Ready {
-    fn new(args: &Args, budget: Budget) -> Result<Self, Failure> {
-        let mut recipe = args.recipe.resolve(args.shape.is_none() && args.model.is_sample())?;
+    fn new(args: &Args, recipe: &Recipe, budget: Budget) -> Result<Self, Failure> {
+        let mut recipe = recipe.clone();
         let config = match args.shape {
             Some(PublishedShape::Llama2_7b) => LlamaConfig::llama2_7b(),
             Some(PublishedShape::Llama2_13b) => LlamaConfig::llama2_13b(),
             Some(PublishedShape::Llama2_70b) => LlamaConfig::llama2_70b(),
             None => read_config(&args.model.model)?,
         };
-        recipe.row_len = recipe.row_len.min(config.max_position_embeddings);
+        recipe.packing.row_len = recipe.packing.row_len.min(config.max_position_embeddings);
         let corpus = match (args.clues, args.shape) {
             (None, None) => {
                 let renderer = Renderer::new(args.model.open_tokenizer()?, recipe.template);
-                CorpusSize::of(&build_corpus(&args.data, &renderer, recipe.pack_args())?)
+                CorpusSize::of(&build_corpus(&args.data, &renderer, recipe.packing)?)
             }
             (clues, _) => CorpusSize::assumed(clues.unwrap_or(ALL_CLUES) as usize, args.clue_tokens, &recipe),
         };
@@ -227,7 +244,7 @@ impl Ready {
     /// A full row of documents of the mean length, with as many targets as the corpus has.
     fn row(&self, number: u32) -> PackedRow {
         let length = self.plan.settings.shape.row_len;
-        let document = match self.recipe.packing {
+        let document = match self.recipe.packing.packing {
             Packing::Isolated => (self.corpus.mean_len.round() as usize).clamp(2, length),
             Packing::Wrapped | Packing::None => length,
         };

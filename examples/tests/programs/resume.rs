@@ -38,6 +38,20 @@ const RUN: [&str; 18] = [
 const FULL: &[&str] = &[];
 const FRUGAL: &[&str] = &["--optimizer", "adamw8", "--accumulate", "2"];
 
+/// What `metrics.jsonl` says of a run's steps and measurements, but for what a clock or the system tells.
+fn records(out: &Path) -> Vec<Value> {
+    const OF_THE_MOMENT: [&str; 5] =
+        ["time", "seconds", "tokens_per_second", "loss_tokens_per_second", "memory_bytes"];
+    let text = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let record = |line: &str| {
+        let mut record: Value = serde_json::from_str(line).unwrap();
+        let fields = record.as_object_mut().unwrap();
+        OF_THE_MOMENT.iter().for_each(|name| drop(fields.remove(*name)));
+        record
+    };
+    text.lines().map(record).collect()
+}
+
 /// What must not depend on interruptions.
 #[derive(Debug, PartialEq)]
 struct Outcome {
@@ -61,6 +75,7 @@ struct Case {
     dir: TempDir,
     args: Vec<String>,
     expected: Outcome,
+    records: Vec<Value>,
     span: Duration,
 }
 
@@ -75,7 +90,8 @@ impl Case {
         let mut line: Vec<&str> = args.iter().map(String::as_str).collect();
         line.extend(["--out", text(&whole)]);
         succeeds("finetune", &line);
-        Self { expected: outcome(&whole), span: started.elapsed(), dir, args }
+        let span = started.elapsed();
+        Self { expected: outcome(&whole), records: records(&whole), span, dir, args }
     }
 
     fn out(&self, name: &str) -> PathBuf {
@@ -108,6 +124,17 @@ impl Case {
         assert!(said.lines().any(|line| line.starts_with("resumed")), "{said}");
         assert!(outcome(out) == self.expected, "other bits after: {said}");
         said
+    }
+
+    /// Every step was recorded once, as in the run that nothing happened to.
+    #[track_caller]
+    fn recorded_once(&self, out: &Path) {
+        let records = records(out);
+        let of_steps = records.iter().filter(|record| record["kind"] == "step");
+        let steps: Vec<u64> = of_steps.map(|record| record["step"].as_u64().unwrap()).collect();
+        let count = json(&out.join("report.json"))["steps"].as_u64().unwrap();
+        assert_eq!(steps, (1..=count).collect::<Vec<_>>());
+        assert_eq!(records, self.records);
     }
 }
 
@@ -161,6 +188,7 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bits() {
         }
         println!("{more:?}, {} steps in {:?}: {}", 16 * kills, case.span, moments.join(", "));
         case.goes_on(&out);
+        case.recorded_once(&out);
     }
 }
 
@@ -198,6 +226,7 @@ fn a_run_that_is_told_to_end_saves_itself_and_goes_on() {
         assert_eq!(report["steps"].as_u64(), newest_step(&out));
         succeeds("generate", &["--adapter", text(&out.join(newest)), "This city is the capital of France"]);
         case.goes_on(&out);
+        case.recorded_once(&out);
     }
 }
 

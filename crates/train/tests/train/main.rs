@@ -392,6 +392,25 @@ fn only_answers_bear_loss_where_only_they_are_asked_for() {
 }
 
 #[test]
+fn one_pass_gives_the_losses_of_several_labellings() {
+    let trainer = trainer(&packed(8), &settings());
+    let documents = [(12, 1), (3, 2), (16, 3), (5, 4), (9, 5)].map(|(length, seed)| document(length, seed));
+    let [all, answers] = [LossOn::All, LossOn::Answers]
+        .map(|loss_on| documents.each_ref().map(|one| row(std::slice::from_ref(one), loss_on)));
+    let nothing = [PackedRow { labels: vec![-100; all[0].ids.len()], ..all[0].clone() }];
+    let alone = |rows: &[PackedRow]| trainer.evaluate(rows).unwrap();
+    for (first, second) in [(&all, &answers), (&answers, &all)] {
+        let both = trainer.evaluate_each(&[first, second]);
+        close(both[0].unwrap(), alone(first), 1e-5);
+        close(both[1].unwrap(), alone(second), 1e-5);
+    }
+    assert!((alone(&all) - alone(&answers)).abs() > 1e-3);
+    let [none, some] = [0, 1].map(|place| trainer.evaluate_each(&[&nothing, &all[..1]])[place]);
+    assert!(none.is_none() && some.is_some());
+    assert!(trainer.evaluate_each(&[]).is_empty());
+}
+
+#[test]
 fn an_evaluation_is_the_mean_over_targets_and_not_over_batches() {
     let trainer = trainer(&packed(8), &settings());
     let rows = [(12, 1), (3, 2), (5, 3)].map(|(length, seed)| row(&[document(length, seed)], LossOn::All));
@@ -476,6 +495,13 @@ fn wrong_settings_name_their_flag() {
     }
     for wrong in [-0.1, f64::NAN, f64::INFINITY] {
         refused("--weight-decay", &|settings| settings.optimizer.weight_decay = wrong);
+    }
+    for wrong in [-0.1, 1.0, f64::NAN] {
+        refused("beta_1", &|settings| settings.optimizer.beta_1 = wrong);
+        refused("beta_2", &|settings| settings.optimizer.beta_2 = wrong);
+    }
+    for wrong in [0.0, -1.0, f64::NAN] {
+        refused("epsilon", &|settings| settings.optimizer.epsilon = wrong);
     }
     let text = "triangle".parse::<ScheduleKind>().unwrap_err().to_string();
     assert!(text.starts_with("--schedule triangle ") && text.contains("cosine"), "{text}");

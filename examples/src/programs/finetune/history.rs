@@ -8,7 +8,7 @@ use std::num::ParseFloatError;
 use buzzer::train::StepReport;
 use serde::{Deserialize, Serialize};
 
-use crate::Answered;
+use crate::{Answered, HeldOutLosses};
 use buzzer::data::Clue;
 
 /// The account of a run.
@@ -18,8 +18,8 @@ pub(super) struct History {
     pub(super) arguments: Vec<String>,
     /// What the model answered before training, a clue each.
     pub(super) before: Vec<String>,
-    /// Losses on held-out rows and the steps after which they were measured.
-    held_out: Vec<(u64, Exact)>,
+    /// Measurements on held-out rows that have targets.
+    held_out: Vec<HeldOutEntry>,
     first_loss: Option<Exact>,
     last_loss: Option<Exact>,
     tokens: usize,
@@ -61,6 +61,15 @@ impl fmt::Display for Exact {
     }
 }
 
+/// [`EvalLoss`] as a checkpoint keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct HeldOutEntry {
+    step: u64,
+    trained: Exact,
+    all: Option<Exact>,
+    answers: Option<Exact>,
+}
+
 /// The loss of the first step and of the last one.
 #[derive(Clone, Copy, Serialize)]
 pub(super) struct Loss {
@@ -68,11 +77,16 @@ pub(super) struct Loss {
     last: f64,
 }
 
-/// A loss on held-out rows.
+/// Losses on held-out rows.
 #[derive(Clone, Copy, Serialize)]
 pub(super) struct EvalLoss {
     step: u64,
+    /// The one that is trained.
     loss: f64,
+    /// On every token.
+    all: Option<f64>,
+    /// On answers.
+    answers: Option<f64>,
 }
 
 impl History {
@@ -85,10 +99,16 @@ impl History {
         self.step_seconds += report.seconds;
     }
 
-    /// Takes a loss on held-out rows; true if it is the lowest so far.
-    pub(super) fn add_held_out(&mut self, step: u64, loss: f64) -> bool {
-        let improved = self.best().is_none_or(|best| loss < best.loss);
-        self.held_out.push((step, Exact(loss)));
+    /// Takes losses on held-out rows; true if the one that is trained is the lowest so far.
+    pub(super) fn add_held_out(&mut self, step: u64, losses: &HeldOutLosses) -> bool {
+        let Some(trained) = losses.trained() else { return false };
+        let improved = self.best().is_none_or(|best| trained < best.loss);
+        self.held_out.push(HeldOutEntry {
+            step,
+            trained: Exact(trained),
+            all: losses.all.map(Exact),
+            answers: losses.answers.map(Exact),
+        });
         improved
     }
 
@@ -98,7 +118,12 @@ impl History {
     }
 
     pub(super) fn held_out(&self) -> impl Iterator<Item = EvalLoss> {
-        self.held_out.iter().map(|&(step, Exact(loss))| EvalLoss { step, loss })
+        self.held_out.iter().map(|entry| EvalLoss {
+            step: entry.step,
+            loss: entry.trained.0,
+            all: entry.all.map(|Exact(loss)| loss),
+            answers: entry.answers.map(|Exact(loss)| loss),
+        })
     }
 
     pub(super) fn loss(&self) -> Loss {
@@ -137,13 +162,19 @@ impl EvalLoss {
 
 #[cfg(test)]
 mod tests {
+    use buzzer::data::LossOn;
+
     use super::*;
+
+    fn losses(trained: f64) -> HeldOutLosses {
+        HeldOutLosses { all: Some(trained / 3.0), answers: Some(trained), loss_on: LossOn::Answers }
+    }
 
     #[test]
     fn losses_come_back_bit_for_bit() {
         for number in 1..1000 {
             let mut history = History::default();
-            history.add_held_out(number, 1.0 / (number as f64 + 0.7));
+            history.add_held_out(number, &losses(1.0 / (number as f64 + 0.7)));
             let text = serde_json::to_string(&history).unwrap();
             let read: History = serde_json::from_str(&text).unwrap();
             assert_eq!(read.held_out, history.held_out);
@@ -155,7 +186,7 @@ mod tests {
         let mut history = History::default();
         let improved: Vec<bool> = [(3, 0.5), (6, 0.4), (9, 0.4), (12, 0.6)]
             .into_iter()
-            .map(|(step, loss)| history.add_held_out(step, loss))
+            .map(|(step, loss)| history.add_held_out(step, &losses(loss)))
             .collect();
         assert_eq!(improved, [true, true, false, false]);
         assert_eq!(history.best().unwrap().step(), 6);

@@ -15,9 +15,10 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::{
-    AnswerArgs, Answered, Budget, Corpus, CorpusSize, DataArgs, Failure, LimitArgs, ModelArgs, Recipe,
-    RecipeArgs, RunPlan, StopSignal, Wanted, answer_clues, build_corpus, duration, finish, judge_answers, load_base,
-    next_run_dir, run_on, say, write_report,
+    AnswerArgs, Answered, Budget, Corpus, CorpusSize, DataArgs, EvalSettings, Failure, LimitArgs, ModelArgs,
+    Recipe, RecipeArgs, RunPlan, StopSignal, Wanted, When, answer_clues, build_corpus, duration, finish,
+    judge_answers, load_base, next_run_dir, plot_training, read_records, records_path, run_on, say,
+    write_report,
 };
 use buzzer::eval::Scores;
 use buzzer::kernels::KernelBackend;
@@ -26,9 +27,10 @@ use buzzer::text::Renderer;
 use buzzer::train::{MemoryPlan, TrainerState};
 use buzzer::weights::{attach_adapter, read_config};
 use buzzer::{Device, DeviceJob};
-use clap::Parser;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::recipe::RECIPE_FILE;
 use history::History;
 use report::{Eval, ModelReport, Report, show};
 use resume::{RUNS, Start, fingerprint};
@@ -55,9 +57,9 @@ struct Args {
     #[arg(long, default_value_t, hide_default_value = true)]
     device: Device,
     /// Measure the loss on held-out clues so many times during the run; the best adapter is kept
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = EvalSettings::default().evaluations)]
     evaluations: u64,
-    /// Folder for the adapters and report.json [default: runs/finetune-NNN]
+    /// Folder for adapters, recipe, records, checkpoints and report.json [default: runs/finetune-NNN]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     #[command(flatten)]
@@ -67,12 +69,11 @@ struct Args {
 /// Runs the program on the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
-    let args = Args::parse();
-    finish(start(args))
+    finish(start(&Args::command().get_matches()))
 }
 
-fn start(args: Args) -> Result<(), Failure> {
-    let mut start = Start::resolve(args)?;
+fn start(matches: &ArgMatches) -> Result<(), Failure> {
+    let mut start = Start::resolve(matches)?;
     // Before signals are listened to: they end a download at once.
     start.args.data.fetch()?;
     start.args.model.fetch(Wanted::Model)?;
@@ -100,12 +101,12 @@ impl DeviceJob for Finetune {
     fn run<B: KernelBackend>(self, device: &B::Device) -> Result<(), Failure> {
         let started = Instant::now();
         let Self { start, stop } = self;
-        let prepared = start.args.prepare::<B>(device)?;
+        let prepared = start.args.prepare::<B>(start.recipe.clone(), device)?;
         let Prepared { recipe, config, corpus, .. } = &prepared;
         let fingerprint = fingerprint::<B>(&start.args, config, recipe, corpus, device)?;
         start.check(&fingerprint)?;
         let mut history = start.history()?;
-        let args = start.args.clone();
+        let (args, asked) = (start.args.clone(), start.recipe.clone());
         let mut model = load_base::<B>(&args.model, device)?.model;
         let state = put_factors(&mut model, recipe, start)?;
         let (parameters, trainable) = (config.parameters(), model.lora_parameters());
@@ -125,6 +126,7 @@ impl DeviceJob for Finetune {
         let earlier_seconds = history.seconds;
         let run = Run {
             args: &args,
+            asked: &asked,
             recipe,
             corpus,
             out: &out,
@@ -133,19 +135,22 @@ impl DeviceJob for Finetune {
             started,
             earlier_seconds,
         };
-        let trained = run.train(model, state.as_ref(), &mut history)?;
+        let mut trained = run.train(model, state.as_ref(), &mut history)?;
         B::memory_cleanup(device);
         let before = history.answered_before(&corpus.eval_clues);
         let mut after = None;
         if !trained.interrupted {
             let answers = answer(&trained.model, &prepared, &args.answer, "after")?;
             show(&before, &answers);
-            after = Some(judge_answers(&answers));
+            let scores = judge_answers(&answers);
+            trained.watch.accuracy(trained.steps, When::After, scores);
+            after = Some(scores);
         }
         let eval = Eval { before: judge_answers(&before), after };
         let base = ModelReport { base: args.model.model.clone(), parameters, trainable };
         let report = run.report(&prepared, base, eval, &trained, &history, state.as_ref());
-        let path = write_report(&out, &report).map_err(|failure| run.resumable(failure))?;
+        let written = report.and_then(|report| Ok((write_report(&out, &report)?, report)));
+        let (path, report) = written.map_err(|failure| run.resumable(failure))?;
         report.summarize(&path);
         Ok(())
     }
@@ -176,15 +181,29 @@ fn go_on(state: &TrainerState, history: &History, card: Option<&str>) {
 }
 
 impl Args {
-    /// Reads all but the weights, and says what came of it.
-    fn prepare<B: KernelBackend>(&self, device: &B::Device) -> Result<Prepared, Failure> {
-        let mut recipe = self.recipe.resolve(self.model.is_sample())?;
+    /// The arguments and the recipe that they and its file make; where the file holds a setting, the arguments hold it too.
+    fn settle(matches: &ArgMatches) -> Result<(Self, Recipe), Failure> {
+        let recipe = Recipe::resolve(matches, None)?;
+        let args = Self {
+            data: recipe.data.clone(),
+            model: recipe.model.clone(),
+            limits: recipe.limits,
+            answer: recipe.answer,
+            device: recipe.device,
+            evaluations: recipe.eval.evaluations,
+            ..Self::from_arg_matches(matches)?
+        };
+        Ok((args, recipe))
+    }
+
+    /// Reads all but the weights, and says what came of it. The recipe comes back as what there is makes it.
+    fn prepare<B: KernelBackend>(&self, mut recipe: Recipe, device: &B::Device) -> Result<Prepared, Failure> {
         let config = read_config(&self.model.model)?;
-        recipe.row_len = recipe.row_len.min(config.max_position_embeddings);
+        recipe.packing.row_len = recipe.packing.row_len.min(config.max_position_embeddings);
         let renderer = Renderer::new(self.model.open_tokenizer()?, recipe.template);
         renderer.tokenizer().notes().iter().for_each(|note| say!("tokenizer {note}"));
-        let corpus = build_corpus(&self.data, &renderer, recipe.pack_args())?;
-        say!("{}", corpus.describe(recipe.pack_args()));
+        let corpus = build_corpus(&self.data, &renderer, recipe.packing)?;
+        say!("{}", corpus.describe(recipe.packing));
         recipe.limit_steps(corpus.train.rows.len());
         let plan = self.plan::<B>(&config, &recipe, &corpus, device)?;
         Ok(Prepared { recipe, config, renderer, corpus, plan })
@@ -234,6 +253,7 @@ fn answer<B: KernelBackend>(
 }
 
 impl Run<'_> {
+    /// What `report.json` holds, of which the plot is drawn here.
     fn report<B: KernelBackend>(
         &self,
         prepared: &Prepared,
@@ -242,8 +262,8 @@ impl Run<'_> {
         trained: &Trained<B>,
         history: &History,
         state: Option<&TrainerState>,
-    ) -> Report {
-        Report {
+    ) -> Result<Report, Failure> {
+        Ok(Report {
             device: self.args.device.to_string(),
             model,
             recipe: self.recipe.clone(),
@@ -264,7 +284,10 @@ impl Run<'_> {
             adapter: self.out.join(ADAPTER),
             adapter_best: history.best().map(|_| self.out.join(BEST_ADAPTER)),
             checkpoints: self.out.join(CHECKPOINTS),
+            recipe_file: self.out.join(RECIPE_FILE),
+            records: records_path(self.out),
+            plot: plot_training(self.out, &read_records(self.out)?)?,
             seconds: self.seconds(),
-        }
+        })
     }
 }

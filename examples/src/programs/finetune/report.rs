@@ -39,6 +39,11 @@ pub(super) struct Report {
     pub(super) adapter: PathBuf,
     pub(super) adapter_best: Option<PathBuf>,
     pub(super) checkpoints: PathBuf,
+    /// The file of all settings, which can be given again.
+    pub(super) recipe_file: PathBuf,
+    /// One record a step.
+    pub(super) records: PathBuf,
+    pub(super) plot: PathBuf,
     /// Of all starts together, each up to its last checkpoint.
     pub(super) seconds: f64,
 }
@@ -94,7 +99,8 @@ impl Report {
                 100.0 * after.exact_match
             );
         }
-        say!("written   {} and {}", self.adapter.display(), path.display());
+        let [adapter, report, records] = [&self.adapter, path, &self.records].map(Path::display);
+        say!("written   {adapter} and {report}; records in {records}");
     }
 }
 

@@ -10,13 +10,13 @@ use buzzer::kernels::KernelBackend;
 use buzzer::model::LlamaConfig;
 use buzzer::train::{CheckpointError, Found, TrainerState, checkpoint_steps, newest_checkpoint};
 use buzzer::weights::{Adapter, sample_of_weights};
-use clap::{CommandFactory, FromArgMatches};
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use serde_json::{Value, json};
 
 use super::Args;
 use super::history::History;
 use super::saving::CHECKPOINTS;
-use crate::{Corpus, Failure, Recipe, device_dtype, last_run_dir, say};
+use crate::{AnswerArgs, Corpus, Failure, Recipe, device_dtype, last_run_dir, say};
 
 /// The name under which the runs of this program are numbered.
 pub(super) const RUNS: &str = "finetune";
@@ -25,6 +25,8 @@ pub(super) const RUNS: &str = "finetune";
 pub(super) struct Start {
     /// What to do.
     pub(super) args: Args,
+    /// As it was asked for: what is named on the hub has its name here, and the run may be shorter.
+    pub(super) recipe: Recipe,
     /// The command line that says so.
     pub(super) arguments: Vec<String>,
     /// Where it goes on, if it does.
@@ -32,25 +34,26 @@ pub(super) struct Start {
 }
 
 impl Start {
-    /// Finds out from a command line, of which `args` are the meaning.
+    /// Finds out from a command line, of which `matches` are the parts.
     ///
     /// # Errors
-    /// If a new run would stand where an old one does, or there is nothing to go on from.
-    pub(super) fn resolve(args: Args) -> Result<Self, Failure> {
+    /// If a new run would stand where an old one does, there is nothing to go on from, or the recipe makes no sense.
+    pub(super) fn resolve(matches: &ArgMatches) -> Result<Self, Failure> {
+        let args = Args::from_arg_matches(matches)?;
         let said = std::env::args_os().skip(1).map(|part| part.to_string_lossy().into_owned());
         let said: Vec<String> = said.collect();
         let Some(named) = args.save.resume.clone() else {
             refuse_old_run(args.out.as_deref())?;
-            return Ok(Self { args, arguments: said, from: None });
+            return Self::settle(matches, said, None);
         };
         let may_begin = named.is_none() && args.out.is_some();
-        let Some(out) = named.or_else(|| args.out.clone()).or_else(|| last_run_dir(RUNS)) else {
+        let Some(out) = named.or(args.out).or_else(|| last_run_dir(RUNS)) else {
             return Err(Failure::input("--resume: there is no run in runs/; give the folder of one"));
         };
         let found = match newest_checkpoint(&out.join(CHECKPOINTS)) {
             Err(CheckpointError::Missing { path }) if may_begin => {
                 say!("resume    no checkpoint in {} yet: the run begins", path.display());
-                return Ok(Self { args, arguments: said, from: None });
+                return Self::settle(matches, said, None);
             }
             found => found?,
         };
@@ -59,9 +62,14 @@ impl Start {
         }
         let mut arguments = history_of(&found)?.arguments;
         arguments.extend(said);
-        let mut args = parse(&arguments);
-        args.out = Some(out);
-        Ok(Self { args, arguments, from: Some(found) })
+        let mut start = Self::settle(&parse(&arguments), arguments, Some(found))?;
+        start.args.out = Some(out);
+        Ok(start)
+    }
+
+    fn settle(matches: &ArgMatches, arguments: Vec<String>, from: Option<Found>) -> Result<Self, Failure> {
+        let (args, recipe) = Args::settle(matches)?;
+        Ok(Self { args, recipe, arguments, from })
     }
 
     /// That the run which goes on is the one that began.
@@ -104,10 +112,9 @@ fn history_of(found: &Found) -> Result<History, Failure> {
 }
 
 /// Reads a command line in which later flags stand over earlier ones; ends the program if it makes no sense.
-fn parse(arguments: &[String]) -> Args {
+fn parse(arguments: &[String]) -> ArgMatches {
     let command = Args::command().args_override_self(true);
-    let matches = command.get_matches_from(std::iter::once(RUNS).chain(arguments.iter().map(String::as_str)));
-    Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    command.get_matches_from(std::iter::once(RUNS).chain(arguments.iter().map(String::as_str)))
 }
 
 /// All that the bits of a run depend on.
@@ -121,6 +128,23 @@ pub(super) fn fingerprint<B: KernelBackend>(
     corpus: &Corpus,
     device: &B::Device,
 ) -> Result<Value, Failure> {
+    // Named one by one, so that nothing new is left out unseen. Names of files are not what they hold, and limits and the size of a
+    // batch of answers decide no bit.
+    let Recipe {
+        template,
+        packing,
+        lora,
+        train,
+        eval,
+        answer,
+        preset: _,
+        device: _,
+        steps: _,
+        model: _,
+        data: _,
+        limits: _,
+    } = recipe;
+    let AnswerArgs { cache_limit, answer_batch, .. } = AnswerArgs::default();
     Ok(json!({
         "build": {
             "version": env!("CARGO_PKG_VERSION"),
@@ -133,15 +157,20 @@ pub(super) fn fingerprint<B: KernelBackend>(
             "weights": sample_of_weights(&args.model.model)?,
             "quantization": args.model.quantization,
         },
-        "recipe": recipe,
+        "recipe": {
+            "template": template,
+            "packing": packing,
+            "lora": lora,
+            "train": train,
+            "eval": eval,
+            "answer": AnswerArgs { cache_limit, answer_batch, ..*answer },
+        },
         "rows": {
             "train": corpus.train.rows.len(),
             "train_hash": hash_rows(&corpus.train.rows),
-            "held_out": corpus.eval.rows.len(),
-            "held_out_hash": hash_rows(&corpus.eval.rows),
+            "held_out": corpus.held_out.all.len(),
+            "held_out_hash": [hash_rows(&corpus.held_out.all), hash_rows(&corpus.held_out.answers)],
             "judged_clues": corpus.eval_clues.len(),
         },
-        "evaluations": args.evaluations,
-        "answers": args.answer,
     }))
 }

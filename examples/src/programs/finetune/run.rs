@@ -5,25 +5,28 @@ use std::time::Instant;
 
 use buzzer::kernels::KernelBackend;
 use buzzer::model::Llama;
-use buzzer::train::{Checkpoint, CheckpointJob, StepReport, Trainer, TrainerState};
+use buzzer::train::{Checkpoint, CheckpointJob, Trainer, TrainerState, token_flop};
 use buzzer::weights::{Adapter, extract_adapter};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 use super::Args;
 use super::history::History;
 use super::saving::Saver;
-use crate::{Corpus, Failure, Recipe, StopSignal, peak_device_bytes, say};
+use crate::{
+    Corpus, Failure, Recipe, StopSignal, Watch, When, Yardstick, device_bytes, judge_answers,
+    peak_device_bytes, peak_flops, say,
+};
 
 /// Names in a run's folder.
 pub(super) const ADAPTER: &str = "adapter";
 pub(super) const BEST_ADAPTER: &str = "adapter-best";
-/// Steps over which the progress bar takes a mean.
-const RECENT: usize = 20;
 
 /// What a run needs besides the model.
 pub(super) struct Run<'a> {
     pub(super) args: &'a Args,
+    /// As it was asked for.
+    pub(super) asked: &'a Recipe,
+    /// The same for the model and the rows that there are.
     pub(super) recipe: &'a Recipe,
     pub(super) corpus: &'a Corpus,
     pub(super) out: &'a Path,
@@ -40,6 +43,8 @@ pub(super) struct Trained<B: KernelBackend> {
     pub(super) model: Llama<B>,
     pub(super) steps: u64,
     pub(super) interrupted: bool,
+    /// For what is measured after the last step.
+    pub(super) watch: Watch,
 }
 
 impl Run<'_> {
@@ -56,21 +61,37 @@ impl Run<'_> {
             Some(state) => Trainer::resume(model, rows, settings, state)?,
         };
         let mut saver = Saver::open(self.out, &self.args.save, trainer.steps_done(), state.is_some())?;
+        // Not before the saver, which has made sure that no other process writes to the run.
+        self.asked.write(self.out)?;
+        let mut watch = self.watch(&trainer, state)?;
         if state.is_none() {
+            let before = history.answered_before(&self.corpus.eval_clues);
+            watch.accuracy(0, When::Before, judge_answers(&before));
             // Whatever happens from here on, the run can go on.
             saver.save(self.checkpoint(&trainer, history, false));
         }
-        let style = ProgressStyle::with_template("training  {bar:30} step {pos}/{len}  {msg}  {eta} left")?;
-        let bar = ProgressBar::new(trainer.total_steps()).with_style(style);
-        bar.set_position(trainer.steps_done());
-        bar.reset_eta();
-        let ended = self.steps(&mut trainer, history, &mut saver, &bar);
-        bar.finish_and_clear();
+        let ended = self.steps(&mut trainer, history, &mut saver, &mut watch);
+        watch.finish();
         history.peak_memory_bytes =
             history.peak_memory_bytes.max(peak_device_bytes::<B>(&trainer.model().device()));
         self.conclude(&trainer, history, saver, ended)?;
         let steps = trainer.steps_done();
-        Ok(Trained { interrupted: steps < trainer.total_steps(), steps, model: trainer.into_model() })
+        Ok(Trained { interrupted: steps < trainer.total_steps(), steps, watch, model: trainer.into_model() })
+    }
+
+    /// Begins the records of the run, or goes on with them.
+    fn watch<B: KernelBackend>(
+        &self,
+        trainer: &Trainer<B>,
+        state: Option<&TrainerState>,
+    ) -> Result<Watch, Failure> {
+        let model = trainer.model();
+        let yardstick = Yardstick {
+            loss_on: self.recipe.packing.loss_on,
+            token_flop: token_flop(model.config(), &self.recipe.lora),
+            peak_flops: peak_flops::<B>(&model.device(), model.dtype()),
+        };
+        Watch::new(self.out, yardstick, trainer.total_steps(), state.map(|state| state.progress.step))
     }
 
     /// Saves what there is, however the steps have ended.
@@ -110,20 +131,16 @@ impl Run<'_> {
         trainer: &mut Trainer<B>,
         history: &mut History,
         saver: &mut Saver,
-        bar: &ProgressBar,
+        watch: &mut Watch,
     ) -> Result<(), Failure> {
         let every = (trainer.total_steps() / self.args.evaluations.max(1)).max(1);
-        let mut recent: Vec<StepReport> = Vec::new();
         while !self.stop.is_set() {
             let Some(report) = trainer.step()? else { break };
             history.add(&report);
-            recent.push(report);
-            recent.drain(..recent.len().saturating_sub(RECENT));
-            bar.set_message(progress(&recent));
-            bar.inc(1);
+            watch.step(&report, device_bytes::<B>(&trainer.model().device()));
             let is_evaluated = self.args.evaluations > 0 && report.step % every == 0;
-            let improved = is_evaluated && self.evaluate(trainer, history, bar);
-            saver.report(bar);
+            let improved = is_evaluated && self.evaluate(trainer, history, watch);
+            saver.report(watch);
             if improved {
                 saver.save(self.checkpoint(trainer, history, true));
             } else {
@@ -133,17 +150,16 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Takes the loss on held-out rows; true if it is the lowest so far.
+    /// Takes the losses on held-out rows; true if the one that is trained is the lowest so far.
     fn evaluate<B: KernelBackend>(
         &self,
         trainer: &Trainer<B>,
         history: &mut History,
-        bar: &ProgressBar,
+        watch: &mut Watch,
     ) -> bool {
-        let Some(loss) = trainer.evaluate(&self.corpus.eval.rows) else { return false };
-        let step = trainer.steps_done();
-        bar.suspend(|| say!("held out  loss {loss:.3} after step {step}"));
-        history.add_held_out(step, loss)
+        let (step, losses) = (trainer.steps_done(), self.corpus.held_out.losses(trainer));
+        watch.held_out(step, &losses);
+        history.add_held_out(step, &losses)
     }
 
     /// The run as it stands.
@@ -182,12 +198,4 @@ impl Run<'_> {
         let advice = "the run goes on from its last checkpoint, when there is room again, with";
         failure.advise(format_args!("{advice} finetune --resume {}", self.out.display()))
     }
-}
-
-/// The last steps' mean loss and speed.
-fn progress(recent: &[StepReport]) -> String {
-    let loss = recent.iter().map(|report| report.loss).sum::<f64>() / recent.len() as f64;
-    let tokens: usize = recent.iter().map(|report| report.tokens).sum();
-    let seconds: f64 = recent.iter().map(|report| report.seconds).sum();
-    format!("loss {loss:.3}  {:.0} tokens/s", tokens as f64 / seconds)
 }

@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 
 use buzzer::train::{CheckpointError, CheckpointJob, CheckpointWriter, Written};
 use clap::Args;
-use indicatif::ProgressBar;
 
-use crate::say;
+use crate::Watch;
 
 /// Where in a run's folder the checkpoints are.
 pub(super) const CHECKPOINTS: &str = "checkpoints";
@@ -127,14 +126,14 @@ impl Saver {
     }
 
     /// Says what went wrong with a write that has ended, if one has.
-    pub(super) fn report(&mut self, bar: &ProgressBar) {
+    pub(super) fn report(&mut self, watch: &Watch) {
         if let Some(Written { step, result }) = self.writer.poll() {
             match result {
                 Ok(_) => self.saved = Some(step),
-                Err(error) => bar.suspend(|| {
-                    say!("warning   no checkpoint of step {step}: {error}");
-                    say!("          training goes on, and the next checkpoint is tried when it is due");
-                }),
+                Err(error) => {
+                    watch.note(&format!("warning   no checkpoint of step {step}: {error}"));
+                    watch.note("          training goes on, and the next checkpoint is tried when it is due");
+                }
             }
         }
     }

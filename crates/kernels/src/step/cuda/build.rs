@@ -104,7 +104,8 @@ pub(super) fn build(program: &StepProgram<Device>, limits: &Limits) -> Result<Bu
     let mut builder = Builder { program, kept: Kept::default(), dtype };
     let operations = program.operations.iter().map(|operation| builder.launch(operation));
     let mut launches = operations.collect::<Result<Vec<_>, _>>()?;
-    let most_rows = most_rows(&launches, limits).ok_or_else(|| wrong("the card has too little shared memory"))?;
+    let most_rows =
+        most_rows(&launches, limits).ok_or_else(|| wrong("the card has too little shared memory"))?;
     let [vocabulary, hidden] = [0, 1].map(|i| table.meta.shape()[i]);
     let shapes = Shapes {
         heads: program.heads,
@@ -167,7 +168,8 @@ impl Builder<'_> {
         let dims: Vec<_> = parts.iter().map(|part| dims(&part.weight)).collect();
         check(parts, &dims, target)?;
         let inner = dims[0][1];
-        let mut product = Product { part_count: parts.len() as i32, inner: inner as i32, ..Product::default() };
+        let mut product =
+            Product { part_count: parts.len() as i32, inner: inner as i32, ..Product::default() };
         for (own, part) in product.parts.iter_mut().zip(parts) {
             *own = self.part(part, inner)?;
             (own.first_row, own.first_rank) = (product.rows, product.ranks);
@@ -195,7 +197,9 @@ impl Builder<'_> {
     fn part(&mut self, part: &LinearPart<Device>, inner: usize) -> Result<Part, StepError> {
         let mut own = Part { rows: dims(&part.weight)[0] as i32, ..Part::default() };
         match &part.weight {
-            FrozenWeight::Dense(weight) => own.dense = self.kept.packed(primitive(weight.clone()), self.dtype)?,
+            FrozenWeight::Dense(weight) => {
+                own.dense = self.kept.packed(primitive(weight.clone()), self.dtype)?
+            }
             FrozenWeight::Nf4(weight) => self.packed_weight(weight, &mut own)?,
         }
         if let Some(lora) = &part.lora {

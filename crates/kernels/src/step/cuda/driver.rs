@@ -104,7 +104,10 @@ impl Driver {
             ],
             ..CompileOptions::default()
         };
-        let source = std::env::var("BUZZER_STEP_SOURCE").ok().and_then(|p| std::fs::read_to_string(p).ok()).unwrap_or_else(|| SOURCE.to_string()); // DEV
+        let source = std::env::var("BUZZER_STEP_SOURCE")
+            .ok()
+            .and_then(|p| std::fs::read_to_string(p).ok())
+            .unwrap_or_else(|| SOURCE.to_string()); // DEV
         let compiled = compile_ptx_with_opts(source, options)
             .map_err(|error| StepError(format!("NVRTC does not compile the kernels: {error:?}")))?;
         let image = CString::new(compiled.to_src()).map_err(|error| StepError(error.to_string()))?;
@@ -119,7 +122,9 @@ impl Driver {
         let product = function("step_product")?;
         let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function was just found.
-        unsafe { driver::function::set_function_attribute(product, most, self.limits.shared_of_block as i32) }?;
+        unsafe {
+            driver::function::set_function_attribute(product, most, self.limits.shared_of_block as i32)
+        }?;
         Ok(Kernels {
             product,
             attend: function(&format!("step_attend_{width}"))?,

@@ -154,16 +154,8 @@ pub(super) fn attention_splits(n: usize, heads: usize, limits: &Limits) -> usize
 mod tests {
     use super::*;
 
-    const H100: Limits = Limits {
-        compute_capability: 90,
-        processors: 132,
-        shared_of_block: 232_448,
-    };
-    const T4: Limits = Limits {
-        compute_capability: 75,
-        processors: 40,
-        shared_of_block: 65_536,
-    };
+    const H100: Limits = Limits { compute_capability: 90, processors: 132, shared_of_block: 232_448 };
+    const T4: Limits = Limits { compute_capability: 75, processors: 40, shared_of_block: 65_536 };
 
     #[test]
     fn every_batch_of_seven_billion_has_a_share_on_large_and_small_cards() {

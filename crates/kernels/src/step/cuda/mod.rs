@@ -16,7 +16,9 @@ use cudarc::driver::{result as cuda, sys};
 
 use self::build::{Built, Kept};
 use self::driver::{Driver, Kernels};
-use self::layout::{Attend, NORMALISED_BY_BLOCKS, Product, Share, attention_splits, THREADS, row_tiles, team};
+use self::layout::{
+    Attend, NORMALISED_BY_BLOCKS, Product, Share, THREADS, attention_splits, row_tiles, team,
+};
 use super::{StepError, StepProgram, StepRow, StepRunner, StepTarget};
 use crate::Heads;
 use crate::device::{Cube, primitive};
@@ -164,9 +166,21 @@ impl CudaRunner {
         let rows = (n as u32, 1, 1);
         let units = THREADS as u32;
         let ids = numbers;
-        launch(&self.driver, kernels.embed, rows, units, 0, &mut [
-            place(&self.embedding), place(&ids), place(&residual), place(&d), place(&ready), place(&products),
-        ])?;
+        launch(
+            &self.driver,
+            kernels.embed,
+            rows,
+            units,
+            0,
+            &mut [
+                place(&self.embedding),
+                place(&ids),
+                place(&residual),
+                place(&d),
+                place(&ready),
+                place(&products),
+            ],
+        )?;
         let mut number = 0;
         for operation in &self.launches {
             match operation {
@@ -178,10 +192,23 @@ impl CudaRunner {
             }
         }
         let vocabulary = self.shapes.vocabulary as i32;
-        launch(&self.driver, kernels.choose, rows, units, 0, &mut [place(&logits), place(&vocabulary), place(&choices)])
+        launch(
+            &self.driver,
+            kernels.choose,
+            rows,
+            units,
+            0,
+            &mut [place(&logits), place(&vocabulary), place(&choices)],
+        )
     }
 
-    fn submit_product(&self, n: usize, kernels: &Kernels, product: &Product, number: usize) -> Result<(), StepError> {
+    fn submit_product(
+        &self,
+        n: usize,
+        kernels: &Kernels,
+        product: &Product,
+        number: usize,
+    ) -> Result<(), StepError> {
         let limits = &self.driver.limits;
         let share = Share::new(n, product.inner as usize, product.ranks as usize, limits)
             .ok_or_else(|| wrong(format!("no room for {n} rows in shared memory")))?;
@@ -213,9 +240,14 @@ impl CudaRunner {
         let Product { residual, norm, epsilon, inner, .. } = product;
         let units = THREADS as u32;
         let to = self.room.normalised;
-        launch(&self.driver, kernels.normalise, (n as u32, 1, 1), units, 0, &mut [
-            place(residual), place(norm), place(epsilon), place(inner), place(&to),
-        ])
+        launch(
+            &self.driver,
+            kernels.normalise,
+            (n as u32, 1, 1),
+            units,
+            0,
+            &mut [place(residual), place(norm), place(epsilon), place(inner), place(&to)],
+        )
     }
 
     fn submit_attention(&self, n: usize, kernels: &Kernels, attend: &Attend) -> Result<(), StepError> {
