@@ -104,11 +104,7 @@ impl Driver {
             ],
             ..CompileOptions::default()
         };
-        let source = std::env::var("BUZZER_STEP_SOURCE")
-            .ok()
-            .and_then(|p| std::fs::read_to_string(p).ok())
-            .unwrap_or_else(|| SOURCE.to_string()); // DEV
-        let compiled = compile_ptx_with_opts(source, options)
+        let compiled = compile_ptx_with_opts(SOURCE, options)
             .map_err(|error| StepError(format!("NVRTC does not compile the kernels: {error:?}")))?;
         let image = CString::new(compiled.to_src()).map_err(|error| StepError(error.to_string()))?;
         // SAFETY: the image is what the compiler made, and ends with a zero; the names are those of its kernels.
