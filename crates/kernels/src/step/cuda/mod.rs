@@ -53,6 +53,7 @@ struct Ends {
 
 /// One launch of a step.
 #[derive(Clone, Copy, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a list of some hundred, and the larger one is the usual one")]
 enum Launch {
     Product(Product, Ends),
     Attend(Attend),
