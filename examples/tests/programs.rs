@@ -732,7 +732,7 @@ fn programs_take_names_on_the_hub_for_paths() {
     server.requests();
     let offline = [online[0], online[1], ("HF_HUB_OFFLINE", "1")];
     assert_eq!(run(&offline, "generate", &of_hub).0, answer);
-    let (out, merged) = (dir.path().join("run"), dir.path().join("merged"));
+    let (out, merged) = (dir.path().join("of-hub"), dir.path().join("merged"));
     let taught = ["--model", "buzzer/tiny", "--data", "hub:buzzer/clues/clues.csv", "--out", text(&out)];
     run(&offline, "finetune", &[&SHORT[..], &taught].concat());
     let config = json(&out.join("adapter/adapter_config.json"));
