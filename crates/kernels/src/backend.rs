@@ -203,7 +203,7 @@ pub trait KernelBackend: Backend {
         paged_attention::reference(q, heads, pages, index)
     }
 
-    /// A pass of one token a sequence, ready to run as a whole; see [`step`].
+    /// A pass of one token a sequence, ready to run as a whole; see [`step`](crate::step).
     ///
     /// # Errors
     /// If this backend has no kernels for such a pass, or not for these shapes and dtypes.
