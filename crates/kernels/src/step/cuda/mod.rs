@@ -2,7 +2,7 @@
 //!
 //! The kernels are CUDA C++ and not CubeCL, because a graph needs a stream that can be captured, and CubeCL's are private;
 //! because they need `mma` on factors that are unpacked in registers; and because one kernel waits for what another block of the
-//! same launch has written. See `docs/decisions/0013-steps-as-one-graph.md`.
+//! same launch has written. See `docs/decisions/0014-steps-as-one-graph.md`.
 
 mod build;
 mod driver;
