@@ -212,19 +212,9 @@ impl Args {
         Ok(clues)
     }
 
-    /// Greedy.
+    /// Greedy, as answers are where nothing else is asked for.
     fn answer(&self) -> AnswerArgs {
-        AnswerArgs {
-            max_new_tokens: self.max_new_tokens,
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            sample_seed: 0,
-            cache_limit: 4.0,
-            answer_batch: 64,
-        }
+        AnswerArgs { max_new_tokens: self.max_new_tokens, ..AnswerArgs::default() }
     }
 
     fn shard_bytes(&self) -> Result<u64, Failure> {

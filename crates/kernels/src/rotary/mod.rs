@@ -31,13 +31,18 @@ pub struct RotaryAngles<B: Backend> {
     pub sin: Tensor<B, 3>,
 }
 
+/// What a position is multiplied by for each pair of coordinates of a head, `[k / 2]`, for head width k and base θ.
+pub(crate) fn frequencies(head_dim: usize, theta: f64) -> Vec<f32> {
+    let frequency = |i: usize| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32;
+    (0..head_dim / 2).map(frequency).collect()
+}
+
 impl<B: Backend> RotaryAngles<B> {
     /// Angles for positions `[b, t]`, head width k and base θ.
     #[must_use]
     pub fn new(positions: Tensor<B, 2, Int>, head_dim: usize, theta: f64) -> Self {
         let half = head_dim / 2;
-        let frequency = |i: usize| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32;
-        let frequencies = TensorData::new((0..half).map(frequency).collect::<Vec<_>>(), [1, 1, half]);
+        let frequencies = TensorData::new(frequencies(head_dim, theta), [1, 1, half]);
         let frequencies = Tensor::<B, 3>::from_data(frequencies, (&positions.device(), DType::F32));
         let angles = positions.float().cast(DType::F32).unsqueeze_dim::<3>(2) * frequencies;
         Self { cos: angles.clone().cos(), sin: angles.sin() }

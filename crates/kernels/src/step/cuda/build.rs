@@ -14,7 +14,7 @@ use crate::device::{Cube, primitive, uninitialized};
 use crate::nf4::kernel::DeviceScales;
 use crate::nf4::{NF4_CODE, dynamic_code};
 use crate::step::{StepError, StepOperation, StepProgram, StepSource, StepTarget};
-use crate::{FrozenWeight, LinearPart, LoraTerm, Nf4Tensor};
+use crate::{FrozenWeight, LinearPart, LoraTerm, Nf4Tensor, rotary};
 
 type Device = Cube<CudaRuntime>;
 type Memory = CubeTensor<CudaRuntime>;
@@ -71,12 +71,14 @@ impl Kept {
     }
 
     fn floats(&mut self, values: Vec<f32>, like: &Memory) -> Result<u64, StepError> {
-        let data = TensorData::new(values.clone(), [values.len()]);
+        let count = values.len();
+        let data = TensorData::new(values, [count]);
         self.address(primitive(Tensor::<Device, 1>::from_data(data, (&like.device, DType::F32))))
     }
 
     fn words(&mut self, values: Vec<i32>, like: &Memory) -> Result<u64, StepError> {
-        let data = TensorData::new(values.clone(), [values.len()]);
+        let count = values.len();
+        let data = TensorData::new(values, [count]);
         self.address(Tensor::<Device, 1, Int>::from_data(data, (&like.device, DType::I32)).into_primitive())
     }
 
@@ -310,12 +312,11 @@ impl Builder<'_> {
     }
 
     fn tables(&mut self, like: &Memory) -> Result<Tables, StepError> {
-        let width = self.program.heads.width;
-        let frequency = |i: usize| (1.0 / self.program.theta.powf(2.0 * i as f64 / width as f64)) as f32;
+        let frequencies = rotary::frequencies(self.program.heads.width, self.program.theta);
         Ok(Tables {
             pairs: self.kept.words(pairs(self.dtype), like)?,
             dynamic: self.kept.floats(dynamic_code().to_vec(), like)?,
-            frequencies: self.kept.floats((0..width / 2).map(frequency).collect(), like)?,
+            frequencies: self.kept.floats(frequencies, like)?,
         })
     }
 }
