@@ -6,18 +6,17 @@
 //! beginning. Tokens a second are counted while all answers of a batch are in progress: from the last first token
 //! to the first end.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use buzzer::DeviceJob;
 use buzzer::burn::tensor::DType;
 use buzzer::infer::{Engine, EngineSettings, Event, Request};
 use buzzer::kernels::{Card, KernelBackend};
 use buzzer::model::{Llama, LlamaConfig, LoraSettings, PagedCache, Target};
-use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
-    BATCH_SECONDS, BenchError, Compute, Row, Shapes, commit, copy_rate, dtype_name, random_ids, run_bench,
-    wait, write_rows,
+    BATCH_SECONDS, BenchError, CommonArgs, Compute, Row, Shapes, commit, copy_rate, dtype_name, random_ids,
+    run_bench, wait,
 };
 use clap::Parser;
 
@@ -62,20 +61,13 @@ struct Arguments {
     /// Dtype to compute in [default: what the device has].
     #[arg(long, value_enum)]
     dtype: Option<Compute>,
-    /// Where to run [default: the best device here].
-    #[arg(long, default_value_t, hide_default_value = true)]
-    device: Device,
-    /// Write the rows of the table here as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Cargo passes this to every bench.
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    run_bench("decode", arguments.device, Job(&arguments))
+    run_bench("decode", arguments.common.device, Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);
@@ -87,7 +79,7 @@ impl DeviceJob for Job<'_> {
         let card = B::card(device);
         let dtype = Compute::dtype(self.0.dtype, card.as_ref());
         let config = self.0.config(card.as_ref());
-        let name = card.as_ref().map_or_else(|| self.0.device.to_string(), |card| card.name.clone());
+        let name = card.as_ref().map_or_else(|| self.0.common.device.to_string(), |card| card.name.clone());
         println!(
             "decode on {name}, {dtype:?}: {} parameters, rank {}",
             config.parameters(),
@@ -110,10 +102,7 @@ impl DeviceJob for Job<'_> {
         for &batch in &self.0.batch {
             setup.measure(batch as usize)?;
         }
-        if let Some(path) = &self.0.json {
-            write_rows(path, &setup.rows)?;
-        }
-        Ok(())
+        self.0.common.write(&setup.rows)
     }
 }
 

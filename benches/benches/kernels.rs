@@ -11,19 +11,18 @@
 //! What it trades: inputs are the same in every call, so what fits into a cache stays there, and a share above 1 is
 //! possible for small tensors. What it refuses: grouped queries, which Llama-2-7B does not have.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
+use buzzer::DeviceJob;
 use buzzer::burn::tensor::{DType, Distribution, Int, Tensor, TensorData};
 use buzzer::kernels::{
     AdamW, AdamWState, AdamWState8, AttentionIndex, Dropout, FrozenWeight, Heads, KernelBackend, LinearPart,
     LoraTerm, RotaryAngles, Spent, adamw, attention, cross_entropy, nf4, qlora_linear, rms_norm, rotary,
     swiglu,
 };
-use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
-    BATCH_SECONDS, BenchError, Compute, Row, commit, copy_rate, dtype_name, is_large, median_seconds,
-    peak_memory_bytes, product_rate, product_rows, random, run_bench, write_rows,
+    BATCH_SECONDS, BenchError, CommonArgs, Compute, Row, commit, copy_rate, dtype_name, is_large,
+    median_seconds, peak_memory_bytes, product_rate, product_rows, random, run_bench,
 };
 use clap::Parser;
 
@@ -31,29 +30,22 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "kernels")]
 struct Arguments {
-    /// Where to run [default: the best device here].
-    #[arg(long, default_value_t, hide_default_value = true)]
-    device: Device,
     /// Dtype to compute in [default: what the device has].
     #[arg(long, value_enum)]
     dtype: Option<Compute>,
-    /// Write the rows of the table here as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
     /// Measure only operations with this in their name.
     #[arg(long, value_name = "NAME", default_value = "")]
     filter: String,
     /// Rows of tokens [default: 8192, tiny 64]; cut to whole sequences.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rows: Option<u32>,
-    /// Cargo passes this to every bench.
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    run_bench("kernels", arguments.device, Job(&arguments))
+    run_bench("kernels", arguments.common.device, Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);
@@ -89,10 +81,7 @@ impl DeviceJob for Job<'_> {
         if bench.rows.len() == ceilings {
             return Err(BenchError::Filter(self.0.filter.clone()));
         }
-        if let Some(path) = &self.0.json {
-            write_rows(path, &bench.rows)?;
-        }
-        Ok(())
+        self.0.common.write(&bench.rows)
     }
 }
 
@@ -222,7 +211,7 @@ impl<'a, B: KernelBackend> Bench<'a, B> {
             most_scratch_bytes: usize::try_from(memory / 2).unwrap_or(usize::MAX),
             ceilings: [f64::NAN; 2],
             rows: Vec::new(),
-            device_name: card.map_or_else(|| arguments.device.to_string(), |card| card.name),
+            device_name: card.map_or_else(|| arguments.common.device.to_string(), |card| card.name),
             commit: commit(),
         }
     }

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use buzzer::DeviceJob;
 use buzzer::burn::tensor::DType;
 use buzzer::kernels::KernelBackend;
 use buzzer::model::{Llama, Target};
@@ -25,10 +26,9 @@ use buzzer::weights::{
     FloatType, Merge, Quantization, WEIGHT_FILES, indexed_files, load_llama, model_tensors, write_merged,
     write_model,
 };
-use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
-    BenchError, Compute, Row, Shapes, commit, dtype_name, memory_of_process, peak_memory_bytes, run_bench,
-    wait, write_rows,
+    BenchError, CommonArgs, Compute, Row, Shapes, commit, dtype_name, memory_of_process, peak_memory_bytes,
+    run_bench, wait,
 };
 use clap::Parser;
 use tempfile::TempDir;
@@ -50,20 +50,13 @@ struct Arguments {
     /// Dtype of what is not packed [default: what the device has].
     #[arg(long, value_enum)]
     dtype: Option<Compute>,
-    /// Where to run [default: the best device here].
-    #[arg(long, default_value_t, hide_default_value = true)]
-    device: Device,
-    /// Write the rows of the table here as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Cargo passes this to every bench.
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    run_bench("load", arguments.device, Job(&arguments))
+    run_bench("load", arguments.common.device, Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);
@@ -85,7 +78,7 @@ impl DeviceJob for Job<'_> {
     fn run<B: KernelBackend>(self, device: &B::Device) -> Self::Output {
         let card = B::card(device);
         let dtype = Compute::dtype(self.0.dtype, card.as_ref());
-        let name = card.map_or_else(|| self.0.device.to_string(), |card| card.name);
+        let name = card.map_or_else(|| self.0.common.device.to_string(), |card| card.name);
         let (folder, _temporary) = match &self.0.checkpoint {
             Some(folder) => (folder.clone(), None),
             None => {
@@ -97,10 +90,7 @@ impl DeviceJob for Job<'_> {
         let files = Files::read_twice(weight_files(&folder)?)?;
         let loaded = load::<B>(&folder, dtype, device)?;
         let rows = table(&name, dtype, &files, &loaded);
-        if let Some(path) = &self.0.json {
-            write_rows(path, &rows)?;
-        }
-        Ok(())
+        self.0.common.write(&rows)
     }
 }
 

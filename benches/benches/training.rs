@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use buzzer::DeviceJob;
 use buzzer::burn::tensor::DType;
 use buzzer::data::{Clue, PackOptions, Packed, PackedRow, ReadOptions, clean, pack, read_clues};
 use buzzer::kernels::KernelBackend;
@@ -17,10 +18,9 @@ use buzzer::train::{
     Engine, FrozenFormat, MemoryPlan, OptimizerSettings, PlanSettings, ScheduleKind, Shape, TrainSettings,
     Trainer, token_flop,
 };
-use buzzer::{Device, DeviceJob};
 use buzzer_benches::{
-    BATCH_SECONDS, BenchError, Compute, Row, Shapes, commit, dtype_name, product_rate, product_rows,
-    random_ids, run_bench, wait, write_rows,
+    BATCH_SECONDS, BenchError, CommonArgs, Compute, Row, Shapes, commit, dtype_name, product_rate,
+    product_rows, random_ids, run_bench, wait,
 };
 use clap::{Parser, ValueEnum};
 
@@ -76,15 +76,8 @@ struct Arguments {
     /// Steps that are timed.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
-    /// Where to run [default: the best device here].
-    #[arg(long, default_value_t, hide_default_value = true)]
-    device: Device,
-    /// Write the rows of the table here as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Cargo passes this to every bench.
-    #[arg(long, hide = true)]
-    bench: bool,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -97,7 +90,7 @@ enum Rows {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    run_bench("training", arguments.device, Job(&arguments))
+    run_bench("training", arguments.common.device, Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);
@@ -114,10 +107,7 @@ impl DeviceJob for Job<'_> {
         for row in &table {
             println!("{:<44} {:>14.3} {}", row.name, row.value, row.unit);
         }
-        if let Some(path) = &self.0.json {
-            write_rows(path, &table)?;
-        }
-        Ok(())
+        self.0.common.write(&table)
     }
 }
 
@@ -172,7 +162,7 @@ impl Setup {
             dtype: Compute::dtype(arguments.dtype, card.as_ref()),
             steps: arguments.steps as usize,
             clue_tokens: None,
-            device: card.map_or_else(|| arguments.device.to_string(), |card| card.name),
+            device: card.map_or_else(|| arguments.common.device.to_string(), |card| card.name),
         })
     }
 

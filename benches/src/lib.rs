@@ -12,7 +12,7 @@ use buzzer::burn::tensor::{DType, Distribution, Tensor};
 use buzzer::kernels::{Card, FrozenWeight, KernelBackend, LinearPart, qlora_linear};
 use buzzer::model::LlamaConfig;
 use buzzer::{Device, DeviceJob};
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 /// Seconds that the calls between two waits for the device take together, so that waiting and launching are hidden.
@@ -23,6 +23,33 @@ const REPEATS: usize = 7;
 
 /// Most calls between two waits.
 const MOST_CALLS: f64 = 100.0;
+
+/// What every bench on a device takes.
+#[derive(Args, Clone, Debug)]
+pub struct CommonArgs {
+    /// Where to run [default: the best device here].
+    #[arg(long, default_value_t, hide_default_value = true)]
+    pub device: Device,
+    /// Write the rows of the table here as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Cargo passes this to every bench.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+impl CommonArgs {
+    /// Writes the rows where they were asked for.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write(&self, rows: &[Row]) -> Result<(), BenchError> {
+        match &self.json {
+            Some(path) => Ok(write_rows(path, rows)?),
+            None => Ok(()),
+        }
+    }
+}
 
 /// One measured number.
 #[derive(Clone, Debug, Serialize)]
