@@ -97,14 +97,7 @@ impl Library {
             return Err("libcublasLt is not on the library path".into());
         }
         let context = CudaContext::new(device.index).map_err(|error| format!("no CUDA context: {error}"))?;
-        let version = driver_version()?;
-        if version < CONTEXT_EVENTS {
-            return Err(format!(
-                "the driver speaks CUDA {}.{}, and 12.5 is needed",
-                version / 1000,
-                version % 1000 / 10
-            ));
-        }
+        check_context_events()?;
         Self::with_context(context, device).map_err(|error| format!("cuBLASLt: {error}"))
     }
 
@@ -211,6 +204,16 @@ impl Library {
         }
         Ok(())
     }
+}
+
+/// Whether the driver has events of a whole context, with which a stream of ours follows CubeCL's.
+pub(crate) fn check_context_events() -> Result<(), String> {
+    let version = driver_version()?;
+    if version < CONTEXT_EVENTS {
+        let (major, minor) = (version / 1000, version % 1000 / 10);
+        return Err(format!("the driver speaks CUDA {major}.{minor}, and 12.5 is needed"));
+    }
+    Ok(())
 }
 
 pub(super) fn driver_version() -> Result<i32, String> {

@@ -10,6 +10,9 @@
 #[cfg(feature = "cuda")]
 mod cublaslt;
 
+#[cfg(feature = "cuda")]
+pub(crate) use cublaslt::check_context_events;
+
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::kernel::{cast, into_contiguous};

@@ -7,6 +7,7 @@ use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
 use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 
 use super::layout::{THREADS, table_row};
+use crate::product::check_context_events;
 use crate::step::StepError;
 
 const SOURCE: &str = include_str!("../kernels.cu");
@@ -51,6 +52,7 @@ impl Driver {
     pub(super) fn open(index: usize) -> Result<Self, StepError> {
         use sys::CUdevice_attribute as Attribute;
         let context = CudaContext::new(index)?;
+        check_context_events().map_err(StepError)?;
         context.bind_to_thread()?;
         let attribute = |attribute| {
             let value = context.attribute(attribute)?;
