@@ -235,6 +235,44 @@ fn evaluations_that_make_no_sense_are_refused_before_any_answer() {
 }
 
 #[test]
+fn a_base_made_of_clues_can_be_fine_tuned() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, records, run] = ["base", "records", "run"].map(|name| dir.path().join(name));
+    let small =
+        ["--row-len", "64", "--batch", "4", "--vocab", "512", "--hidden", "64", "--intermediate", "192"];
+    let of_clues =
+        ["--clues", "--eval-limit", "20", "--packing", "wrapped", "--steps", "6", "--evaluations", "2"];
+    let folders = ["--out", text(&base), "--records", text(&records), "--device", "cpu"];
+    succeeds("make_base", &[&small[..], &of_clues, &folders].concat());
+    let report = json(&base.join("report.json"));
+    assert_eq!((&report["statements"], &report["steps"]), (&3380.into(), &6.into()));
+    let lines = fs::read_to_string(records.join("metrics.jsonl")).unwrap();
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of_kind = |kind: &str| lines.iter().filter(|line| line["kind"] == kind).collect::<Vec<_>>();
+    let (steps, held_out) = (of_kind("step"), of_kind("held-out"));
+    assert_eq!((steps.len(), held_out.len()), (6, 2));
+    assert_eq!((&steps[5]["tokens"], &steps[5]["loss_on"]), (&256.into(), &"all".into()));
+    assert!(held_out[1]["loss_all"].as_f64() < held_out[0]["loss_all"].as_f64(), "{held_out:?}");
+    assert_eq!(held_out[1]["loss_all"], report["loss"]["held_out"]);
+    let base = text(&base);
+    let few = ["--preset", "small", "--steps", "2", "--eval-limit", "4", "--device", "cpu"];
+    succeeds("finetune", &[&few[..], &["--model", base, "--out", text(&run)]].concat());
+}
+
+#[test]
+fn bases_that_make_no_sense_are_refused() {
+    refuses(
+        "make_base",
+        &["--hidden", "100", "--heads", "3"],
+        &["--hidden 100", "--heads 3", "multiple of 6"],
+    );
+    refuses("make_base", &["--row-len", "1"], &["--row-len 1", "two tokens"]);
+    refuses("make_base", &["--statements", "none.txt"], &["none.txt"]);
+    refuses("make_base", &["--clues", "--data", "none.csv"], &["none.csv"]);
+    refuses("make_base", &["--dtype", "f16", "--device", "cpu"], &["--dtype f16", "f32 only"]);
+}
+
+#[test]
 fn one_flag_holds_out_the_clues_aired_last() {
     let dir = tempfile::tempdir().unwrap();
     let args = ["--split", "air-date", "--eval-fraction", "0.01", "--out", text(dir.path())];

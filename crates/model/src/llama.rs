@@ -192,7 +192,17 @@ impl<B: KernelBackend> Llama<B> {
         context: &BlockContext<B>,
         dropout: Option<Dropout>,
     ) -> Tensor<B, 2> {
-        let mut x = self.embed(ids);
+        self.hidden_from(self.embed(ids), context, dropout)
+    }
+
+    /// The same from what [`Self::embed`] gave `[b t, d]`, computed in its dtype.
+    #[must_use]
+    pub fn hidden_from(
+        &self,
+        mut x: Tensor<B, 2>,
+        context: &BlockContext<B>,
+        dropout: Option<Dropout>,
+    ) -> Tensor<B, 2> {
         for (layer, block) in self.blocks.iter().enumerate() {
             x = block.forward(x, context, dropout.map(|dropout| dropout.derive(layer as u64)));
         }

@@ -24,7 +24,9 @@ pub use checkpoint::{
 };
 pub use error::TrainError;
 pub use gradients::LoraGradients;
-pub use plan::{Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork, token_flop};
+pub use plan::{
+    Engine, FrozenFormat, MemoryPlan, PlanSettings, Shape, StepWork, dense_token_flop, token_flop,
+};
 pub use pretrain::{PretrainSettings, Pretrainer};
 pub use scaling::LossScale;
 pub use schedule::{Schedule, ScheduleKind};

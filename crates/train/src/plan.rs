@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use ledger::{Buffer, Ledger, Part};
 
-pub use work::{StepWork, token_flop};
+pub use work::{StepWork, dense_token_flop, token_flop};
 
 use crate::batch::rows_at_head;
 

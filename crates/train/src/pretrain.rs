@@ -1,20 +1,23 @@
 //! Training a small dense model whole, under plain autodiff.
 //!
 //! It exists so that the base model shipped with this project is made by this project. It trades memory for plainness:
-//! every activation is kept. Weight decay is for matrices only, as usual.
+//! every activation is kept. Weights, their gradients and the moments are f32; between embedding and loss everything is computed in
+//! the dtype of the settings, to which a weight is cast where it is used. Losses are not scaled, so f16 is out of reach. Weight
+//! decay is for matrices only, as usual.
 
 use std::collections::HashMap;
+use std::time::Instant;
 
 use burn::backend::Autodiff;
 use burn::module::{Module, ModuleMapper, Param, ParamId};
-use burn::tensor::Tensor;
 use burn::tensor::backend::AutodiffBackend;
+use burn::tensor::{DType, Tensor};
 use buzzer_data::Batch;
 use buzzer_kernels::{AdamWState, KernelBackend};
 use buzzer_model::{BlockContext, Llama, LlamaConfig};
 
 use crate::gradients::scalar;
-use crate::{DeviceBatch, OptimizerSettings, Schedule, TrainError};
+use crate::{DeviceBatch, OptimizerSettings, Schedule, StepReport, TrainError};
 
 /// How to train.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,6 +28,8 @@ pub struct PretrainSettings {
     pub schedule: Schedule,
     /// Decides the initial weights.
     pub seed: u64,
+    /// What is computed in: f32 or bf16.
+    pub dtype: DType,
 }
 
 /// A dense model in training.
@@ -52,11 +57,24 @@ impl<B: KernelBackend> Pretrainer<B> {
         self.model.valid()
     }
 
-    /// One step on one batch; returns its mean loss before the step.
+    /// The sizes.
+    #[must_use]
+    pub fn config(&self) -> &LlamaConfig {
+        self.model.config()
+    }
+
+    /// How it is trained.
+    #[must_use]
+    pub fn settings(&self) -> &PretrainSettings {
+        &self.settings
+    }
+
+    /// One step on one batch.
     ///
     /// # Errors
     /// If the batch has no target, or loss or gradient is no finite number.
-    pub fn step(&mut self, batch: &Batch) -> Result<f64, TrainError> {
+    pub fn step(&mut self, batch: &Batch) -> Result<StepReport, TrainError> {
+        let started = Instant::now();
         let batch = DeviceBatch::<Autodiff<B>>::new(batch, &self.model.device());
         let step = self.step + 1;
         if batch.loss_tokens == 0 {
@@ -82,17 +100,47 @@ impl<B: KernelBackend> Pretrainer<B> {
             let sum = found.remove(&tied).map_or(head.clone(), |embedding| embedding + head);
             found.insert(tied, sum);
         }
-        self.update(found)?;
+        let grad_norm = self.update(found)?;
+        let learning_rate = self.settings.schedule.rate(self.step);
         self.step = step;
-        Ok(loss)
+        Ok(StepReport {
+            step,
+            loss,
+            grad_norm,
+            learning_rate,
+            tokens: batch.tokens,
+            loss_tokens: batch.loss_tokens,
+            seconds: started.elapsed().as_secs_f64(),
+            loss_scale: 1.0,
+            skipped: false,
+        })
+    }
+
+    /// Mean loss over the targets of batches that are not learnt, or `None` if they have no target.
+    #[must_use]
+    pub fn evaluate(&self, batches: impl IntoIterator<Item = Batch>) -> Option<f64> {
+        let (mut sum, mut count) = (0.0, 0);
+        for batch in batches {
+            let batch = DeviceBatch::<Autodiff<B>>::new(&batch, &self.model.device());
+            let (hidden, head) = self.hidden(&batch);
+            let losses = B::cross_entropy(hidden.inner(), head, batch.targets.inner());
+            sum += f64::from(scalar(losses.sum()));
+            count += batch.loss_tokens;
+        }
+        (count > 0).then(|| sum / count as f64)
+    }
+
+    /// What reaches the head `[n, d]`, and the head `[v, d]` in its dtype.
+    fn hidden(&self, batch: &DeviceBatch<Autodiff<B>>) -> (Tensor<Autodiff<B>, 2>, Tensor<B, 2>) {
+        let (model, dtype) = (&self.model, self.settings.dtype);
+        let context = BlockContext::rows(model.config(), batch.documents.clone(), batch.positions.clone());
+        let hidden = model.hidden_from(model.embed(batch.ids.clone()).cast(dtype), &context, None);
+        (batch.at_head(hidden, |rows| rows), model.head_weight().inner().cast(dtype))
     }
 
     /// The loss, what autodiff found, and the head's gradient, which the fused loss gives.
     fn backward(&self, batch: &DeviceBatch<Autodiff<B>>) -> (f64, Grads<B>, Tensor<B, 2>) {
-        let context =
-            BlockContext::rows(self.model.config(), batch.documents.clone(), batch.positions.clone());
-        let hidden = batch.at_head(self.model.hidden(batch.ids.clone(), &context, None), |rows| rows);
-        let head = self.model.head_weight().inner();
+        let (hidden, head) = self.hidden(batch);
         let (rows, targets) = (hidden.clone().inner(), batch.targets.clone().inner());
         let scale = 1.0 / batch.loss_tokens as f64;
         let loss = B::cross_entropy_with_gradient(rows, head, targets, scale, true);
@@ -101,7 +149,8 @@ impl<B: KernelBackend> Pretrainer<B> {
         (f64::from(scalar(loss.loss_sum)) * scale, grads, d_head)
     }
 
-    fn update(&mut self, mut gradients: HashMap<ParamId, Tensor<B, 1>>) -> Result<(), TrainError> {
+    /// Clips and applies the gradients; their norm before that.
+    fn update(&mut self, mut gradients: HashMap<ParamId, Tensor<B, 1>>) -> Result<f64, TrainError> {
         let step = self.step + 1;
         let squares = gradients.values().map(|gradient| gradient.clone().square().sum());
         let norm = squares.reduce(|sum, next| sum + next).map_or(0.0, |sum| f64::from(scalar(sum)).sqrt());
@@ -120,7 +169,7 @@ impl<B: KernelBackend> Pretrainer<B> {
         let mut apply = Apply { trainer: self, gradients, step };
         let model = apply.trainer.model.clone().map(&mut apply);
         self.model = model;
-        Ok(())
+        Ok(norm)
     }
 }
 

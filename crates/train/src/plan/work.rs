@@ -41,8 +41,18 @@ impl StepWork {
 /// 64 on all linears.
 #[must_use]
 pub fn token_flop(config: &LlamaConfig, lora: &LoraSettings) -> f64 {
-    let frozen = config.linear_parameters() + config.vocab_size * config.hidden_size;
-    4.0 * frozen as f64 + 6.0 * lora.parameters(config) as f64
+    4.0 * multiplied(config) + 6.0 * lora.parameters(config) as f64
+}
+
+/// The same where every weight is trained: 6 for each that is multiplied.
+#[must_use]
+pub fn dense_token_flop(config: &LlamaConfig) -> f64 {
+    6.0 * multiplied(config)
+}
+
+/// Weights that a token is multiplied with: the linears and the head.
+fn multiplied(config: &LlamaConfig) -> f64 {
+    (config.linear_parameters() + config.vocab_size * config.hidden_size) as f64
 }
 
 fn layers(settings: &PlanSettings) -> f64 {

@@ -586,10 +586,14 @@ fn gradients_are_clipped_together() {
 }
 
 fn pretrainer(tied: bool, seed: u64) -> Pretrainer<Flex> {
+    pretrainer_in(DType::F32, tied, seed)
+}
+
+fn pretrainer_in(dtype: DType, tied: bool, seed: u64) -> Pretrainer<Flex> {
     let optimizer = OptimizerSettings { max_grad_norm: None, ..OptimizerSettings::default() };
     let schedule = Schedule::new(ScheduleKind::Constant, 1e-2, 0, 1);
     let config = config().with_tie_word_embeddings(tied);
-    Pretrainer::new(&config, PretrainSettings { optimizer, schedule, seed }, &Default::default())
+    Pretrainer::new(&config, PretrainSettings { optimizer, schedule, seed, dtype }, &Default::default())
 }
 
 #[test]
@@ -599,7 +603,7 @@ fn a_whole_model_learns_a_tiny_corpus() {
         let run = |seed| {
             let mut trainer = pretrainer(tied, seed);
             assert_eq!(trainer.model().head.is_none(), tied);
-            let losses: Vec<_> = (0..40).map(|_| trainer.step(&batch).unwrap()).collect();
+            let losses: Vec<_> = (0..40).map(|_| trainer.step(&batch).unwrap().loss).collect();
             (losses, host(trainer.model().embedding.val()))
         };
         let first = run(1);
@@ -664,7 +668,13 @@ fn a_whole_models_first_step_goes_against_every_gradient() {
         let gradients = take.found;
         assert_eq!(gradients.len(), parameters);
 
-        close(trainer.step(&collated(&rows)).unwrap(), f64::from(loss.into_scalar()), 1e-5);
+        let evaluated = trainer.evaluate([collated(&rows), collated(&rows)]).unwrap();
+        let report = trainer.step(&collated(&rows)).unwrap();
+        close(report.loss, f64::from(loss.into_scalar()), 1e-5);
+        close(evaluated, report.loss, 1e-6);
+        let norm = gradients.iter().map(|gradient| f64::from(*gradient).powi(2)).sum::<f64>().sqrt();
+        close(report.grad_norm, norm, 1e-4 * norm);
+        assert_eq!((report.step, report.learning_rate), (1, 1e-2));
         // Adam's first change is the learning rate, against the sign of the gradient.
         let (before, after) = (weights(before), weights(trainer.model()));
         let mut clear = 0;
@@ -677,6 +687,22 @@ fn a_whole_models_first_step_goes_against_every_gradient() {
         }
         assert!(clear * 2 > parameters, "{clear} of {parameters}");
     }
+}
+
+#[test]
+fn a_whole_model_computed_in_bf16_keeps_weights_in_f32_and_learns_alike() {
+    let batch = collated(&packed(12));
+    let run = |dtype| {
+        let mut trainer = pretrainer_in(dtype, false, 1);
+        let losses: Vec<f64> = (0..40).map(|_| trainer.step(&batch).unwrap().loss).collect();
+        assert_eq!(trainer.model().dtype(), DType::F32);
+        losses
+    };
+    let (exact, rounded) = (run(DType::F32), run(DType::BF16));
+    assert_ne!(exact, rounded);
+    // bf16 has eight bits.
+    close(rounded[0], exact[0], 1e-2 * exact[0]);
+    assert!(rounded[39] < 0.3 * rounded[0], "{rounded:?}");
 }
 
 #[test]
