@@ -87,13 +87,16 @@ impl Run {
     }
 
     fn draw_accuracy(&self, area: &Panel<'_>) -> Drawn {
-        let mut chart = chart(area, "held-out clues answered", [&self.step_axis(), &Axis::percent("%")])?;
         let exact = |record: &AccuracyRecord| {
             let hits = (record.exact_match * record.n as f64).round() as usize;
             Point::percent(record.step as f64, record.exact_match, wilson(hits, record.n))
         };
         let exact: Vec<Point> = self.accuracy.iter().map(exact).collect();
-        let f1 = self.accuracy.iter().map(|record| (record.step as f64, 100.0 * record.f1)).collect();
+        let f1: Vec<(f64, f64)> =
+            self.accuracy.iter().map(|record| (record.step as f64, 100.0 * record.f1)).collect();
+        let highest = exact.iter().map(|point| point.high).chain(f1.iter().map(|&(_, f1)| f1));
+        let y = percent_up_to(highest.fold(0.0, f64::max));
+        let mut chart = chart(area, "held-out clues answered", [&self.step_axis(), &y])?;
         line(
             &mut chart,
             exact.iter().map(|point| (point.x, point.y)).collect(),
@@ -104,6 +107,12 @@ impl Run {
         marked(&mut chart, f1, GREEN, "F1")?;
         legend(&mut chart, SeriesLabelPosition::LowerRight)
     }
+}
+
+/// An axis of percents from 0 to the first of a few round numbers that is not below the highest value.
+fn percent_up_to(highest: f64) -> Axis {
+    let top = [5.0, 10.0, 20.0, 50.0].into_iter().find(|&top| highest <= top).unwrap_or(100.0);
+    Axis { range: 0.0..top, digits: if top < 10.0 { 1 } else { 0 }, ..Axis::percent("%") }
 }
 
 /// A line with a dot at each of its points, if it has any.
@@ -174,6 +183,12 @@ mod tests {
     fn a_run_without_a_step_still_has_a_plot() {
         let dir = tempfile::tempdir().unwrap();
         assert!(plot_training(dir.path(), &[]).unwrap().is_file());
+    }
+
+    #[test]
+    fn low_scores_have_a_low_axis() {
+        let top = |highest| percent_up_to(highest).range.end;
+        assert_eq!([0.0, 5.0, 5.1, 30.0, 50.1, 100.0].map(top), [5.0, 5.0, 10.0, 50.0, 100.0, 100.0]);
     }
 
     #[test]
