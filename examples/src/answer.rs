@@ -5,7 +5,7 @@ use buzzer::eval::{Scores, judge};
 use buzzer::infer::{Answer, Engine, EngineSettings, Event, FinishReason, InferError, Request, Sampling};
 use buzzer::kernels::KernelBackend;
 use buzzer::model::{Llama, PagedCache};
-use buzzer::text::Renderer;
+use buzzer::text::{Fields, Renderer, Template};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
@@ -14,15 +14,21 @@ use crate::Failure;
 /// Tokens of a page of the cache.
 const PAGE_TOKENS: usize = 16;
 
+/// How clues are written unless something else is asked for: at most so many tokens, at such a temperature. The likeliest clue for a
+/// category is one and the same, so writing has to be random.
+pub(crate) const WRITING: [(&str, &str); 2] = [("max_new_tokens", "80"), ("temperature", "0.8")];
+
 /// How to answer.
 #[derive(Args, Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AnswerArgs {
-    /// Tokens of an answer at most
-    #[arg(long, value_name = "N", default_value_t = Self::default().max_new_tokens)]
+    /// Tokens of an answer at most; with --template clue 80 if not given
+    #[arg(long, value_name = "N", default_value_t = Self::default().max_new_tokens,
+          default_value_if("template", "clue", WRITING[0].1))]
     pub max_new_tokens: usize,
-    /// 0 takes the likeliest token; higher is more random
-    #[arg(long, value_name = "T", default_value_t = Self::default().temperature)]
+    /// 0 takes the likeliest token; higher is more random; with --template clue 0.8 if not given
+    #[arg(long, value_name = "T", default_value_t = Self::default().temperature,
+          default_value_if("template", "clue", WRITING[1].1))]
     pub temperature: f64,
     /// Choose among the K likeliest tokens only; 0 for all
     #[arg(long, value_name = "K", default_value_t = Self::default().top_k)]
@@ -48,15 +54,32 @@ pub struct AnswerArgs {
     pub answer_batch: u32,
 }
 
-/// A clue and what the model said.
+/// A clue and what the model said: an answer to it, or, where clues are written, another clue for its category and answer.
 #[derive(Clone, Debug)]
 pub struct Answered {
     /// The clue.
     pub clue: Clue,
-    /// The answer, trimmed; empty if the clue does not fit the model's context.
+    /// What was wanted.
+    pub template: Template,
+    /// The answer, trimmed; empty if the prompt does not fit the model's context.
     pub answer: String,
     /// Natural logarithm of its probability; none if the clue does not fit.
     pub log_prob: Option<f64>,
+}
+
+impl Answered {
+    /// What the prompt showed beside the category, and what the file has as the answer to it.
+    #[must_use]
+    pub fn given_and_expected(&self) -> [&str; 2] {
+        self.template.given_and_wanted(&fields(&self.clue))
+    }
+}
+
+/// A clue as a template takes it.
+#[must_use]
+pub fn fields(clue: &Clue) -> Fields<'_> {
+    let Clue { category, question, answer, .. } = clue;
+    Fields { category, question, answer }
 }
 
 impl Default for AnswerArgs {
@@ -146,12 +169,14 @@ pub fn answer_clues<B: KernelBackend>(
     args: &AnswerArgs,
     mut done: impl FnMut(usize),
 ) -> Result<Vec<Answered>, Failure> {
-    let prompt = |clue: &Clue| renderer.prompt(&clue.category, &clue.question);
+    let template = renderer.template();
+    let prompt = |clue: &Clue| renderer.prompt(&clue.category, template.given_and_wanted(&fields(clue))[0]);
     let prompts = clues.iter().map(prompt).collect::<Result<Vec<_>, _>>()?;
     let context = model.config().max_position_embeddings;
     let places: Vec<usize> = (0..clues.len()).filter(|&place| prompts[place].len() < context).collect();
     let longest = places.iter().map(|&place| prompts[place].len()).max().unwrap_or(0);
-    let empty = |clue: &Clue| Answered { clue: clue.clone(), answer: String::new(), log_prob: None };
+    let empty =
+        |clue: &Clue| Answered { clue: clue.clone(), template, answer: String::new(), log_prob: None };
     let mut answered: Vec<Answered> = clues.iter().map(empty).collect();
     let requests = places.iter().map(|&place| {
         let request = args.request(prompts[place].clone(), place as u64);
@@ -183,8 +208,8 @@ pub fn answer_text(answer: &Answer) -> Result<&str, Failure> {
     Ok(answer.text.trim())
 }
 
-/// Exact match and F1 of answers.
+/// Exact match and F1 of answers, or of written clues against the file's.
 #[must_use]
 pub fn judge_answers(answered: &[Answered]) -> Scores {
-    judge(answered.iter().map(|answered| (answered.answer.as_str(), answered.clue.answer.as_str())))
+    judge(answered.iter().map(|answered| (answered.answer.as_str(), answered.given_and_expected()[1])))
 }

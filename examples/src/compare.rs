@@ -11,10 +11,10 @@ use buzzer::burn::tensor::{Int, Tensor, TensorData};
 use buzzer::data::Clue;
 use buzzer::kernels::KernelBackend;
 use buzzer::model::{BlockContext, Llama};
-use buzzer::text::{Fields, Renderer};
+use buzzer::text::Renderer;
 use serde::Serialize;
 
-use crate::{AnswerArgs, Answered, Failure, answer_clues, judge_answers};
+use crate::{AnswerArgs, Answered, Failure, answer_clues, fields, judge_answers};
 
 /// Clues to put to models.
 #[derive(Debug)]
@@ -97,11 +97,6 @@ impl<'a> Probe<'a> {
         answer: AnswerArgs,
         context: usize,
     ) -> Result<Self, Failure> {
-        let fields = |clue: &'a Clue| Fields {
-            category: &clue.category,
-            question: &clue.question,
-            answer: &clue.answer,
-        };
         let examples = renderer.examples(&clues.iter().map(fields).collect::<Vec<_>>())?;
         let documents = examples.into_iter().map(|example| example.ids).filter(|ids| ids.len() <= context);
         Ok(Self { renderer, clues, documents: documents.collect(), answer })

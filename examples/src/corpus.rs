@@ -8,17 +8,19 @@ use buzzer::data::{
     CleanReport, Cleaned, Clue, Date, DropReason, Format, LossOn, PackOptions, PackReport, Packed, PackedRow,
     ReadOptions, Split, clean, pack, read_clues, split,
 };
-use buzzer::text::{Fields, Renderer, show_masked};
+use buzzer::text::{Fields, Renderer, Template, show_masked};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::{Failure, local_file};
+use crate::{Failure, fields, local_file};
 
 pub use buzzer::data::Packing;
 
 /// The clue file that ships with the project, and the first date of its held-out wordings.
 const SAMPLE: &str = "datasets/sample/clues.csv";
 const SAMPLE_EVAL_FROM: &str = "2006-01-01";
+/// A writer of clues learns one of so many from its category alone, so that it can do without an answer.
+const WITHOUT_ANSWER: u32 = 4;
 /// Share of the clues that is held out unless something else is asked for.
 const USUAL_SHARE: f64 = 0.05;
 
@@ -248,11 +250,12 @@ impl DataArgs {
 /// As [`DataArgs::clues`], and if a clue cannot be tokenized.
 pub fn build(args: &DataArgs, renderer: &Renderer, options: PackOptions) -> Result<Corpus, Failure> {
     let (train, mut eval, mut report) = args.clues()?;
-    let examples = renderer.examples(&fields(&train))?;
+    let learnt: Vec<Fields<'_>> = train.iter().map(|clue| learnt_fields(clue, renderer.template())).collect();
+    let examples = renderer.examples(&learnt)?;
     let sample =
         examples.first().map(|example| show_masked(renderer.tokenizer(), example)).unwrap_or_default();
     let packed = pack(&examples, &options);
-    let eval_examples = renderer.examples(&fields(&eval))?;
+    let eval_examples = renderer.examples(&eval.iter().map(fields).collect::<Vec<_>>())?;
     let [all, answers] = [LossOn::All, LossOn::Answers]
         .map(|loss_on| pack(&eval_examples, &PackOptions { loss_on, ..options }));
     let too_long = packed.report.too_long + all.report.too_long;
@@ -265,11 +268,11 @@ pub fn build(args: &DataArgs, renderer: &Renderer, options: PackOptions) -> Resu
     Ok(Corpus { train: packed, held_out, eval_clues: eval, report, sample })
 }
 
-fn fields(clues: &[Clue]) -> Vec<Fields<'_>> {
-    clues
-        .iter()
-        .map(|Clue { category, question, answer, .. }| Fields { category, question, answer })
-        .collect()
+/// What is learnt of a clue.
+fn learnt_fields(clue: &Clue, template: Template) -> Fields<'_> {
+    let fields = fields(clue);
+    let is_withheld = template.writes_clues() && clue.row.is_multiple_of(WITHOUT_ANSWER);
+    Fields { answer: if is_withheld { "" } else { fields.answer }, ..fields }
 }
 
 impl Corpus {

@@ -23,10 +23,11 @@ mod records;
 mod signals;
 mod verdict;
 mod watch;
+mod writing;
 
 pub mod programs;
 
-pub use answer::{AnswerArgs, Answered, answer_clues, answer_text, judge_answers};
+pub use answer::{AnswerArgs, Answered, answer_clues, answer_text, fields, judge_answers};
 pub use compare::{Answers, Comparison, Probe, Record, Spread};
 pub use corpus::{Corpus, CorpusReport, DataArgs, HeldOut, Packing, SplitArg, build as build_corpus};
 pub use dashboard::Dashboard;
@@ -35,7 +36,8 @@ pub use hub::{Hub, HubError, HubSettings, Patience, RepoName, Wanted, local, loc
 pub use model::{AnswererArgs, Base, ModelArgs, QuantizationArg, load_base};
 pub use output::{
     available_memory_bytes, bytes, create, device_bytes, duration, last_run_dir, next_run_dir,
-    peak_device_bytes, peak_memory_bytes, print_error_line, print_line, read_json, write_bytes, write_report,
+    peak_device_bytes, peak_memory_bytes, print_error_line, print_line, read_json, write_bytes,
+    write_json_lines, write_report,
 };
 pub use planning::{
     Budget, CorpusSize, DtypeArg, LimitArgs, Proposal, RunPlan, compute_dtype, device_dtype, peak_flops,
@@ -53,3 +55,4 @@ pub use records::{
 pub use signals::StopSignal;
 pub use verdict::{describe_assessment, describe_comparison};
 pub use watch::{HeldOutLosses, Watch};
+pub use writing::{Writing, write_written};

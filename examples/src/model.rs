@@ -60,7 +60,7 @@ pub struct AnswererArgs {
     /// PEFT adapter to put onto the model: a folder, or the name of a repository as for --model
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Prompt: question, category or chat
+    /// Prompt: question, category or chat for answers; clue for writing clues
     #[arg(long, default_value = "question")]
     pub template: Template,
     /// Device to run on: cpu, cuda, cuda:N or wgpu, as far as they are built in [default: the best one here]

@@ -40,6 +40,23 @@ pub fn write_report(dir: &Path, report: &impl Serialize) -> Result<PathBuf, Fail
     Ok(path)
 }
 
+/// Writes values as JSON, one a line, into a file that appears whole or not at all.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn write_json_lines<T: Serialize>(
+    path: &Path,
+    values: impl IntoIterator<Item = T>,
+) -> Result<(), WeightsError> {
+    write_atomic(path, |file| {
+        for value in values {
+            serde_json::to_writer(&mut *file, &value).map_err(|error| WeightsError::write(path, error))?;
+            file.write_all(b"\n").map_err(|error| WeightsError::write(path, error))?;
+        }
+        Ok(())
+    })
+}
+
 /// Writes a file that appears whole or not at all.
 ///
 /// # Errors

@@ -9,10 +9,9 @@ use std::path::{Path, PathBuf};
 
 use buzzer::data::{Clue, Date};
 use buzzer::eval::{Answer, Comparison, Facts, LeakKind, Mark, compare};
-use buzzer::weights::{WeightsError, write_atomic};
 use serde::{Deserialize, Serialize};
 
-use crate::output::create;
+use crate::output::{create, write_json_lines};
 use crate::{Answered, Failure};
 
 /// The file's name in a run's folder.
@@ -62,7 +61,7 @@ impl Prediction {
     /// The prediction, judged.
     #[must_use]
     pub fn new(answered: Answered, leak: Option<FoundLeak>) -> Self {
-        let Answered { clue, answer, log_prob } = answered;
+        let Answered { clue, answer, log_prob, .. } = answered;
         let Clue { row, category, question, answer: expected, air_date, round, value } = clue;
         let Mark { exact_match, f1 } = Mark::of(&answer, &expected);
         Self {
@@ -93,7 +92,7 @@ impl Prediction {
 /// An answered clue as the judge sees it.
 #[must_use]
 pub fn as_judged(answered: &Answered) -> Answer<'_> {
-    let Answered { clue, answer, log_prob } = answered;
+    let Answered { clue, answer, log_prob, .. } = answered;
     let facts = Facts {
         question: &clue.question,
         gold: &clue.answer,
@@ -112,14 +111,7 @@ pub fn as_judged(answered: &Answered) -> Answer<'_> {
 pub fn write_predictions(dir: &Path, predictions: &[Prediction]) -> Result<PathBuf, Failure> {
     create(dir)?;
     let path = dir.join(FILE);
-    write_atomic(&path, |file| {
-        for prediction in predictions {
-            serde_json::to_writer(&mut *file, prediction)
-                .map_err(|error| WeightsError::write(&path, error))?;
-            file.write_all(b"\n").map_err(|error| WeightsError::write(&path, error))?;
-        }
-        Ok(())
-    })?;
+    write_json_lines(&path, predictions)?;
     Ok(path)
 }
 
@@ -202,6 +194,8 @@ impl EarlierRun {
 
 #[cfg(test)]
 mod tests {
+    use buzzer::text::Template;
+
     use super::*;
 
     fn clue(question: &str, expected: &str) -> Clue {
@@ -217,8 +211,12 @@ mod tests {
     }
 
     fn prediction(question: &str, expected: &str, answer: &str) -> Prediction {
-        let answered =
-            Answered { clue: clue(question, expected), answer: answer.into(), log_prob: Some(-0.5) };
+        let answered = Answered {
+            clue: clue(question, expected),
+            template: Template::Question,
+            answer: answer.into(),
+            log_prob: Some(-0.5),
+        };
         Prediction::new(answered, None)
     }
 

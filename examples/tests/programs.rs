@@ -260,6 +260,52 @@ fn a_base_made_of_clues_can_be_fine_tuned() {
 }
 
 #[test]
+fn a_writer_of_clues_is_trained_judged_and_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let [run, judged, written] = ["run", "judged", "written"].map(|name| dir.path().join(name));
+    let clue = ["--template", "clue", "--device", "cpu"];
+    let few = ["--steps", "4", "--batch", "2", "--eval-limit", "4", "--out", text(&run)];
+    let output = succeeds("finetune", &[&clue[..], &few].concat());
+    assert!(output.contains("### Clue:⟦") && output.contains("giving its answer away"), "{output}");
+    let report = json(&run.join("report.json"));
+    assert_eq!((&report["eval"]["after"]["n"], &report["recipe"]["template"]), (&4.into(), &"clue".into()));
+    assert_eq!(report["recipe"]["answer"]["max_new_tokens"], 80);
+    let adapter = run.join("adapter");
+    let with = [&clue[..], &["--adapter", text(&adapter)]].concat();
+
+    succeeds("evaluate", &[&with[..], &["--eval-limit", "6", "--out", text(&judged)]].concat());
+    let report = json(&judged.join("report.json"));
+    let real = &report["style"]["real"];
+    assert_eq!((&real["n"], &real["copied"]["value"]), (&6.into(), &0.0.into()));
+    assert!(real["words"]["value"].as_f64().unwrap() > 3.0 && real["questions"]["value"] == 0.0, "{real}");
+    assert_eq!((&report["style"]["written"]["n"], &report["known_clues"]), (&6.into(), &3380.into()));
+    assert_eq!(fs::read_to_string(judged.join("written.jsonl")).unwrap().lines().count(), 6);
+
+    let ask = |seed: &str| {
+        let wanted =
+            ["--category", "WORLD CAPITALS", "--answer", "Paris", "--count", "2", "--sample-seed", seed];
+        succeeds("generate", &[&with[..], &wanted, &["--out", text(&written)]].concat());
+        json(&written.join("report.json"))["answers"].clone()
+    };
+    let clues = ask("1");
+    assert_eq!((clues.as_array().unwrap().len(), &clues[0]["answer"]), (2, &"Paris".into()));
+    // Each clue has a seed of its own.
+    assert!(clues[0]["clue"] != clues[1]["clue"] && ask("1") == clues && ask("2")[0] == clues[1], "{clues}");
+    // A category is enough.
+    succeeds("generate", &[&with[..], &["--category", "WORLD CAPITALS"]].concat());
+}
+
+#[test]
+fn writing_and_answering_are_not_mixed_up() {
+    let clue = ["--template", "clue"];
+    refuses("evaluate", &[&clue[..], &["--compare", "runs/other"]].concat(), &["--compare", "leave it out"]);
+    refuses("generate", &clue, &["--category", "name one"]);
+    refuses("generate", &[&clue[..], &["--category", "INNS", "It is an inn"]].concat(), &["--template clue"]);
+    refuses("generate", &["--answer", "Paris"], &["--answer", "--template clue"]);
+    refuses("generate", &["--count", "2", "It is an inn"], &["--count", "--file"]);
+}
+
+#[test]
 fn bases_that_make_no_sense_are_refused() {
     refuses(
         "make_base",

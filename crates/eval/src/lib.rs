@@ -14,7 +14,7 @@
 //!
 //! [`Assessment`] is all there is to say of one run: scores with intervals, by group ([`breakdown`](breakdown())), phrasing,
 //! [`calibration`](calibration()), [`precision_curve`] and what is left without leaked clues ([`find_leaks`]). [`compare`]
-//! tests two runs on the same clues.
+//! tests two runs on the same clues. [`ClueStyle`] is for clues that a model wrote, which have no right or wrong.
 //!
 //! The crate refuses nothing: any two strings have a score, and none is NaN. It reads no file, prints nothing and weighs
 //! no spelling: "Filipino" for "Philippine" is wrong.
@@ -35,6 +35,7 @@ mod answer_type;
 mod assessment;
 mod breakdown;
 mod calibration;
+mod clue_style;
 mod forms;
 mod interval;
 mod leak;
@@ -47,6 +48,7 @@ pub use answer_type::AnswerType;
 pub use assessment::{Answer, AssessOptions, Assessment, LeakReport, Style};
 pub use breakdown::{Facet, Facts, Group, UnknownFacet, breakdown, worst};
 pub use calibration::{Bin, Calibration, Confident, Precision, PrecisionCurve, calibration, precision_curve};
+pub use clue_style::{ClueStyle, KnownClues, Measured, WrittenClue};
 pub use forms::{alternatives, in_show_form, strip_show_form};
 pub use interval::{Interval, bootstrap_mean, wilson};
 pub use leak::{ClueText, Leak, LeakKind, LeakOptions, find_leaks};

@@ -110,7 +110,7 @@ pub enum TextError {
         source: Box<TextError>,
     },
     /// A template name that does not exist.
-    #[error("unknown template `{0}`; --template takes question, category or chat")]
+    #[error("unknown template `{0}`; --template takes question, category, chat or clue")]
     UnknownTemplate(String),
     /// A tokenizer could not be trained.
     #[error("cannot train a tokenizer of {vocab_size} tokens: {message}")]

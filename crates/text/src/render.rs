@@ -1,7 +1,7 @@
 //! One renderer for training and for answering.
 //!
-//! A prompt is BOS and the template's text; an example is the prompt, the answer and EOS, tokenized as one piece. The
-//! prompt's ids are therefore the beginning of the example's ids, and the loss mask is the rest. Where the tokenizer
+//! A prompt is BOS and the template's text; an example is the prompt, the wanted text (the answer, or the clue where clues are
+//! written) and EOS, tokenized as one piece. The prompt's ids are therefore the beginning of the example's ids, and the loss mask is the rest. Where the tokenizer
 //! allows it (see the module `words`) the two halves are tokenized separately with an identical result; elsewhere the
 //! whole and the prompt are both tokenized and compared. It refuses a tokenizer whose pieces span the border, and a
 //! document with a begin or end token inside.
@@ -21,7 +21,7 @@ pub struct Fields<'a> {
     pub category: &'a str,
     /// The clue.
     pub question: &'a str,
-    /// The expected answer.
+    /// The expected answer; empty to have a clue written without one.
     pub answer: &'a str,
 }
 
@@ -30,7 +30,7 @@ pub struct Fields<'a> {
 pub struct Example {
     /// Token ids `[t]`.
     pub ids: Vec<u32>,
-    /// `[t]`: true exactly on the answer's tokens and on EOS.
+    /// `[t]`: true exactly on the tokens of what is wanted and on EOS.
     pub loss_mask: Vec<bool>,
 }
 
@@ -67,13 +67,13 @@ impl Renderer {
         self.template
     }
 
-    /// BOS and the ids of the prompt, up to where the answer begins.
+    /// BOS and the ids of the prompt, up to where the answer begins; `given` as for [`Template::prompt`].
     ///
     /// # Errors
     /// If the tokenizer fails, or adds a begin or end token of its own.
-    pub fn prompt(&self, category: &str, question: &str) -> Result<Vec<u32>, TextError> {
+    pub fn prompt(&self, category: &str, given: &str) -> Result<Vec<u32>, TextError> {
         let mut ids = vec![self.tokenizer.bos_id()];
-        ids.extend(self.tokenizer.encode(&self.template.prompt(category, question))?);
+        ids.extend(self.tokenizer.encode(&self.template.prompt(category, given))?);
         self.check_inside(&ids[1..])?;
         Ok(ids)
     }
@@ -129,20 +129,22 @@ impl Renderer {
         let inner = self.tokenizer.inner();
         let Scratch { text, ids } = scratch;
         ids.clear();
-        self.template.write_prompt(fields.category, fields.question, text);
+        let [given, wanted] = self.template.given_and_wanted(fields);
+        self.template.write_prompt(fields.category, given, text);
         words.encode(inner, table, text, ids)?;
         let prompt = ids.len();
         text.clear();
         text.push(' ');
-        text.push_str(fields.answer);
+        text.push_str(wanted);
         words.encode_rest(inner, table, text, ids)?;
         self.finish(ids, prompt)
     }
 
     fn in_one_piece(&self, fields: &Fields<'_>) -> Result<Example, TextError> {
-        let mut text = self.template.prompt(fields.category, fields.question);
+        let [given, wanted] = self.template.given_and_wanted(fields);
+        let mut text = self.template.prompt(fields.category, given);
         let prompt = self.tokenizer.encode_in_one_piece(&text)?;
-        text.push_str(&self.template.completion(fields.answer));
+        text.push_str(&self.template.completion(wanted));
         let whole = self.tokenizer.encode_in_one_piece(&text)?;
         if !whole.starts_with(&prompt) {
             return Err(TextError::PromptNotPrefix { prompt: prompt.len(), whole: whole.len() });

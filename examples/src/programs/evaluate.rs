@@ -1,4 +1,5 @@
-//! Answers held-out clues with a model, with or without an adapter, and judges the answers.
+//! Answers held-out clues with a model, with or without an adapter, and judges the answers. With `--template clue` it has clues
+//! written instead, and sets their style beside that of the clues in the file.
 //!
 //! It prints scores with their intervals, by group, with calibration and leaks, and can set the run beside earlier ones.
 //! With `--out` all of it goes into `report.json`, every answer into `predictions.jsonl`, and what confidence is worth into
@@ -12,20 +13,22 @@ use std::time::Instant;
 
 use crate::{
     Answered, AnswererArgs, Compared, CorpusReport, DataArgs, EarlierRun, Failure, FoundLeak, Prediction,
-    answer_clues, as_judged, bytes, create, describe_assessment, describe_comparison, finish, judge_answers,
-    local_file, peak_device_bytes, plot_confidence, run_on, write_predictions, write_report,
+    Writing, answer_clues, as_judged, bytes, create, describe_assessment, describe_comparison, finish,
+    judge_answers, local_file, peak_device_bytes, plot_confidence, run_on, write_predictions, write_report,
+    write_written,
 };
 use buzzer::DeviceJob;
 use buzzer::data::Clue;
 use buzzer::eval::{
-    Answer, AssessOptions, Assessment, ClueText, Facet, Leak, LeakOptions, Scores, find_leaks,
+    Answer, AssessOptions, Assessment, ClueText, Facet, KnownClues, Leak, LeakOptions, Scores, find_leaks,
 };
 use buzzer::kernels::KernelBackend;
 use clap::{ArgAction, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-/// Judge a model's answers to the clues that fine-tuning holds out.
+/// Judge a model's answers to the clues that fine-tuning holds out, or, with --template clue, the clues that it writes for their
+/// categories and answers.
 ///
 /// The clues are those that `finetune` judges with the same --data, split and --eval-limit.
 #[derive(Parser)]
@@ -51,7 +54,8 @@ struct Args {
     /// held out]
     #[arg(long, value_name = "FILE")]
     train: Option<PathBuf>,
-    /// Folder or report.json of an earlier run over the same clues, to test whether this one differs; may be repeated
+    /// Folder or report.json of an earlier run over the same clues, to test whether this one differs; may be repeated; not with
+    /// --template clue
     #[arg(long, value_name = "RUN", action = ArgAction::Append)]
     compare: Vec<PathBuf>,
 }
@@ -73,6 +77,23 @@ struct Report {
     seconds: f64,
 }
 
+/// The report where clues are written.
+#[derive(Serialize)]
+struct WritingReport {
+    device: String,
+    model: PathBuf,
+    adapter: Option<PathBuf>,
+    data: CorpusReport,
+    /// Scores against the clues of the file.
+    eval: Scores,
+    style: Writing,
+    /// Clues of training that copies were looked for in; none where they are not known.
+    known_clues: Option<usize>,
+    written: PathBuf,
+    peak_memory_bytes: u64,
+    seconds: f64,
+}
+
 /// What the leak check looked at.
 #[derive(Serialize)]
 struct LeakCheck {
@@ -88,7 +109,11 @@ struct LeakCheck {
 #[must_use]
 pub fn main() -> ExitCode {
     let mut args = Args::parse();
-    finish(args.fetch().and_then(|()| run_on(args.with.device, Evaluate { args: &args })))
+    finish(
+        args.check()
+            .and_then(|()| args.fetch())
+            .and_then(|()| run_on(args.with.device, Evaluate { args: &args })),
+    )
 }
 
 /// The clues to judge and those the model was trained on, as far as is known.
@@ -99,6 +124,17 @@ struct Clues {
 }
 
 impl Args {
+    /// Refuses what does not go together.
+    fn check(&self) -> Result<(), Failure> {
+        if self.with.template.writes_clues() && !self.compare.is_empty() {
+            return Err(Failure::input(
+                "--compare: written clues are not right or wrong, so that there is nothing to pair; leave it out, or answer clues \
+                 with another --template",
+            ));
+        }
+        Ok(())
+    }
+
     /// Puts paths in the place of names on the hub.
     fn fetch(&mut self) -> Result<(), Failure> {
         self.data.fetch()?;
@@ -150,6 +186,12 @@ impl Clues {
         Some((leaks, LeakCheck { train: args.train.clone(), clues: self.train.len(), options, seconds }))
     }
 
+    /// The clues of training, to find copies of; nothing where none is known.
+    fn known(&self) -> Option<KnownClues> {
+        let texts = self.train.iter().map(|clue| clue.question.as_str());
+        (!self.train.is_empty()).then(|| texts.collect())
+    }
+
     /// The leak of every judged clue, with the training clue's row in its file.
     fn found(&self, leaks: Option<&[Option<Leak>]>) -> Vec<Option<FoundLeak>> {
         let found = |leak: &Leak| {
@@ -176,6 +218,9 @@ impl DeviceJob for Evaluate<'_> {
         let started = Instant::now();
         let args = self.args;
         let clues = args.clues()?;
+        if args.with.template.writes_clues() {
+            return self.judge_writing::<B>(clues, device, started);
+        }
         let open = |run: &PathBuf| EarlierRun::open(run, &clues.judged);
         let earlier = args.compare.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         args.with.out.as_deref().map(create).transpose()?;
@@ -217,6 +262,37 @@ impl DeviceJob for Evaluate<'_> {
 }
 
 impl Evaluate<'_> {
+    fn judge_writing<B: KernelBackend>(
+        &self,
+        clues: Clues,
+        device: &B::Device,
+        started: Instant,
+    ) -> Result<(), Failure> {
+        let args = &self.args.with;
+        args.out.as_deref().map(create).transpose()?;
+        let known = clues.known();
+        let answered = self.answer::<B>(&clues.judged, device)?;
+        let style = Writing::of(&answered, known.as_ref());
+        println!("{}", style.describe());
+        let (seconds, peak) = (started.elapsed().as_secs_f64(), peak_device_bytes::<B>(device));
+        println!("done      in {seconds:.1} s, peak memory {}", bytes(peak));
+        let Some(out) = &args.out else { return Ok(()) };
+        let report = WritingReport {
+            device: args.device.to_string(),
+            model: args.model.model.clone(),
+            adapter: args.adapter.clone(),
+            data: clues.report,
+            eval: judge_answers(&answered),
+            style,
+            known_clues: known.is_some().then_some(clues.train.len()),
+            written: write_written(out, &answered, known.as_ref())?,
+            peak_memory_bytes: peak,
+            seconds,
+        };
+        println!("written   {} and {}", report.written.display(), write_report(out, &report)?.display());
+        Ok(())
+    }
+
     fn answer<B: KernelBackend>(&self, clues: &[Clue], device: &B::Device) -> Result<Vec<Answered>, Failure> {
         let (model, renderer) = self.args.with.load::<B>(device)?;
         let style = ProgressStyle::with_template("answering {bar:30} {pos}/{len}  {eta} left")?;

@@ -1,4 +1,4 @@
-//! Answers clues: one from the command line, a file of them, or as they are typed.
+//! Answers clues: one from the command line, a file of them, or as they are typed. With `--template clue` it writes them.
 
 use std::fs;
 use std::io::{self, BufRead, IsTerminal, Write};
@@ -16,7 +16,8 @@ use serde::Serialize;
 
 /// Answer clues with a model and, if you like, an adapter.
 ///
-/// Give one clue, or a file with one clue a line; with neither, clues are read from the terminal until an empty line.
+/// Give one clue, or a file with one clue a line; with neither, clues are read from the terminal until an empty line. With
+/// --template clue and a model that has learnt to write them, give --category, and --answer if you like, and get clues.
 #[derive(Parser)]
 #[command(name = "generate")]
 struct Args {
@@ -25,9 +26,15 @@ struct Args {
     /// Text file, one clue a line
     #[arg(long, value_name = "FILE", conflicts_with = "clue")]
     file: Option<PathBuf>,
-    /// Category of the clues, for --template category
+    /// Category of the clues, for --template category and --template clue
     #[arg(long, default_value = "")]
     category: String,
+    /// With --template clue: what the clue is to ask for
+    #[arg(long)]
+    answer: Option<String>,
+    /// With --template clue: write so many
+    #[arg(long, value_name = "N")]
+    count: Option<u32>,
     #[command(flatten)]
     with: AnswererArgs,
 }
@@ -52,7 +59,30 @@ struct Answer {
 #[must_use]
 pub fn main() -> ExitCode {
     let mut args = Args::parse();
-    finish(args.with.fetch().and_then(|()| run_on(args.with.device, Generate { args: &args })))
+    finish(
+        args.check()
+            .and_then(|()| args.with.fetch())
+            .and_then(|()| run_on(args.with.device, Generate { args: &args })),
+    )
+}
+
+impl Args {
+    /// Refuses flags of answering where clues are written, and the other way round.
+    fn check(&self) -> Result<(), Failure> {
+        let writes = self.with.template.writes_clues();
+        let wrong = if !writes && self.answer.is_some() {
+            "--answer: goes with --template clue, which writes a clue for it; give the clue to have it answered"
+        } else if !writes && self.count.is_some() {
+            "--count: goes with --template clue; a file of clues is answered with --file"
+        } else if writes && (self.clue.is_some() || self.file.is_some()) {
+            "--template clue: writes clues and answers none; leave out the clue and --file, or choose another template"
+        } else if writes && self.category.is_empty() {
+            "--category: is what a clue is written for; name one, as --category \"WORLD CAPITALS\""
+        } else {
+            return Ok(());
+        };
+        Err(Failure::input(wrong))
+    }
 }
 
 struct Generate<'a> {
@@ -71,7 +101,8 @@ impl DeviceJob for Generate<'_> {
         let engine = one.engine(&model, &renderer, model.config().max_position_embeddings)?;
         let mut answerer = Answerer { args, renderer, engine, count: 0 };
         let answers = match (&args.clue, &args.file) {
-            (Some(clue), _) => vec![answerer.stream(clue)?],
+            _ if args.with.template.writes_clues() => answerer.write()?,
+            (Some(clue), _) => vec![answerer.answer(clue)?],
             (None, Some(path)) => {
                 let text = fs::read_to_string(path)
                     .map_err(|error| Failure::input(format!("{}: {error}; check --file", path.display())))?;
@@ -102,9 +133,26 @@ struct Answerer<'a, B: KernelBackend> {
 }
 
 impl<B: KernelBackend> Answerer<'_, B> {
-    /// Answers one clue; the text comes out as it is made.
-    fn stream(&mut self, clue: &str) -> Result<Answer, Failure> {
-        let prompt = self.renderer.prompt(&self.args.category, clue)?;
+    /// Writes clues for one category.
+    fn write(&mut self) -> Result<Vec<Answer>, Failure> {
+        let given = self.args.answer.as_deref().unwrap_or_default();
+        let count = self.args.count.unwrap_or(1);
+        let write = |_| {
+            let (clue, tokens) = self.stream(given)?;
+            Ok(Answer { clue, answer: given.to_owned(), tokens })
+        };
+        (0..count).map(write).collect()
+    }
+
+    /// Answers one clue.
+    fn answer(&mut self, clue: &str) -> Result<Answer, Failure> {
+        let (answer, tokens) = self.stream(clue)?;
+        Ok(Answer { clue: clue.to_owned(), answer, tokens })
+    }
+
+    /// What follows the prompt, and its tokens; the text comes out as it is made.
+    fn stream(&mut self, given: &str) -> Result<(String, usize), Failure> {
+        let prompt = self.renderer.prompt(&self.args.category, given)?;
         let request = self.args.with.answer.request(prompt, self.count);
         self.count += 1;
         let mut answer = Generated::default();
@@ -115,13 +163,12 @@ impl<B: KernelBackend> Answerer<'_, B> {
             answer.add(event);
         }
         println!();
-        let tokens = answer.usage.new_tokens;
-        Ok(Answer { clue: clue.to_owned(), answer: answer_text(&answer)?.to_owned(), tokens })
+        Ok((answer_text(&answer)?.to_owned(), answer.usage.new_tokens))
     }
 
     fn named(&mut self, clue: &str) -> Result<Answer, Failure> {
         print!("{clue} => ");
-        self.stream(clue)
+        self.answer(clue)
     }
 
     /// Reads clues until an empty line or the end of input.
@@ -140,7 +187,7 @@ impl<B: KernelBackend> Answerer<'_, B> {
             if line.trim().is_empty() {
                 break;
             }
-            answers.push(self.stream(line.trim())?);
+            answers.push(self.answer(line.trim())?);
             ask()?;
         }
         Ok(answers)

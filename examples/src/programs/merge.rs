@@ -61,7 +61,7 @@ struct Args {
     tokenizer: Option<PathBuf>,
     #[command(flatten)]
     data: DataArgs,
-    /// Prompt of the comparison: question, category or chat
+    /// Prompt of the comparison: question, category, chat or clue
     #[arg(long, default_value = "question")]
     template: Template,
     /// Tokens of a compared answer at most

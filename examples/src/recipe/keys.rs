@@ -110,6 +110,11 @@ fn setting(id: &str, place: Place, word: &str) -> Result<Node, Failure> {
     })
 }
 
+/// The setting that a flag makes, by the flag's name in clap.
+pub(crate) fn key_of_flag(id: &str) -> Option<&'static str> {
+    FLAGS.into_iter().find(|(flag, _)| *flag == id).map(|(_, key)| key)
+}
+
 /// The setting that an error of a library calls by its flag, or by its last name if it has none.
 pub(crate) fn key_of(name: &str) -> Option<&'static str> {
     let by_flag = FLAGS.into_iter().find(|(id, _)| flag_of(id) == name).map(|(_, key)| key);
@@ -129,7 +134,7 @@ pub(crate) fn suggestion(section: &str, name: &str, names: &[&str]) -> String {
     };
     let nearest_here =
         names.iter().filter_map(|here| Some((near(here)?, *here))).min().map(|(_, here)| here.to_owned());
-    let by_flag = || FLAGS.into_iter().find(|(id, _)| *id == name.replace('-', "_")).map(|(_, key)| key);
+    let by_flag = || key_of_flag(&name.replace('-', "_"));
     let elsewhere = || {
         let nearest = all().filter_map(|key| Some((near(last_name(key))?, key))).min();
         nearest.map(|(_, key)| key)

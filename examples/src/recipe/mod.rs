@@ -18,8 +18,9 @@ use buzzer::train::{ScheduleKind, TrainError, TrainSettings};
 use clap::{ArgMatches, Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use self::layers::{Node, Place};
+use self::layers::{Node, Place, Value};
 use self::reader::Reader;
+use crate::answer::WRITING;
 use crate::model::TINY_LLAMA;
 use crate::{AnswerArgs, DataArgs, Failure, LimitArgs, ModelArgs, write_bytes};
 
@@ -112,7 +113,7 @@ pub struct RecipeArgs {
     /// Which tokens bear loss: all or answers
     #[arg(long)]
     pub loss_on: Option<LossOn>,
-    /// Prompt: question, category or chat
+    /// Prompt: question, category or chat for answers; clue for writing clues
     #[arg(long)]
     pub template: Option<Template>,
     /// Decides initial factors, order of rows and dropout masks
@@ -247,8 +248,9 @@ impl Recipe {
         }
         let settings = file.overridden_by(flags);
         let preset = Preset::choose(&settings, usual)?;
-        let settings = preset.layer()?.overridden_by(settings);
+        let mut settings = preset.layer()?.overridden_by(settings);
         refuse_two_splits(&settings)?;
+        settle_writing(&mut settings)?;
         let mut recipe = Self::deserialize(Reader::new(&settings, ""))?;
         recipe.data.settle_split();
         recipe.lora.targets.sort_unstable();
@@ -294,6 +296,23 @@ impl Recipe {
             self.train.epochs = self.train.epochs.min(wanted as f64 / rows.max(1) as f64);
         }
     }
+}
+
+/// Where clues are written, makes the settings of answers that go with it and are not made.
+fn settle_writing(settings: &mut Node) -> Result<(), Failure> {
+    const TEMPLATE: &str = "template";
+    let template = settings.get(TEMPLATE).map(|node| Template::deserialize(Reader::new(node, TEMPLATE)));
+    if !template.transpose()?.is_some_and(Template::writes_clues) {
+        return Ok(());
+    }
+    let place = Place::Flag(format!("--{TEMPLATE}").into());
+    for (flag, word) in WRITING {
+        let key = keys::key_of_flag(flag);
+        if let Some(key) = key.filter(|key| settings.get(key).is_none()) {
+            settings.set(key, Node { place: place.clone(), value: Value::Word(word.to_owned()) });
+        }
+    }
+    Ok(())
 }
 
 /// A date to split by, and another way to split.
@@ -442,6 +461,20 @@ mod tests {
         let own = resolved("[model]\npath = \"elsewhere\"", &[]).unwrap();
         assert_eq!(own.preset, Preset::Notebook);
         assert_eq!(resolved("", &[]).unwrap().preset, Preset::Small);
+    }
+
+    #[test]
+    fn clues_are_written_at_length_and_at_random_unless_something_else_is_said() {
+        let answer = |file, flags: &[&str]| resolved(file, flags).unwrap().answer;
+        let written = answer("", &["--template", "clue"]);
+        assert_eq!((written.max_new_tokens, written.temperature), (80, 0.8));
+        assert_eq!(answer("template = \"clue\"", &[]), written);
+        assert_eq!(answer("template = \"clue\"\n[answer]\ntemperature = 0\n", &[]).temperature, 0.0);
+        assert_eq!(answer("", &["--template", "clue", "--max-new-tokens", "9"]).max_new_tokens, 9);
+        assert_eq!(answer("", &["--template", "chat"]), AnswerArgs::default());
+        // The flags of programs without a recipe say the same.
+        let matches = command().try_get_matches_from(["test", "--template", "clue"]).unwrap();
+        assert_eq!(AnswerArgs::from_arg_matches(&matches).unwrap(), written);
     }
 
     #[test]

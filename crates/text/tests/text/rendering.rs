@@ -21,7 +21,8 @@ fn the_prompt_begins_the_example_and_the_mask_is_the_answer_and_the_end() {
 fn check(name: &str, renderer: &Renderer, fields: &Fields<'_>) {
     let (tokenizer, template) = (renderer.tokenizer(), renderer.template());
     let example = renderer.example(fields).unwrap();
-    let prompt = renderer.prompt(fields.category, fields.question).unwrap();
+    let [given, wanted] = template.given_and_wanted(fields);
+    let prompt = renderer.prompt(fields.category, given).unwrap();
     let (begin, end) = (tokenizer.bos_id(), tokenizer.eos_id());
     assert!(example.ids.starts_with(&prompt), "{name}: {fields:?}");
     assert_eq!(example.loss_mask.len(), example.ids.len());
@@ -32,11 +33,11 @@ fn check(name: &str, renderer: &Renderer, fields: &Fields<'_>) {
     assert_eq!((example.ids[0], *example.ids.last().unwrap()), (begin, end));
     let inside = &example.ids[1..example.ids.len() - 1];
     assert!(!inside.contains(&begin) && !inside.contains(&end), "{name}: {fields:?}");
-    let whole = template.prompt(fields.category, fields.question) + &template.completion(fields.answer);
+    let whole = template.prompt(fields.category, given) + &template.completion(wanted);
     assert_eq!(inside, tokenizer.encode(&whole).unwrap(), "{name}: {fields:?}");
     let answer = &example.ids[prompt.len()..];
     let spaced = |text: &str| if name == "bytes" { format!(" {text}") } else { text.replace('▁', " ") };
-    assert_eq!(tokenizer.decode(answer).unwrap(), spaced(fields.answer), "{name}: {fields:?}");
+    assert_eq!(tokenizer.decode(answer).unwrap(), spaced(wanted), "{name}: {fields:?}");
 }
 
 #[test]

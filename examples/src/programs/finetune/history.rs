@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Answered, HeldOutLosses};
 use buzzer::data::Clue;
+use buzzer::text::Template;
 
 /// The account of a run.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -144,9 +145,10 @@ impl History {
     }
 
     /// The answers before training beside their clues.
-    pub(super) fn answered_before(&self, clues: &[Clue]) -> Vec<Answered> {
+    pub(super) fn answered_before(&self, clues: &[Clue], template: Template) -> Vec<Answered> {
         let answered = |(clue, answer): (&Clue, &String)| Answered {
             clue: clue.clone(),
+            template,
             answer: answer.clone(),
             log_prob: None,
         };

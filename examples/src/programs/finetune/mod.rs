@@ -16,8 +16,8 @@ use std::time::Instant;
 
 use crate::{
     AnswerArgs, Answered, Budget, Corpus, CorpusSize, DataArgs, EvalSettings, Failure, LimitArgs, ModelArgs,
-    Recipe, RecipeArgs, RunPlan, StopSignal, Wanted, When, answer_clues, build_corpus, duration, finish,
-    judge_answers, load_base, next_run_dir, plot_training, read_records, records_path, run_on, say,
+    Recipe, RecipeArgs, RunPlan, StopSignal, Wanted, When, Writing, answer_clues, build_corpus, duration,
+    finish, judge_answers, load_base, next_run_dir, plot_training, read_records, records_path, run_on, say,
     write_report,
 };
 use buzzer::eval::Scores;
@@ -137,7 +137,7 @@ impl DeviceJob for Finetune {
         };
         let mut trained = run.train(model, state.as_ref(), &mut history)?;
         B::memory_cleanup(device);
-        let before = history.answered_before(&corpus.eval_clues);
+        let before = history.answered_before(&corpus.eval_clues, recipe.template);
         let mut after = None;
         if !trained.interrupted {
             let answers = answer(&trained.model, &prepared, &args.answer, "after")?;
@@ -248,6 +248,14 @@ fn answer<B: KernelBackend>(
         answer_clues(model, renderer, &corpus.eval_clues, args, |count| bar.set_position(count as u64))?;
     bar.finish_and_clear();
     let Scores { exact_match, f1, n } = judge_answers(&answered);
+    if renderer.template().writes_clues() {
+        say!(
+            "{when:9} F1 {:.1} % against the show's clues, for {n} held-out categories and answers",
+            100.0 * f1
+        );
+        say!("{}", Writing::of(&answered, None).describe());
+        return Ok(answered);
+    }
     say!("{when:9} exact match {:.1} %, F1 {:.1} % on {n} held-out clues", 100.0 * exact_match, 100.0 * f1);
     Ok(answered)
 }

@@ -93,11 +93,13 @@ impl Report {
             say!("skipped   {} steps, whose gradients left the range of f16", self.skipped_steps);
         }
         if let Some(after) = self.eval.after {
-            say!(
-                "result    exact match {:.1} % before, {:.1} % after",
-                100.0 * self.eval.before.exact_match,
-                100.0 * after.exact_match
-            );
+            let before = self.eval.before;
+            let (measure, [before, after]) = if self.recipe.template.writes_clues() {
+                ("F1 against the show's clues", [before.f1, after.f1])
+            } else {
+                ("exact match", [before.exact_match, after.exact_match])
+            };
+            say!("result    {measure} {:.1} % before, {:.1} % after", 100.0 * before, 100.0 * after);
         }
         let [adapter, report, records] = [&self.adapter, path, &self.records].map(Path::display);
         say!("written   {adapter} and {report}; records in {records}");
@@ -107,10 +109,16 @@ impl Report {
 /// Some clues with the answers before and after.
 pub(super) fn show(before: &[Answered], after: &[Answered]) {
     for (before, after) in before.iter().zip(after).take(SHOWN) {
-        let mark = if exact_match(&after.answer, &after.clue.answer) { "right" } else { "wrong" };
+        let [given, expected] = after.given_and_expected();
         let first_line = |answer: &str| answer.lines().next().unwrap_or_default().to_owned();
-        say!("clue      {}", after.clue.question);
+        let mark = if after.template.writes_clues() {
+            say!("answer    {given}, in the category {}", after.clue.category);
+            "the show's"
+        } else {
+            say!("clue      {given}");
+            if exact_match(&after.answer, expected) { "right; expected" } else { "wrong; expected" }
+        };
         say!("          before: {:?}", first_line(&before.answer));
-        say!("          after:  {:?} ({mark}; expected {:?})", first_line(&after.answer), after.clue.answer);
+        say!("          after:  {:?} ({mark} {expected:?})", first_line(&after.answer));
     }
 }

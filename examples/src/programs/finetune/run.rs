@@ -65,7 +65,7 @@ impl Run<'_> {
         self.asked.write(self.out)?;
         let mut watch = self.watch(&trainer, state)?;
         if state.is_none() {
-            let before = history.answered_before(&self.corpus.eval_clues);
+            let before = history.answered_before(&self.corpus.eval_clues, self.recipe.template);
             watch.accuracy(0, When::Before, judge_answers(&before));
             // Whatever happens from here on, the run can go on.
             saver.save(self.checkpoint(&trainer, history, false));
