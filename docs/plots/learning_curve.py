@@ -4,7 +4,8 @@
     python3 docs/plots/learning_curve.py draw benches/runs/learning-curve-DATE-CARD.json [FILE.svg]
 
 `gather` takes the numbers, and no clue, out of the folder that the runs left: `base/` with the records of `make_base`, `before/`
-with the report of `evaluate` on the base, and for each variant NAME the folder NAME of `finetune` and NAME-judged of `evaluate`.
+with the report of `evaluate` on the base, for each variant NAME the folder NAME of `finetune` and NAME-judged of `evaluate`, and for
+checkpoints of isolated-answers that were judged the folders steps/step-NNNNNN.
 """
 import json
 import sys
@@ -20,8 +21,9 @@ VARIANTS = {
 COLOURS = {"isolated-answers": "#1f4e9c", "isolated-all": "#7aa6e8", "wrapped-answers": "#b3402a", "wrapped-all": "#eda08f"}
 # Points of a line of steps at most: each is the mean of its neighbours.
 POINTS = 120
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 1200, 400, 56, 34, 52, 24
-PANEL = (WIDTH - 3 * LEFT - 3 * GAP) / 3
+# Four panels in two rows; HEIGHT is a row's.
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 1000, 380, 56, 34, 58, 24
+PANEL = (WIDTH - 2 * LEFT - 2 * GAP) / 2
 
 
 def records(folder):
@@ -67,6 +69,15 @@ def judged(folder):
     return kept
 
 
+def judged_steps(folder):
+    """Exact match of checkpoints: step, share, its interval."""
+    reports = sorted(folder.glob("step-*/report.json"))
+    groups = [json.loads(report.read_text())["assessment"]["all"] for report in reports]
+    steps = [int(report.parent.name.removeprefix("step-")) for report in reports]
+    interval = lambda group: [group["exact_match_interval"][end] for end in ("low", "high")]
+    return [[step, group["n"], group["exact_match"], *interval(group)] for step, group in zip(steps, groups)]
+
+
 def gather(out, target):
     names = [name for name in VARIANTS if (out / f"{name}-judged" / "report.json").is_file()]
     base = json.loads((out / "base" / "report.json").read_text())
@@ -74,27 +85,27 @@ def gather(out, target):
         "card": (out / "card.txt").read_text().splitlines()[-1] if (out / "card.txt").is_file() else None,
         "base": {"report": base, **curve(out / "base")},
         "before": judged(out / "before"),
+        "judged_steps": judged_steps(out / "steps"),
         "variants": {name: {**curve(out / name), **judged(out / f"{name}-judged")} for name in names},
     }
     target.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 class Panel:
-    """Axes of one of the three plots, and what is drawn over them."""
+    """Axes of one of the four plots, and what is drawn over them."""
 
-    def __init__(self, place, title, x_name, x_range, y_range, y_ticks, y_format="{:g}"):
-        self.left = LEFT + place * (PANEL + LEFT + GAP)
+    def __init__(self, place, title, x_name, x_range, y_range, y_ticks):
+        self.left, self.above = LEFT + place % 2 * (PANEL + LEFT + GAP), place // 2 * HEIGHT
         self.x_range, self.y_range = x_range, y_range
-        low, high = y_range
         middle = self.left + PANEL / 2
         self.out = [
-            f'<text x="{middle:.0f}" y="20" text-anchor="middle" font-size="15">{title}</text>',
-            f'<text x="{middle:.0f}" y="{HEIGHT - 10}" text-anchor="middle">{x_name}</text>',
+            f'<text x="{middle:.0f}" y="{self.above + 20}" text-anchor="middle" font-size="15">{title}</text>',
+            f'<text x="{middle:.0f}" y="{self.above + HEIGHT - 12}" text-anchor="middle">{x_name}</text>',
         ]
         for tick in y_ticks:
             at = self.y(tick)
             self.out.append(f'<line x1="{self.left}" x2="{self.left + PANEL:.0f}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
-            self.out.append(f'<text x="{self.left - 6}" y="{at + 4:.1f}" text-anchor="end">{y_format.format(tick)}</text>')
+            self.out.append(f'<text x="{self.left - 6}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>')
 
     def x(self, value):
         low, high = self.x_range
@@ -102,11 +113,15 @@ class Panel:
 
     def y(self, value):
         low, high = self.y_range
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
+        return self.above + TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
+
+    def under(self, row=0):
+        """Where a row of words under the axis stands."""
+        return self.above + HEIGHT - BOTTOM + 16 + 14 * row
 
     def x_ticks(self, ticks):
         for tick in ticks:
-            self.out.append(f'<text x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:,}</text>')
+            self.out.append(f'<text x="{self.x(tick):.1f}" y="{self.under()}" text-anchor="middle">{tick:,}</text>')
 
     def line(self, points, colour, width=2, dots=False):
         places = [(self.x(x), self.y(y)) for x, y in points]
@@ -115,7 +130,12 @@ class Panel:
         if dots:
             self.out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
 
-    def legend(self, entries, top):
+    def bar(self, at, low, high, colour="black"):
+        x = self.x(at)
+        self.out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{self.y(low):.1f}" y2="{self.y(high):.1f}" stroke="{colour}"/>')
+
+    def legend(self, entries):
+        top = self.above + TOP + 14
         width = 44 + 7 * max(len(name) for name, _ in entries)
         left, height = self.left + PANEL - width, 17 * len(entries) + 2
         self.out.append(f'<rect x="{left:.0f}" y="{top - 10}" width="{width}" height="{height}" fill="white" fill-opacity="0.8"/>')
@@ -153,7 +173,7 @@ def base_panel(base):
     panel.x_ticks(int(tick) for tick in ticks_between(0, panel.x_range[1], 4))
     panel.line(trained, "#1f4e9c")
     panel.line(held_out, "#b3402a", dots=True)
-    panel.legend([("trained, nats a token", "#1f4e9c"), ("clues aired later", "#b3402a")], TOP + 14)
+    panel.legend([("trained, nats a token", "#1f4e9c"), ("clues aired later", "#b3402a")])
     return panel
 
 
@@ -164,7 +184,7 @@ def runs_panel(variants):
     panel.x_ticks(int(tick) for tick in ticks_between(0, panel.x_range[1], 4))
     for name, points in lines.items():
         panel.line(points, COLOURS[name], dots=True)
-    panel.legend([(VARIANTS[name], COLOURS[name]) for name in lines], TOP + 14)
+    panel.legend([(VARIANTS[name], COLOURS[name]) for name in lines])
     return panel
 
 
@@ -179,9 +199,25 @@ def scores_panel(before, variants):
         left, right = panel.x(place + 0.2), panel.x(place + 0.8)
         panel.out.append(f'<rect x="{left:.1f}" y="{panel.y(share):.1f}" width="{right - left:.1f}" height="{panel.y(0) - panel.y(share):.1f}" fill="{colour}"/>')
         middle = (left + right) / 2
-        panel.out.append(f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="{panel.y(100 * interval["low"]):.1f}" y2="{panel.y(100 * interval["high"]):.1f}" stroke="black"/>')
+        panel.bar(place + 0.5, 100 * interval["low"], 100 * interval["high"])
         for row, word in enumerate(name.split("-")):
-            panel.out.append(f'<text x="{middle:.1f}" y="{HEIGHT - BOTTOM + 14 + 14 * row}" text-anchor="middle" font-size="12">{word}</text>')
+            panel.out.append(f'<text x="{middle:.1f}" y="{panel.under(row)}" text-anchor="middle" font-size="12">{word}</text>')
+    return panel
+
+
+def steps_panel(before, judged):
+    """Exact match of one run's checkpoints, from the base on."""
+    interval = before["all"]["exact_match_interval"]
+    first = [0, before["all"]["n"], before["all"]["exact_match"], interval["low"], interval["high"]]
+    points = [first, *judged]
+    top = max(100 * high for *_, high in points) * 1.1 or 1
+    title = "exact match over the steps, isolated, loss on answers, %"
+    panel = Panel(3, title, "step, with 95 % intervals", (0, points[-1][0]), (0, top), ticks_between(0, top))
+    panel.x_ticks(int(tick) for tick in ticks_between(0, panel.x_range[1], 4))
+    colour = COLOURS["isolated-answers"]
+    panel.line([(step, 100 * share) for step, _, share, *_ in points], colour, dots=True)
+    for step, _, _, low, high in points:
+        panel.bar(step, 100 * low, 100 * high, colour)
     return panel
 
 
@@ -189,7 +225,9 @@ def draw(source, target):
     numbers = json.loads(source.read_text())
     variants = numbers["variants"]
     panels = [base_panel(numbers["base"]), runs_panel(variants), scores_panel(numbers["before"], variants)]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">'
+    if numbers["judged_steps"]:
+        panels.append(steps_panel(numbers["before"], numbers["judged_steps"]))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {2 * HEIGHT}" font-family="sans-serif" font-size="13">'
     parts = [head, '<rect width="100%" height="100%" fill="white"/>']
     parts += [part for panel in panels for part in panel.out]
     target.write_text("\n".join([*parts, "</svg>"]) + "\n")

@@ -232,6 +232,7 @@ mod tests {
         assert_eq!(flag("NVIDIA A100-SXM4-40GB", 39), Some("a100"));
         assert_eq!(flag("NVIDIA A100 80GB PCIe", 79), Some("a100-80"));
         assert_eq!(flag("NVIDIA H100 80GB HBM3", 79), Some("h100"));
+        assert_eq!(flag("NVIDIA H200", 140), Some("h200"));
         assert_eq!(flag("NVIDIA GeForce RTX 4090", 23), Some("4090"));
         assert_eq!(flag("NVIDIA A1000", 8), None);
     }
