@@ -187,10 +187,7 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         scale: f64,
         with_head: bool,
     ) -> CrossEntropyGradient<Self> {
-        if with_head {
-            return cross_entropy::with_gradient(hidden, head, targets, scale, true);
-        }
-        cross_entropy::cube::with_gradient(hidden, head, targets, scale)
+        cross_entropy::cube::with_gradient(hidden, head, targets, scale, with_head)
     }
 
     fn cross_entropy(

@@ -10,12 +10,11 @@ mod common;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::tensor::{DType, Int, Shape, Tensor, TensorData, TensorPrimitive};
-use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use burn_flex::Flex;
 use buzzer_kernels::adamw::{self, AdamW, AdamWState, AdamWState8};
 use buzzer_kernels::nf4::{self, Nf4Tensor};
-use buzzer_kernels::{Cube, IGNORED, KernelBackend, cross_entropy};
+use buzzer_kernels::{Cube, IGNORED, KernelBackend, ProductRuntime, cross_entropy};
 use common::{Device, noise};
 
 /// Rounded through the dtype and back.
@@ -25,13 +24,13 @@ fn rounded(values: &[f32], dtype: DType) -> Vec<f32> {
 }
 
 /// Where the kernels run, and what failed.
-struct Runner<'a, R: CubeRuntime> {
+struct Runner<'a, R: ProductRuntime> {
     device: &'a Device<R>,
     dtype: DType,
     failed: Vec<String>,
 }
 
-impl<R: CubeRuntime> Runner<'_, R> {
+impl<R: ProductRuntime> Runner<'_, R> {
     fn upload<const D: usize>(&self, values: &[f32], dims: [usize; D], dtype: DType) -> CubeTensor<R> {
         let data = TensorData::new(values.to_vec(), dims);
         Tensor::<Cube<R>, D>::from_data(data, (self.device, dtype)).into_primitive().tensor()
@@ -233,6 +232,56 @@ impl<R: CubeRuntime> Runner<'_, R> {
         self.near(format!("gradient {what}"), &gradient, &d, 1e-7, 1e-5 + rounding);
     }
 
+    /// Loss and both gradients from hidden states, over more rows than a chunk has, against the reference.
+    fn cross_entropy_of_hidden(&mut self, [n, d, v]: [usize; 3]) {
+        let (x, head) = (rounded(&noise(n * d, 5), self.dtype), rounded(&noise(v * d, 6), self.dtype));
+        let targets =
+            (0..n).map(|i| if i % 7 == 2 { IGNORED } else { (i * 7919 % v) as i32 }).collect::<Vec<_>>();
+        let device = Default::default();
+        let host = |values: &[f32], dims| {
+            Tensor::<Flex, 2>::from_data(TensorData::new(values.to_vec(), dims), &device)
+        };
+        let line = Tensor::<Flex, 1, Int>::from_data(TensorData::new(targets.clone(), [n]), &device);
+        let expected =
+            Flex::cross_entropy_with_gradient(host(&x, [n, d]), host(&head, [v, d]), line, 0.25, true);
+        let tensor2 = |values: &[f32], dims| {
+            let data = TensorData::new(values.to_vec(), dims);
+            Tensor::<Cube<R>, 2>::from_data(data, (self.device, DType::F32)).cast(self.dtype)
+        };
+        let line =
+            Tensor::<Cube<R>, 1, Int>::from_data(TensorData::new(targets, [n]), (self.device, DType::I32));
+        let (hidden, weight) = (tensor2(&x, [n, d]), tensor2(&head, [v, d]));
+        let without =
+            Cube::<R>::cross_entropy_with_gradient(hidden.clone(), weight.clone(), line.clone(), 0.25, false);
+        assert!(without.head.is_none());
+        let found = Cube::<R>::cross_entropy_with_gradient(hidden, weight, line, 0.25, true);
+        let what = format!("[{n}, {d}] to {v} {:?}", self.dtype);
+        let values = |data: TensorData| data.iter::<f32>().collect::<Vec<_>>();
+        let [sum, expected_sum] = [found.loss_sum.into_data(), expected.loss_sum.into_data()].map(values);
+        self.near(format!("sum of losses {what}"), &sum, &expected_sum, 0.0, 1e-4);
+        // Gradients of logits are rounded before they are multiplied.
+        let rounding = 4.0 * rounding(self.dtype);
+        let [x, expected_x] = [found.hidden.into_data(), expected.hidden.into_data()].map(values);
+        self.near(
+            format!("gradient of hidden states {what}"),
+            &x,
+            &expected_x,
+            1e-5 + rounding,
+            1e-4 + rounding,
+        );
+        let head = found.head.expect("it was asked for");
+        assert_eq!(head.dtype(), DType::F32);
+        let [head, expected_head] =
+            [head.into_data(), expected.head.expect("the same").into_data()].map(values);
+        self.near(
+            format!("gradient of the head {what}"),
+            &head,
+            &expected_head,
+            1e-5 + rounding,
+            1e-4 + rounding,
+        );
+    }
+
     /// The oracle of this test against the crate's reference, with an identity for the head.
     fn reference_agrees(
         &mut self,
@@ -423,7 +472,7 @@ fn softmax_losses(logits: &[f32], targets: &[i32], [n, v]: [usize; 2], scale: f3
 const SMALL: [[usize; 2]; 10] =
     [[1, 1], [1, 7], [3, 5], [5, 64], [7, 130], [33, 4096], [3, 2053], [9, 1000], [70, 12], [300, 3]];
 
-fn weights<R: CubeRuntime>(runner: &mut Runner<R>) {
+fn weights<R: ProductRuntime>(runner: &mut Runner<R>) {
     for dims in SMALL {
         for double in [false, true] {
             runner.case(format!("dequantize {dims:?}"), |runner| runner.dequantize(dims, double));
@@ -432,15 +481,20 @@ fn weights<R: CubeRuntime>(runner: &mut Runner<R>) {
     }
 }
 
-fn losses<R: CubeRuntime>(runner: &mut Runner<R>, gradients: &[DType]) {
+fn losses<R: ProductRuntime>(runner: &mut Runner<R>, gradients: &[DType]) {
     for dims in [[1, 1], [3, 5], [4, 64], [7, 130], [9, 1000], [5, 2053], [6, 12], [2, 32_000], [2, 65_537]] {
         for dtype in gradients {
             runner.case(format!("cross-entropy {dims:?}"), |runner| runner.cross_entropy(dims, *dtype));
         }
     }
+    for dims in [[5, 64, 40], [1500, 64, 96]] {
+        runner.case(format!("cross-entropy of hidden states {dims:?}"), |runner| {
+            runner.cross_entropy_of_hidden(dims);
+        });
+    }
 }
 
-fn optimizer<R: CubeRuntime>(runner: &mut Runner<R>) {
+fn optimizer<R: ProductRuntime>(runner: &mut Runner<R>) {
     for dims in [[1, 1], [1, 7], [3, 5], [16, 64], [7, 130], [3, 2053], [16, 4096]] {
         runner.case(format!("AdamW {dims:?}"), |runner| runner.adamw(dims));
         runner.case(format!("8-bit AdamW {dims:?}"), |runner| runner.adamw8(dims));

@@ -89,16 +89,14 @@ impl<B: KernelBackend> Pretrainer<B> {
                 place: "the whole model".into(),
             });
         }
-        let mut gather = Gather::<B> { grads: &mut grads, found: HashMap::new() };
+        let mut gather = Gather::<B> { grads: &mut grads, found: Vec::new() };
         self.model = self.model.clone().map(&mut gather);
         let mut found = gather.found;
-        if let Some(param) = &self.model.head {
-            found.insert(param.id, head.reshape([-1]));
-        } else {
-            let tied = self.model.embedding.id;
-            let head = head.reshape([-1]);
-            let sum = found.remove(&tied).map_or(head.clone(), |embedding| embedding + head);
-            found.insert(tied, sum);
+        let (owner, head) = (self.head_id(), head.reshape([-1]));
+        match found.iter_mut().find(|(id, _)| *id == owner) {
+            // A tied head is the embedding, which has a gradient of its own.
+            Some((_, embedding)) => embedding.inplace(|embedding| embedding + head),
+            None => found.push((owner, head)),
         }
         let grad_norm = self.update(found)?;
         let learning_rate = self.settings.schedule.rate(self.step);
@@ -130,6 +128,11 @@ impl<B: KernelBackend> Pretrainer<B> {
         (count > 0).then(|| sum / count as f64)
     }
 
+    /// The parameter that the head is.
+    fn head_id(&self) -> ParamId {
+        self.model.head.as_ref().unwrap_or(&self.model.embedding).id
+    }
+
     /// What reaches the head `[n, d]`, and the head `[v, d]` in its dtype.
     fn hidden(&self, batch: &DeviceBatch<Autodiff<B>>) -> (Tensor<Autodiff<B>, 2>, Tensor<B, 2>) {
         let (model, dtype) = (&self.model, self.settings.dtype);
@@ -149,11 +152,11 @@ impl<B: KernelBackend> Pretrainer<B> {
         (f64::from(scalar(loss.loss_sum)) * scale, grads, d_head)
     }
 
-    /// Clips and applies the gradients; their norm before that.
-    fn update(&mut self, mut gradients: HashMap<ParamId, Tensor<B, 1>>) -> Result<f64, TrainError> {
+    /// Clips and applies the gradients, which stand in the model's order, so that equal runs sum them alike; their norm before that.
+    fn update(&mut self, gradients: Vec<(ParamId, Tensor<B, 1>)>) -> Result<f64, TrainError> {
         let step = self.step + 1;
-        let squares = gradients.values().map(|gradient| gradient.clone().square().sum());
-        let norm = squares.reduce(|sum, next| sum + next).map_or(0.0, |sum| f64::from(scalar(sum)).sqrt());
+        let rows = gradients.iter().map(|(_, gradient)| gradient.clone().unsqueeze()).collect();
+        let norm = B::sum_of_squares(rows).map_or(0.0, |sum| f64::from(scalar(sum)).sqrt());
         if !norm.is_finite() {
             return Err(TrainError::NonFinite {
                 step,
@@ -163,9 +166,8 @@ impl<B: KernelBackend> Pretrainer<B> {
             });
         }
         let factor = self.settings.optimizer.clip_factor(norm);
-        for gradient in gradients.values_mut() {
-            gradient.inplace(|gradient| gradient.mul_scalar(factor));
-        }
+        let clipped = |(id, gradient): (ParamId, Tensor<B, 1>)| (id, gradient.mul_scalar(factor));
+        let gradients = gradients.into_iter().map(clipped).collect();
         let mut apply = Apply { trainer: self, gradients, step };
         let model = apply.trainer.model.clone().map(&mut apply);
         self.model = model;
@@ -173,10 +175,10 @@ impl<B: KernelBackend> Pretrainer<B> {
     }
 }
 
-/// Takes every parameter's gradient out of autodiff's register.
+/// Takes every parameter's gradient out of autodiff's register, in the model's order.
 struct Gather<'a, B: KernelBackend> {
     grads: &'a mut Grads<B>,
-    found: HashMap<ParamId, Tensor<B, 1>>,
+    found: Vec<(ParamId, Tensor<B, 1>)>,
 }
 
 impl<B: KernelBackend> ModuleMapper<Autodiff<B>> for Gather<'_, B> {
@@ -185,7 +187,7 @@ impl<B: KernelBackend> ModuleMapper<Autodiff<B>> for Gather<'_, B> {
         param: Param<Tensor<Autodiff<B>, D>>,
     ) -> Param<Tensor<Autodiff<B>, D>> {
         if let Some(gradient) = param.val().grad_remove(self.grads) {
-            self.found.insert(param.id, gradient.reshape([-1]));
+            self.found.push((param.id, gradient.reshape([-1])));
         }
         param
     }

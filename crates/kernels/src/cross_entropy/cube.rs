@@ -27,10 +27,12 @@ pub(crate) fn with_gradient<R: ProductRuntime>(
     head: Tensor<Cube<R>, 2>,
     targets: Tensor<Cube<R>, 1, Int>,
     scale: f64,
+    with_head: bool,
 ) -> CrossEntropyGradient<Cube<R>> {
     let [n, d] = hidden.dims();
-    let dtype = hidden.dtype();
-    let mut loss_sum = Tensor::<Cube<R>, 1>::zeros([1], (&hidden.device(), DType::F32));
+    let (device, dtype) = (hidden.device(), hidden.dtype());
+    let mut loss_sum = Tensor::<Cube<R>, 1>::zeros([1], (&device, DType::F32));
+    let mut d_head = with_head.then(|| Tensor::zeros(head.dims(), (&device, DType::F32)));
     let head = Matrix::new(primitive(head.cast(dtype)));
     let rows = Matrix::new(primitive(hidden));
     let gradient = Matrix::new(uninitialized(&rows.tensor, [n, d], dtype));
@@ -40,8 +42,13 @@ pub(crate) fn with_gradient<R: ProductRuntime>(
         let targets = int_primitive(targets.clone().narrow(0, start, count));
         let (losses, d_logits) = kernel::rows(logits, targets, scale as f32, dtype);
         loss_sum = loss_sum + tensor::<R, 1>(losses).sum();
-        let (a, c) = (Matrix::new(d_logits), gradient.rows(start, count));
-        product::run(Product { a, b: head.clone(), c, alpha: 1.0, plus: None });
+        let d_logits = Matrix::new(d_logits);
+        d_head = d_head.map(|sum| {
+            let part = product::new(&d_logits.t(), &rows.rows(start, count), 1.0, DType::F32);
+            sum + tensor(part)
+        });
+        let c = gradient.rows(start, count);
+        product::run(Product { a: d_logits, b: head.clone(), c, alpha: 1.0, plus: None });
     }
-    CrossEntropyGradient { loss_sum, hidden: tensor(gradient.tensor), head: None }
+    CrossEntropyGradient { loss_sum, hidden: tensor(gradient.tensor), head: d_head }
 }

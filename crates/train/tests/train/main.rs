@@ -590,7 +590,11 @@ fn pretrainer(tied: bool, seed: u64) -> Pretrainer<Flex> {
 }
 
 fn pretrainer_in(dtype: DType, tied: bool, seed: u64) -> Pretrainer<Flex> {
-    let optimizer = OptimizerSettings { max_grad_norm: None, ..OptimizerSettings::default() };
+    clipped_pretrainer(None, dtype, tied, seed)
+}
+
+fn clipped_pretrainer(max_grad_norm: Option<f64>, dtype: DType, tied: bool, seed: u64) -> Pretrainer<Flex> {
+    let optimizer = OptimizerSettings { max_grad_norm, ..OptimizerSettings::default() };
     let schedule = Schedule::new(ScheduleKind::Constant, 1e-2, 0, 1);
     let config = config().with_tie_word_embeddings(tied);
     Pretrainer::new(&config, PretrainSettings { optimizer, schedule, seed, dtype }, &Default::default())
@@ -703,6 +707,22 @@ fn a_whole_model_computed_in_bf16_keeps_weights_in_f32_and_learns_alike() {
     // bf16 has eight bits.
     close(rounded[0], exact[0], 1e-2 * exact[0]);
     assert!(rounded[39] < 0.3 * rounded[0], "{rounded:?}");
+}
+
+#[test]
+fn a_whole_model_repeats_bit_for_bit_where_its_gradient_is_clipped() {
+    let batch = collated(&packed(12));
+    let run = || {
+        let mut trainer = clipped_pretrainer(Some(0.1), DType::F32, false, 3);
+        let reports: Vec<_> = (0..6).map(|_| trainer.step(&batch).unwrap()).collect();
+        assert!(reports.iter().all(|report| report.grad_norm > 0.1), "{reports:?}");
+        let numbers: Vec<_> = reports.iter().map(|report| (report.loss, report.grad_norm)).collect();
+        (numbers, weights(trainer.model()))
+    };
+    let first = run();
+    for _ in 0..4 {
+        assert_eq!(run(), first);
+    }
 }
 
 #[test]
