@@ -33,7 +33,7 @@ struct Args {
     #[arg(long)]
     answer: Option<String>,
     /// With --template clue: write so many
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     count: Option<u32>,
     #[command(flatten)]
     with: AnswererArgs,

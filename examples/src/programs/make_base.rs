@@ -296,14 +296,16 @@ impl Training<'_> {
         let mut watch = self.watch(&trainer, device)?;
         let mut stream = RowStream::new(self.rows.learnt.rows.len(), args.seed);
         let every = (steps / args.evaluations.max(1)).max(1);
-        let (started, mut tokens, mut first) = (Instant::now(), 0, None);
+        let (started, mut tokens) = (Instant::now(), 0);
         let mut loss = Loss::default();
         for _ in 0..steps {
             let rows = stream.next(args.batch as usize);
             let step = trainer.step(&self.batch(rows.iter().map(|&row| &self.rows.learnt.rows[row])))?;
             tokens += step.tokens;
+            if step.step == 1 {
+                loss.first = step.loss;
+            }
             loss.last = step.loss;
-            loss.first = *first.get_or_insert(step.loss);
             watch.step(&step, device_bytes::<B>(device));
             if args.evaluations > 0 && (step.step % every == 0 || step.step == steps) {
                 loss.held_out = self.evaluate(&trainer);
