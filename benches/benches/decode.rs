@@ -67,7 +67,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    run_bench("decode", arguments.common.device, Job(&arguments))
+    run_bench("decode", arguments.common.choose_device(), Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);

@@ -20,6 +20,10 @@ pub struct Card {
     pub driver: Option<u32>,
     /// Why large products do not go to the vendor's library, if they do not.
     pub without_library: Option<String>,
+    /// Why the host waits before and after every product in the vendor's library, if it does.
+    pub library_waits: Option<String>,
+    /// Why no kernel can be compiled for it, if so: nothing runs then.
+    pub without_compiler: Option<String>,
 }
 
 impl Card {
@@ -181,6 +185,15 @@ pub(crate) fn cuda(index: usize) -> Card {
         free_bytes: memory.map(|(free, _)| free as u64),
         driver: None,
         without_library: None,
+        library_waits: None,
+        without_compiler: match (context, major.zip(minor)) {
+            (Some(context), Some((major, minor))) => {
+                crate::compiler::check(context, (10 * major + minor) as usize)
+                    .err()
+                    .map(|error| error.to_string())
+            }
+            _ => None,
+        },
     }
 }
 
@@ -225,6 +238,8 @@ mod tests {
                 free_bytes: None,
                 driver: None,
                 without_library: None,
+                library_waits: None,
+                without_compiler: None,
             };
             CardModel::of(&card).map(|model| model.flag)
         };

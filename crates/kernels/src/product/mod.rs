@@ -10,9 +10,6 @@
 #[cfg(feature = "cuda")]
 mod cublaslt;
 
-#[cfg(feature = "cuda")]
-pub(crate) use cublaslt::check_context_events;
-
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::kernel::{cast, into_contiguous};
@@ -72,6 +69,8 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
             free_bytes: None,
             driver: None,
             without_library: None,
+            library_waits: None,
+            without_compiler: None,
         }
     }
 
@@ -88,9 +87,15 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
 #[allow(private_interfaces, reason = "implemented in this crate only")]
 impl ProductRuntime for cubecl::cuda::CudaRuntime {
     fn card(device: &Self::Device) -> Card {
+        let (library_waits, without_library) = match cublaslt::waits(device) {
+            Ok(waits) => (waits, None),
+            Err(reason) => (None, Some(reason)),
+        };
+        let driver = crate::side_stream::driver_version();
         Card {
-            driver: cublaslt::driver_version().ok().and_then(|version| u32::try_from(version).ok()),
-            without_library: cublaslt::available(device).err(),
+            driver: driver.ok().and_then(|version| u32::try_from(version).ok()),
+            without_library,
+            library_waits,
             ..crate::card::cuda(device.index)
         }
     }

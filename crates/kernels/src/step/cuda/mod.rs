@@ -261,7 +261,7 @@ impl CudaRunner {
 
     /// The step of n rows as a graph.
     fn capture(&self, n: usize, kernels: &Kernels) -> Result<Graph, StepError> {
-        let stream = self.driver.stream;
+        let stream = self.driver.stream.raw();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is alive, and this thread alone submits to it. A capture that fails is ended all the same.
         unsafe {
@@ -290,7 +290,7 @@ impl StepRunner for CudaRunner {
         if n == 0 || n > self.shapes.most_rows {
             return Err(wrong(format!("{n} rows, where 1 to {} can be run", self.shapes.most_rows)));
         }
-        self.driver.bind()?;
+        self.driver.stream.bind()?;
         let numbers = self.numbers(rows)?;
         let kernels = self.kernels(n)?;
         if !self.graphs.contains_key(&n) {
@@ -299,25 +299,25 @@ impl StepRunner for CudaRunner {
         }
         // Asking for an address waits until everything before has been submitted.
         self.kept.settle()?;
-        self.driver.follow()?;
+        self.driver.stream.follow()?;
         let mut choices = vec![0_i32; n];
         // SAFETY: the places hold `most_rows` sequences, and the vectors live until the stream is done.
         unsafe {
-            cuda::memcpy_htod_async(self.room.numbers, &numbers, self.driver.stream)?;
-            cuda::graph::launch(self.graphs[&n].0, self.driver.stream)?;
-            cuda::memcpy_dtoh_async(&mut choices, self.room.choices, self.driver.stream)?;
+            cuda::memcpy_htod_async(self.room.numbers, &numbers, self.driver.stream.raw())?;
+            cuda::graph::launch(self.graphs[&n].0, self.driver.stream.raw())?;
+            cuda::memcpy_dtoh_async(&mut choices, self.room.choices, self.driver.stream.raw())?;
         }
-        self.driver.finish()?;
+        self.driver.stream.finish()?;
         self.rows = n;
         Ok(choices.into_iter().map(|choice| u32::try_from(choice).ok()).collect())
     }
 
     fn logits(&mut self) -> Result<Vec<f32>, StepError> {
-        self.driver.bind()?;
+        self.driver.stream.bind()?;
         let mut logits = vec![0.0; self.rows * self.shapes.vocabulary];
         // SAFETY: the last step wrote as many, and the vector lives until the stream is done.
-        unsafe { cuda::memcpy_dtoh_async(&mut logits, self.room.logits, self.driver.stream) }?;
-        self.driver.finish()?;
+        unsafe { cuda::memcpy_dtoh_async(&mut logits, self.room.logits, self.driver.stream.raw()) }?;
+        self.driver.stream.finish()?;
         Ok(logits)
     }
 }
@@ -349,7 +349,7 @@ fn launch(
         blockDimY: 1,
         blockDimZ: 1,
         sharedMemBytes: shared,
-        hStream: driver.stream,
+        hStream: driver.stream.raw(),
         attrs: &raw mut early,
         numAttrs: u32::from(driver.limits.compute_capability >= EARLY_LAUNCHES),
     };
