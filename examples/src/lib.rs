@@ -26,7 +26,7 @@ mod watch;
 
 pub mod programs;
 
-pub use answer::{AnswerArgs, Answered, answer_clues, answer_text, judge_answers};
+pub use answer::{AnswerArgs, Answered, answer_clues, answer_text, judge_answers, tell_step_refusal};
 pub use compare::{Answers, Comparison, Probe, Record, Spread};
 pub use corpus::{Corpus, CorpusReport, DataArgs, HeldOut, Packing, SplitArg, build as build_corpus};
 pub use dashboard::Dashboard;

@@ -17,7 +17,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use crate::device::{Cube, Matrix, uninitialized};
-use crate::{Card, StepError, StepProgram, StepRunner};
+use crate::{Card, Pages, StepError, StepProgram, StepRunner};
 
 /// One product.
 pub(crate) struct Product<R: CubeRuntime> {
@@ -55,7 +55,14 @@ pub trait ProductRuntime: CubeRuntime {
 
     /// See [`KernelBackend::step_runner`](crate::KernelBackend::step_runner).
     #[doc(hidden)]
-    fn step_runner(program: &StepProgram<Cube<Self>>) -> Result<Box<dyn StepRunner>, StepError>;
+    fn step_runner(
+        program: &StepProgram<Cube<Self>>,
+        pages: &[Pages<Cube<Self>>],
+    ) -> Result<Box<dyn StepRunner>, StepError>;
+
+    /// See [`KernelBackend::step_bytes`](crate::KernelBackend::step_bytes).
+    #[doc(hidden)]
+    fn step_bytes(program: &StepProgram<Cube<Self>>) -> usize;
 }
 
 #[cfg(feature = "wgpu")]
@@ -78,8 +85,15 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
         false
     }
 
-    fn step_runner(_: &StepProgram<Cube<Self>>) -> Result<Box<dyn StepRunner>, StepError> {
-        Err(StepError("there are kernels for CUDA only".into()))
+    fn step_runner(
+        _: &StepProgram<Cube<Self>>,
+        _: &[Pages<Cube<Self>>],
+    ) -> Result<Box<dyn StepRunner>, StepError> {
+        Err(StepError::Unsupported("there are kernels for CUDA only".into()))
+    }
+
+    fn step_bytes(_: &StepProgram<Cube<Self>>) -> usize {
+        0
     }
 }
 
@@ -104,8 +118,15 @@ impl ProductRuntime for cubecl::cuda::CudaRuntime {
         cublaslt::run(product)
     }
 
-    fn step_runner(program: &StepProgram<Cube<Self>>) -> Result<Box<dyn StepRunner>, StepError> {
-        crate::step::cuda::runner(program)
+    fn step_runner(
+        program: &StepProgram<Cube<Self>>,
+        pages: &[Pages<Cube<Self>>],
+    ) -> Result<Box<dyn StepRunner>, StepError> {
+        crate::step::cuda::runner(program, pages)
+    }
+
+    fn step_bytes(program: &StepProgram<Cube<Self>>) -> usize {
+        crate::step::cuda::bytes(program)
     }
 }
 

@@ -15,13 +15,13 @@ const LAUNCH_ATTRIBUTES: i32 = 11_080;
 
 impl From<DriverError> for StepError {
     fn from(error: DriverError) -> Self {
-        Self(format!("the CUDA driver says: {error}"))
+        Self::Refused(format!("the CUDA driver says: {error}"))
     }
 }
 
 impl From<CompilerError> for StepError {
     fn from(error: CompilerError) -> Self {
-        Self(error.to_string())
+        Self::Refused(error.to_string())
     }
 }
 
@@ -53,28 +53,35 @@ pub(super) struct Kernels {
     pub(super) choose: sys::CUfunction,
 }
 
-impl Driver {
-    pub(super) fn open(index: usize) -> Result<Self, StepError> {
+impl Limits {
+    /// Those of a device.
+    pub(super) fn of(context: &CudaContext) -> Result<Self, DriverError> {
         use sys::CUdevice_attribute as Attribute;
-        let context = CudaContext::new(index)?;
-        let version = driver_version().map_err(StepError)?;
-        if version < LAUNCH_ATTRIBUTES {
-            return Err(StepError(format!(
-                "the driver speaks CUDA {}, and 11.8 is needed",
-                version_name(version)
-            )));
-        }
         let attribute = |attribute| {
             let value = context.attribute(attribute)?;
             Ok::<_, DriverError>(usize::try_from(value).unwrap_or(0))
         };
         let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let limits = Limits {
+        Ok(Self {
             compute_capability: 10 * major + minor,
             processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_of_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-        };
+        })
+    }
+}
+
+impl Driver {
+    pub(super) fn open(index: usize) -> Result<Self, StepError> {
+        let context = CudaContext::new(index)?;
+        let version = driver_version().map_err(StepError::Refused)?;
+        if version < LAUNCH_ATTRIBUTES {
+            return Err(StepError::Unsupported(format!(
+                "the driver speaks CUDA {}, and 11.8 is needed",
+                version_name(version)
+            )));
+        }
+        let limits = Limits::of(&context)?;
         Ok(Self { stream: SideStream::open(context, version)?, limits })
     }
 
@@ -87,7 +94,7 @@ impl Driver {
         ];
         let module = compiler::load(SOURCE, self.limits.compute_capability, defines)?;
         let function = |name: &str| {
-            let name = CString::new(name).map_err(|error| StepError(error.to_string()))?;
+            let name = CString::new(name).map_err(|error| StepError::Refused(error.to_string()))?;
             // SAFETY: the module was just loaded and stays.
             Ok::<_, StepError>(unsafe { driver::module::get_function(module, name) }?)
         };
