@@ -94,6 +94,8 @@ pub struct Engine<B: Backend> {
     settings: EngineSettings,
     cache: PagedCache<B>,
     pool: PagePool,
+    /// Whether the device keeps memory by exact size.
+    few_sizes: bool,
     /// The model's own corrections first.
     adapters: Vec<(String, LoraSet<B>)>,
     waiting: VecDeque<Sequence>,
@@ -127,7 +129,9 @@ impl<B: KernelBackend> Engine<B> {
         let config = model.config();
         let page = PagedCache::<B>::page_bytes(config, settings.page_tokens, model.dtype());
         let budget = settings.budget_bytes;
-        let program = if settings.step_programs { Self::step_bytes(&model, settings.page_tokens) } else { 0 };
+        let own = model.lora_set().cast(model.dtype());
+        let program = || B::step_bytes(&model.step_program(&own, settings.page_tokens));
+        let program = if settings.step_programs { program() } else { 0 };
         // Pages come first: without a program answers are slower, and without pages there are none.
         settings.step_programs &= budget.saturating_sub(program) >= 2 * page;
         let program = if settings.step_programs { program } else { 0 };
@@ -138,7 +142,8 @@ impl<B: KernelBackend> Engine<B> {
         }
         let cache = PagedCache::new(config, pages, settings.page_tokens, model.dtype(), &model.device());
         Ok(Self {
-            adapters: vec![(String::new(), model.lora_set().cast(model.dtype()))],
+            adapters: vec![(String::new(), own)],
+            few_sizes: B::card(&model.device()).is_some(),
             model,
             tokenizer: None,
             settings,
@@ -433,7 +438,7 @@ impl<B: KernelBackend> Engine<B> {
         let device = self.model.device();
         let places: Vec<usize> =
             plan.iter().filter(|planned| planned.complete).map(|planned| planned.place).collect();
-        let rows = Rows::of(plan, B::card(&device).is_some());
+        let rows = Rows::of(plan, self.few_sizes);
         let chosen = rows.chosen();
         let adapter =
             |&(adapter, rows): &(usize, usize)| AdapterRows { rows, loras: &self.adapters[adapter].1 };

@@ -172,6 +172,7 @@ pub(crate) fn cuda(index: usize) -> Card {
     let attribute = |attribute| u32::try_from(context?.attribute(attribute).ok()?).ok();
     let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
     let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+    let capability = major.zip(minor).map(|(major, minor)| 10 * major + minor);
     let memory = context.and_then(|context| {
         context.bind_to_thread().ok()?;
         mem_get_info().ok()
@@ -180,20 +181,15 @@ pub(crate) fn cuda(index: usize) -> Card {
         name: context
             .and_then(|context| context.name().ok())
             .unwrap_or_else(|| format!("CUDA device {index}")),
-        compute_capability: major.zip(minor).map(|(major, minor)| 10 * major + minor),
+        compute_capability: capability,
         memory_bytes: memory.map(|(_, total)| total as u64),
         free_bytes: memory.map(|(free, _)| free as u64),
         driver: None,
         without_library: None,
         library_waits: None,
-        without_compiler: match (context, major.zip(minor)) {
-            (Some(context), Some((major, minor))) => {
-                crate::compiler::check(context, (10 * major + minor) as usize)
-                    .err()
-                    .map(|error| error.to_string())
-            }
-            _ => None,
-        },
+        without_compiler: context
+            .zip(capability)
+            .and_then(|(context, capability)| crate::compiler::obstacle(context, capability as usize)),
     }
 }
 

@@ -3,8 +3,9 @@
 //! NVRTC writes PTX of its own version, which a driver of an earlier CUDA does not read. Every kernel here, CubeCL's too, goes that
 //! way, so a program asks once, before it has loaded anything.
 
+use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
 use cudarc::nvrtc::sys as nvrtc;
@@ -67,11 +68,15 @@ pub(crate) fn load(
     unsafe { driver::module::load_data(image.as_ptr().cast::<c_void>()) }.map_err(refusal)
 }
 
-/// Says whether kernels that are compiled here run on a device.
-///
-/// # Errors
-/// If they do not.
-pub(crate) fn check(context: &Arc<CudaContext>, compute_capability: usize) -> Result<(), CompilerError> {
+/// Why kernels that are compiled here do not run on devices of a compute capability, if they do not. Tried once a process.
+pub(crate) fn obstacle(context: &Arc<CudaContext>, compute_capability: usize) -> Option<String> {
+    static FOUND: Mutex<BTreeMap<usize, Option<String>>> = Mutex::new(BTreeMap::new());
+    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    let try_it = || check(context, compute_capability).err().map(|error| error.to_string());
+    found.entry(compute_capability).or_insert_with(try_it).clone()
+}
+
+fn check(context: &Arc<CudaContext>, compute_capability: usize) -> Result<(), CompilerError> {
     context.bind_to_thread()?;
     let module = load(PROBE, compute_capability, Vec::new())?;
     // SAFETY: nothing uses the module.
