@@ -67,7 +67,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    run_bench("decode", arguments.common.device, Job(&arguments))
+    run_bench("decode", arguments.common.choose_device(), Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);
@@ -151,7 +151,8 @@ impl<B: KernelBackend> Setup<'_, B> {
         let (prompt, new) = (self.arguments.prompt as usize, self.arguments.new as usize);
         let pages = batch * (prompt + new).div_ceil(PAGE_TOKENS) + 1;
         let settings = EngineSettings {
-            budget_bytes: pages * PagedCache::<B>::page_bytes(self.model.config(), PAGE_TOKENS, self.dtype),
+            budget_bytes: pages * PagedCache::<B>::page_bytes(self.model.config(), PAGE_TOKENS, self.dtype)
+                + Engine::step_bytes(&self.model, PAGE_TOKENS),
             page_tokens: PAGE_TOKENS,
             max_batch: batch,
             prefill_chunk: self.arguments.chunk as usize,

@@ -45,7 +45,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    run_bench("kernels", arguments.common.device, Job(&arguments))
+    run_bench("kernels", arguments.common.choose_device(), Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);

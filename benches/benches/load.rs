@@ -56,7 +56,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    run_bench("load", arguments.common.device, Job(&arguments))
+    run_bench("load", arguments.common.choose_device(), Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);

@@ -90,7 +90,7 @@ enum Rows {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    run_bench("training", arguments.common.device, Job(&arguments))
+    run_bench("training", arguments.common.choose_device(), Job(&arguments))
 }
 
 struct Job<'a>(&'a Arguments);

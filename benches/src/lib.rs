@@ -30,6 +30,10 @@ pub struct CommonArgs {
     /// Where to run [default: the best device here].
     #[arg(long, default_value_t, hide_default_value = true)]
     pub device: Device,
+    /// Take the driver for one of this version, 12040 for 12.4, to measure what happens on it.
+    #[cfg(feature = "cuda")]
+    #[arg(long, hide = true, value_name = "VERSION")]
+    assume_driver: Option<u32>,
     /// Write the rows of the table here as JSON.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -39,6 +43,16 @@ pub struct CommonArgs {
 }
 
 impl CommonArgs {
+    /// The device to run on, taken with the driver that was asked for.
+    #[must_use]
+    pub fn choose_device(&self) -> Device {
+        #[cfg(feature = "cuda")]
+        if let Some(version) = self.assume_driver {
+            buzzer::kernels::assume_driver(version);
+        }
+        self.device
+    }
+
     /// Writes the rows where they were asked for.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! Answering clues in batches and judging the answers.
 
+use std::sync::Once;
+
 use buzzer::data::Clue;
 use buzzer::eval::{Scores, judge};
 use buzzer::infer::{Answer, Engine, EngineSettings, Event, FinishReason, InferError, Request, Sampling};
@@ -9,7 +11,7 @@ use buzzer::text::{Fields, Renderer, Template};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use crate::Failure;
+use crate::{Failure, print_error_line};
 
 /// Tokens of a page of the cache.
 const PAGE_TOKENS: usize = 16;
@@ -45,7 +47,7 @@ pub struct AnswerArgs {
     /// Seed of sampled answers; each clue of a file has one of its own
     #[arg(long, value_name = "N", default_value_t = Self::default().sample_seed)]
     pub sample_seed: u64,
-    /// GiB for keys and values at most
+    /// GiB for keys and values, and for what steps keep, at most
     #[arg(long, value_name = "GIB", default_value_t = Self::default().cache_limit)]
     pub cache_limit: f64,
     /// Clues answered together
@@ -134,7 +136,8 @@ impl AnswerArgs {
             longest_prompt.saturating_add(self.max_new_tokens).min(model.config().max_position_embeddings);
         let page = PagedCache::<B>::page_bytes(model.config(), PAGE_TOKENS, model.dtype());
         // One page belongs to no clue.
-        let needed = page * (max_batch * tokens.div_ceil(PAGE_TOKENS) + 1);
+        let pages = page * (max_batch * tokens.div_ceil(PAGE_TOKENS) + 1);
+        let needed = pages + Engine::step_bytes(model, PAGE_TOKENS);
         let limit = (self.cache_limit * (1_u64 << 30) as f64) as usize;
         let settings = EngineSettings {
             budget_bytes: needed.min(limit),
@@ -183,17 +186,29 @@ pub fn answer_clues<B: KernelBackend>(
         Request { log_probs: Some(0), ..request }
     });
     let mut count = 0;
-    let answers = args.engine(model, renderer, longest)?.complete(requests, |_, event| {
+    let mut engine = args.engine(model, renderer, longest)?;
+    let answers = engine.complete(requests, |_, event| {
         if matches!(event, Event::Finished { .. }) {
             count += 1;
             done(count);
         }
     })?;
+    tell_step_refusal(&engine);
     for (&place, answer) in places.iter().zip(answers) {
         answered[place].answer = answer_text(&answer)?.to_owned();
         answered[place].log_prob = Some(answer.log_prob());
     }
     Ok(answered)
+}
+
+/// Says once a process what the device refused, if an engine answers more slowly for it.
+pub fn tell_step_refusal<B: KernelBackend>(engine: &Engine<B>) {
+    static TOLD: Once = Once::new();
+    if let Some(refusal) = engine.step_refusal() {
+        TOLD.call_once(|| {
+            print_error_line(format_args!("answers   one operation at a time, which is slower: {refusal}"));
+        });
+    }
 }
 
 /// The text of an answer, trimmed.

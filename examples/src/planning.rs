@@ -125,11 +125,6 @@ impl Budget {
         let card = B::card(device);
         let capability = card.as_ref().and_then(|card| card.compute_capability);
         let dtype = compute_dtype(dtype, &name.to_string(), capability)?;
-        if let Some(reason) = card.as_ref().and_then(|card| card.without_library.as_ref()) {
-            print_error_line(format_args!(
-                "products  Burn multiplies instead of cuBLASLt, which is slower: {reason}"
-            ));
-        }
         Ok(match card {
             Some(card) => Self {
                 usable_bytes: card.free_bytes.map(|free| free.saturating_sub(KERNELS_BYTES)),
@@ -444,7 +439,38 @@ where
             )));
         }
     }
-    device.run(job)
+    device.run(Checked(job))
+}
+
+/// A job on a device that can run it, after a line for the user if it runs slower than it might.
+struct Checked<J>(J);
+
+impl<T, J: DeviceJob<Output = Result<T, Failure>>> DeviceJob for Checked<J> {
+    type Output = Result<T, Failure>;
+
+    fn run<B: KernelBackend>(self, device: &B::Device) -> Self::Output {
+        if let Some(card) = B::card(device) {
+            if let Some(reason) = card.without_compiler {
+                return Err(Failure::input(format!("{}: {reason}", card.name)));
+            }
+            if let Some(remark) = products_remark(&card) {
+                print_error_line(format_args!("products  {remark}"));
+            }
+        }
+        self.0.run::<B>(device)
+    }
+}
+
+/// How large products are slower on a card than they might be.
+fn products_remark(card: &Card) -> Option<String> {
+    let Card { without_library, library_waits, .. } = card;
+    let burn = without_library
+        .as_ref()
+        .map(|reason| format!("Burn multiplies instead of cuBLASLt, which is slower: {reason}"));
+    burn.or_else(|| {
+        let reason = library_waits.as_ref()?;
+        Some(format!("the host waits before and after each product in cuBLASLt: {reason}"))
+    })
 }
 
 /// Operations a second that the data sheet of the card here gives for a dtype; none in f32 and where there is no such card.

@@ -11,19 +11,18 @@
 //! Greedy answers do not depend on what else is in the batch, but for rounding: a device may add the terms of a
 //! product in another order when it multiplies more rows.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
-use buzzer_kernels::{
-    KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE, StepError, StepRow, StepRunner,
-};
+use buzzer_kernels::{KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE, StepError, StepRow};
 use buzzer_model::{AdapterRows, Llama, LoraSet, PagedCache, PagedPass};
 use buzzer_text::Tokenizer;
 
 use crate::pages::PagePool;
 use crate::sequence::{Choice, Sequence, pages_for};
+use crate::steps::Steps;
 use crate::stream::Stream;
 use crate::text::AnswerText;
 use crate::{Answer, Event, FinishReason, InferError, Request, RequestId, Usage};
@@ -31,8 +30,9 @@ use crate::{Answer, Event, FinishReason, InferError, Request, RequestId, Usage};
 /// What an engine may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineSettings {
-    /// Bytes for keys and values at most. Less is taken where `max_batch` requests of the model's whole context
-    /// need less.
+    /// Bytes for keys and values, and for the program of single tokens with the model's own corrections, at most. Less is
+    /// taken where `max_batch` requests of the model's whole context need less. Programs for other adapters, which are made
+    /// when they are first wanted, take as much each beside it.
     pub budget_bytes: usize,
     /// Tokens a page holds. Smaller pages waste less at an answer's end and share more; larger ones are read faster.
     pub page_tokens: usize,
@@ -94,12 +94,13 @@ pub struct Engine<B: Backend> {
     settings: EngineSettings,
     cache: PagedCache<B>,
     pool: PagePool,
+    /// Whether the device keeps memory by exact size.
+    few_sizes: bool,
     /// The model's own corrections first.
     adapters: Vec<(String, LoraSet<B>)>,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
-    /// Programs for single tokens, by adapter, made when they are first wanted; or why there is none.
-    steps: BTreeMap<usize, Result<Box<dyn StepRunner>, StepError>>,
+    steps: Steps,
     /// Events that are not given out yet.
     events: VecDeque<Event>,
     requests: u64,
@@ -123,18 +124,26 @@ impl<B: KernelBackend> Engine<B> {
     ///
     /// # Errors
     /// If a setting is 0, or the budget does not hold two pages.
-    pub fn new(model: Llama<B>, settings: EngineSettings) -> Result<Self, InferError> {
+    pub fn new(model: Llama<B>, mut settings: EngineSettings) -> Result<Self, InferError> {
         settings.check()?;
         let config = model.config();
         let page = PagedCache::<B>::page_bytes(config, settings.page_tokens, model.dtype());
+        let budget = settings.budget_bytes;
+        let own = model.lora_set().cast(model.dtype());
+        let program = || B::step_bytes(&model.step_program(&own, settings.page_tokens));
+        let program = if settings.step_programs { program() } else { 0 };
+        // Pages come first: without a program answers are slower, and without pages there are none.
+        settings.step_programs &= budget.saturating_sub(program) >= 2 * page;
+        let program = if settings.step_programs { program } else { 0 };
         let useful = settings.max_batch * pages_for(config.max_position_embeddings, settings.page_tokens) + 1;
-        let pages = (settings.budget_bytes / page).min(useful);
+        let pages = ((budget - program) / page).min(useful);
         if pages < 2 {
-            return Err(InferError::BudgetTooSmall { budget: settings.budget_bytes, page });
+            return Err(InferError::BudgetTooSmall { budget, page });
         }
         let cache = PagedCache::new(config, pages, settings.page_tokens, model.dtype(), &model.device());
         Ok(Self {
-            adapters: vec![(String::new(), model.lora_set().cast(model.dtype()))],
+            adapters: vec![(String::new(), own)],
+            few_sizes: B::card(&model.device()).is_some(),
             model,
             tokenizer: None,
             settings,
@@ -142,10 +151,17 @@ impl<B: KernelBackend> Engine<B> {
             pool: PagePool::new(pages),
             waiting: VecDeque::new(),
             running: Vec::new(),
-            steps: BTreeMap::new(),
+            steps: Steps::default(),
             events: VecDeque::new(),
             requests: 0,
         })
+    }
+
+    /// Bytes of the device that a program of single tokens with a model's own corrections takes, so that a budget can hold
+    /// it beside the pages; 0 where there is none.
+    #[must_use]
+    pub fn step_bytes(model: &Llama<B>, page_tokens: usize) -> usize {
+        B::step_bytes(&model.step_program(&model.lora_set().cast(model.dtype()), page_tokens))
     }
 
     /// The same with text; answers end at the tokenizer's end token.
@@ -282,7 +298,7 @@ impl<B: KernelBackend> Engine<B> {
         self.end_those(FinishReason::Deadline, |sequence| sequence.is_late(now))?;
         let plan = self.plan();
         match self.step_of(&plan) {
-            Some(adapter) => self.run_step(adapter, &plan)?,
+            Some(adapter) => self.run_step(adapter, plan)?,
             None if plan.is_empty() => {}
             None => self.run(plan)?,
         }
@@ -422,7 +438,7 @@ impl<B: KernelBackend> Engine<B> {
         let device = self.model.device();
         let places: Vec<usize> =
             plan.iter().filter(|planned| planned.complete).map(|planned| planned.place).collect();
-        let rows = Rows::of(plan, B::card(&device).is_some());
+        let rows = Rows::of(plan, self.few_sizes);
         let chosen = rows.chosen();
         let adapter =
             |&(adapter, rows): &(usize, usize)| AdapterRows { rows, loras: &self.adapters[adapter].1 };
@@ -457,18 +473,19 @@ impl<B: KernelBackend> Engine<B> {
             return None;
         }
         let Self { steps, model, adapters, cache, .. } = self;
-        let runner = steps
-            .entry(adapter)
-            .or_insert_with(|| B::step_runner(&model.step_program(&adapters[adapter].1, cache)));
-        runner.as_ref().ok().filter(|runner| plan.len() <= runner.most_rows()).map(|_| adapter)
+        let make = || {
+            let program = model.step_program(&adapters[adapter].1, cache.page_tokens());
+            B::step_runner(&program, cache.pages())
+        };
+        steps.prepare(adapter, plan.len(), make).then_some(adapter)
     }
 
     /// Runs a plan of single tokens as one program.
-    fn run_step(&mut self, adapter: usize, plan: &[Planned]) -> Result<(), InferError> {
-        let Some(Ok(runner)) = self.steps.get_mut(&adapter) else { return Ok(()) };
-        let row = |planned: &Planned| StepRow { id: planned.ids[0], sequence: planned.sequence.clone() };
-        let likeliest = runner.run(&plan.iter().map(row).collect::<Vec<_>>())?;
+    fn run_step(&mut self, adapter: usize, plan: Vec<Planned>) -> Result<(), InferError> {
+        let Some(runner) = self.steps.get(adapter) else { return self.run(plan) };
         let places: Vec<usize> = plan.iter().map(|planned| planned.place).collect();
+        let row = |planned: Planned| StepRow { id: planned.ids[0], sequence: planned.sequence };
+        let likeliest = runner.run(&plan.into_iter().map(row).collect::<Vec<_>>())?;
         let logits = if places.iter().all(|&place| self.running[place].takes_likeliest()) {
             Vec::new()
         } else {
@@ -482,7 +499,14 @@ impl<B: KernelBackend> Engine<B> {
     /// # Errors
     /// Why it does not run as one, if that was tried.
     pub fn step_launches(&self) -> Result<Option<usize>, &StepError> {
-        self.steps.get(&0).map(|runner| runner.as_ref().map(|runner| runner.launches())).transpose()
+        self.steps.launches(0)
+    }
+
+    /// What the device refused, if passes of single tokens run one operation at a time though there are kernels for them as one
+    /// program: answers are as good then, and slower.
+    #[must_use]
+    pub fn step_refusal(&self) -> Option<&StepError> {
+        self.steps.refusal()
     }
 
     /// Lets sequences choose their tokens from logits, or take the likeliest one where that is known and all they want.
@@ -519,7 +543,7 @@ impl<B: KernelBackend> Engine<B> {
             let mut sequence = self.running.remove(place);
             if reason == FinishReason::NotANumber {
                 // Programs hold the pages too; memory that others hold would be copied instead of cleared.
-                self.steps.clear();
+                self.steps.drop_programs();
                 self.cache.clear(&sequence.distrust(&mut self.pool));
             }
             sequence.leave(&mut self.pool);

@@ -39,6 +39,7 @@ mod pages;
 mod request;
 mod sampling;
 mod sequence;
+mod steps;
 mod stream;
 mod text;
 

@@ -203,13 +203,22 @@ pub trait KernelBackend: Backend {
         paged_attention::reference(q, heads, pages, index)
     }
 
-    /// A pass of one token a sequence, ready to run as a whole; see [`step`](crate::step).
+    /// A pass of one token a sequence, ready to run as a whole on these pages; see [`step`](crate::step).
     ///
     /// # Errors
-    /// If this backend has no kernels for such a pass, or not for these shapes and dtypes.
-    fn step_runner(program: &StepProgram<Self>) -> Result<Box<dyn StepRunner>, StepError> {
+    /// If this backend has no kernels for such a pass, or not for these shapes and dtypes; or if the device refuses.
+    fn step_runner(
+        program: &StepProgram<Self>,
+        pages: &[Pages<Self>],
+    ) -> Result<Box<dyn StepRunner>, StepError> {
+        let _ = (program, pages);
+        Err(StepError::Unsupported("this device runs operations one by one".into()))
+    }
+
+    /// Bytes of the device that [`Self::step_runner`] takes besides what the program names; 0 where there is no runner.
+    fn step_bytes(program: &StepProgram<Self>) -> usize {
         let _ = program;
-        Err(StepError("this device runs operations one by one".into()))
+        0
     }
 
     /// `silu(gate) · up` of joined rows `[n, 2 f]`, to `[n, f]`; see [`swiglu`].

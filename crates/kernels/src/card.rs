@@ -20,6 +20,10 @@ pub struct Card {
     pub driver: Option<u32>,
     /// Why large products do not go to the vendor's library, if they do not.
     pub without_library: Option<String>,
+    /// Why the host waits before and after every product in the vendor's library, if it does.
+    pub library_waits: Option<String>,
+    /// Why no kernel can be compiled for it, if so: nothing runs then.
+    pub without_compiler: Option<String>,
 }
 
 impl Card {
@@ -168,6 +172,7 @@ pub(crate) fn cuda(index: usize) -> Card {
     let attribute = |attribute| u32::try_from(context?.attribute(attribute).ok()?).ok();
     let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
     let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+    let capability = major.zip(minor).map(|(major, minor)| 10 * major + minor);
     let memory = context.and_then(|context| {
         context.bind_to_thread().ok()?;
         mem_get_info().ok()
@@ -176,11 +181,15 @@ pub(crate) fn cuda(index: usize) -> Card {
         name: context
             .and_then(|context| context.name().ok())
             .unwrap_or_else(|| format!("CUDA device {index}")),
-        compute_capability: major.zip(minor).map(|(major, minor)| 10 * major + minor),
+        compute_capability: capability,
         memory_bytes: memory.map(|(_, total)| total as u64),
         free_bytes: memory.map(|(free, _)| free as u64),
         driver: None,
         without_library: None,
+        library_waits: None,
+        without_compiler: context
+            .zip(capability)
+            .and_then(|(context, capability)| crate::compiler::obstacle(context, capability as usize)),
     }
 }
 
@@ -225,6 +234,8 @@ mod tests {
                 free_bytes: None,
                 driver: None,
                 without_library: None,
+                library_waits: None,
+                without_compiler: None,
             };
             CardModel::of(&card).map(|model| model.flag)
         };

@@ -155,8 +155,15 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         paged_attention::cube::attend(q, heads, pages, index)
     }
 
-    fn step_runner(program: &StepProgram<Self>) -> Result<Box<dyn StepRunner>, StepError> {
-        R::step_runner(program)
+    fn step_runner(
+        program: &StepProgram<Self>,
+        pages: &[Pages<Self>],
+    ) -> Result<Box<dyn StepRunner>, StepError> {
+        R::step_runner(program, pages)
+    }
+
+    fn step_bytes(program: &StepProgram<Self>) -> usize {
+        R::step_bytes(program)
     }
 
     fn swiglu(gate_up: Tensor<Self, 2>) -> Tensor<Self, 2> {

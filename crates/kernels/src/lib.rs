@@ -36,6 +36,8 @@ pub mod swiglu;
 mod autodiff;
 mod backend;
 mod card;
+#[cfg(feature = "cuda")]
+mod compiler;
 #[cfg(feature = "cubecl")]
 mod cube;
 #[cfg(feature = "cubecl")]
@@ -46,6 +48,8 @@ mod product;
 mod reduce;
 #[cfg(feature = "cubecl")]
 mod rows;
+#[cfg(feature = "cuda")]
+mod side_stream;
 #[cfg(test)]
 mod testing;
 
@@ -74,6 +78,8 @@ pub use cubecl::wgpu::WgpuDevice;
 pub use device::{Cube, SplitGradient};
 #[cfg(feature = "cubecl")]
 pub use product::ProductRuntime;
+#[cfg(feature = "cuda")]
+pub use side_stream::assume_driver;
 
 /// Burn's backend for the processor.
 pub type Cpu = burn_flex::Flex;

@@ -5,20 +5,13 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 use burn_flex::Flex;
 
+#[path = "../tests/common/noise.rs"]
+mod noise;
+
+pub(crate) use noise::noise;
+
 /// The differentiable test backend.
 pub(crate) type Ad = Autodiff<Flex>;
-
-/// Numbers between -1 and 1 that look random, the same on every machine.
-pub(crate) fn noise(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(1);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
-}
 
 pub(crate) fn noisy<B: Backend, const D: usize>(dims: [usize; D], seed: u64) -> Tensor<B, D> {
     let count = dims.iter().product();

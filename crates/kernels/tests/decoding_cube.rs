@@ -13,6 +13,8 @@ use buzzer_kernels::{
 use common::{Device, noise};
 
 const PAGE: usize = 16;
+/// The row that has a value which is no number: the fifth of the second sequence.
+const BROKEN: usize = 24;
 
 /// Where the kernels run, in which dtype, and what an element may differ by.
 struct Runner<'a, R: ProductRuntime> {
@@ -165,6 +167,40 @@ impl<R: ProductRuntime> Runner<'_, R> {
         }
     }
 
+    /// A value that is no number among the rows of one of three sequences that are stored and attended for together.
+    fn containment(&self) {
+        let heads = Heads { queries: 4, keys: 2, width: 32 };
+        let sequences: Vec<_> = [(1..3, 20), (3..6, 33), (6..7, 9)]
+            .map(|(pages, length)| PagedSequence { pages: pages.collect(), length, rows: length })
+            .into();
+        let all = |broken: Option<f32>| {
+            let index = PagedIndex::<Cube<R>>::new(sequences.clone(), PAGE, self.device);
+            let tensor = |dims: [usize; 2], seed| {
+                let values = TensorData::new(self.values(dims[0] * dims[1], seed, 1.0), dims);
+                Tensor::<Cube<R>, 2>::from_data(values, (self.device, self.dtype))
+            };
+            let places = [7 * PAGE, heads.keys * heads.width];
+            let mut pages = Pages { keys: tensor(places, 1), values: tensor(places, 2) };
+            let mut rows = tensor([index.rows(), (heads.queries + 2 * heads.keys) * heads.width], 3);
+            if let Some(value) = broken {
+                let one = Tensor::full([1, 1], value, (self.device, self.dtype));
+                rows = rows.slice_assign([BROKEN..BROKEN + 1, 7 * 32 + 5..7 * 32 + 6], one);
+            }
+            let angles = RotaryAngles::new(index.positions(), heads.width, 10_000.0);
+            let q = Cube::<R>::paged_store(rows, &angles, heads, &mut pages, &index);
+            host(Cube::<R>::paged_attention(q, heads, &pages, &index))
+        };
+        let whole = all(None);
+        for endless in [f32::NAN, f32::INFINITY] {
+            for (at, (found, whole)) in all(Some(endless)).iter().zip(&whole).enumerate() {
+                let (row, column) = (at / 128, at % 128);
+                let sees = (BROKEN..53).contains(&row) && column >= 64;
+                assert_eq!(found.is_nan(), sees, "{endless} at {at}");
+                assert!(sees || found == whole, "{endless} at {at}: {found} for {whole}");
+            }
+        }
+    }
+
     fn attentions(&self) {
         let heads = Heads { queries: 4, keys: 2, width: 32 };
         self.attention(heads, &[(1, 1)]);
@@ -173,6 +209,7 @@ impl<R: ProductRuntime> Runner<'_, R> {
         self.attention(Heads { queries: 6, keys: 1, width: 20 }, &[(40, 1)]);
         self.attention(heads, &[(20, 1), (33, 1), (50, 17), (16, 16), (9, 2)]);
         self.attention(heads, &[(30, 30)]);
+        self.containment();
     }
 }
 

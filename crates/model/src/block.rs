@@ -165,7 +165,7 @@ impl<B: KernelBackend> Block<B> {
     }
 
     /// [`Self::forward_paged`] for one new token a sequence, all with the same corrections, as operations of a program.
-    pub(crate) fn step_operations(&self, loras: &BlockLoras<B>, pages: &Pages<B>) -> Vec<StepOperation<B>> {
+    pub(crate) fn step_operations(&self, loras: &BlockLoras<B>) -> Vec<StepOperation<B>> {
         let linear = |targets: &[Target], source, target| StepOperation::Linear {
             source,
             parts: targets.iter().map(|&own| self.linear(own).part_with(&loras[own as usize])).collect(),
@@ -176,7 +176,7 @@ impl<B: KernelBackend> Block<B> {
         let into_mlp = StepSource::Residual(mlp_norm, self.epsilon);
         vec![
             linear(&[Target::Q, Target::K, Target::V], joined, StepTarget::Joined),
-            StepOperation::Attention { keys: pages.keys.clone(), values: pages.values.clone() },
+            StepOperation::Attention,
             linear(&[Target::O], StepSource::Attention, StepTarget::Residual),
             linear(&[Target::Gate, Target::Up], into_mlp, StepTarget::Activated),
             linear(&[Target::Down], StepSource::Activated, StepTarget::Residual),

@@ -66,6 +66,12 @@ impl<B: Backend> PagedCache<B> {
         self.page_tokens
     }
 
+    /// The pages of every block.
+    #[must_use]
+    pub fn pages(&self) -> &[Pages<B>] {
+        &self.layers
+    }
+
     /// Bytes of a page in all blocks.
     #[must_use]
     pub fn page_bytes(config: &LlamaConfig, page_tokens: usize, dtype: DType) -> usize {

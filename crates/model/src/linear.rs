@@ -3,6 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
+use buzzer_kernels::qlora_linear::Input;
 use buzzer_kernels::{Dropout, FrozenWeight, KernelBackend, LinearPart, LoraTerm, Nf4Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -210,14 +211,18 @@ pub(crate) fn project<B: KernelBackend>(
 }
 
 impl<B: KernelBackend> LoraLinear<B> {
-    /// The layer with its correction added into a dense weight: `W + s · B A`.
+    /// The layer with its correction added into a dense weight: `W + s · B A`, in f32.
+    ///
+    /// It is the product of a linear layer with the weight `Aᵀ`, whose factors are not rounded: Burn's own would round them to TF32
+    /// on CUDA cards that have it.
     #[must_use]
     pub fn merged(&self, dtype: DType) -> Tensor<B, 2> {
         let weight = self.weight.dense(DType::F32);
-        let merged = match &self.lora {
-            Some(lora) => weight + lora.b.val().matmul(lora.a.val()).mul_scalar(lora.scale),
-            None => weight,
-        };
-        merged.cast(dtype)
+        let Some(lora) = &self.lora else { return weight.cast(dtype) };
+        let [a, b] = [&lora.a, &lora.b].map(|factor| factor.val().cast(DType::F32));
+        let x = b.mul_scalar(lora.scale);
+        let input = Input { x: x.clone().into(), dropped: x, residual: Some(weight) };
+        let part = LinearPart { weight: FrozenWeight::Dense(a.transpose()), lora: None };
+        B::qlora_project(input, &[part]).y.cast(dtype)
     }
 }

@@ -233,12 +233,11 @@ impl<B: KernelBackend> Llama<B> {
     }
 
     /// [`Self::hidden_paged`] and [`Self::logits`] for one new token a sequence, as a program for
-    /// [`KernelBackend::step_runner`]: the corrections are part of it, and it writes into this cache.
+    /// [`KernelBackend::step_runner`]: the corrections are part of it. It goes with the pages of a cache of this model.
     #[must_use]
-    pub fn step_program(&self, loras: &LoraSet<B>, cache: &PagedCache<B>) -> StepProgram<B> {
-        let blocks = self.blocks.iter().zip(&loras.layers).zip(&cache.layers);
-        let mut operations: Vec<_> =
-            blocks.flat_map(|((block, loras), pages)| block.step_operations(loras, pages)).collect();
+    pub fn step_program(&self, loras: &LoraSet<B>, page_tokens: usize) -> StepProgram<B> {
+        let blocks = self.blocks.iter().zip(&loras.layers);
+        let mut operations: Vec<_> = blocks.flat_map(|(block, loras)| block.step_operations(loras)).collect();
         let head = LinearPart { weight: FrozenWeight::Dense(self.head_weight()), lora: None };
         operations.push(StepOperation::Linear {
             source: StepSource::Residual(self.norm.val(), self.config.rms_norm_eps),
@@ -250,7 +249,7 @@ impl<B: KernelBackend> Llama<B> {
             operations,
             heads: self.config.heads(),
             theta: self.config.rope_theta,
-            page_tokens: cache.page_tokens(),
+            page_tokens,
             context: self.config.max_position_embeddings,
         }
     }

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use crate::{AnswerArgs, AnswererArgs, Failure, answer_text, finish, run_on, write_report};
+use crate::{
+    AnswerArgs, AnswererArgs, Failure, answer_text, finish, run_on, tell_step_refusal, write_report,
+};
 use buzzer::DeviceJob;
 use buzzer::infer::{Answer as Generated, Engine};
 use buzzer::kernels::KernelBackend;
@@ -163,6 +165,7 @@ impl<B: KernelBackend> Answerer<'_, B> {
             answer.add(event);
         }
         println!();
+        tell_step_refusal(&self.engine);
         Ok((answer_text(&answer)?.to_owned(), answer.usage.new_tokens))
     }
 

@@ -42,6 +42,10 @@ struct Args {
     /// Folder for report.json
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Take the driver for one of this version, 12040 for 12.4, to check what happens on it
+    #[cfg(feature = "cuda")]
+    #[arg(long, hide = true, value_name = "VERSION")]
+    assume_driver: Option<u32>,
 }
 
 /// One comparison.
@@ -85,6 +89,10 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<(), Failure> {
+    #[cfg(feature = "cuda")]
+    if let Some(version) = args.assume_driver {
+        buzzer::kernels::assume_driver(version);
+    }
     let Args { device, dtype, training_only, .. } = *args;
     let Outcome { checks, losses } = run_on(device, Parity { golden: &args.golden, dtype, training_only })?;
     println!("{:<58} {:>12} {:>12}", "check", "error", "bound");

@@ -59,22 +59,62 @@ fn store_kernel<F: Float, N: Size>(
             let (a, b) = (rows[from + first], rows[from + first + half]);
             let (cos, sin) = (cos[row * cos_stride + i], sin[row * sin_stride + i]);
             let (a, b) = (Vector::<f32, N>::cast_from(a), Vector::<f32, N>::cast_from(b));
-            let turned_a = Vector::<F, N>::cast_from(a * cos - b * sin);
+            let mut turned_a = a * cos - b * sin;
             let turned_b = Vector::<F, N>::cast_from(b * cos + a * sin);
             if unit < queries {
                 let to = row * comptime!(2 * queries) + first;
-                q[to] = turned_a;
+                q[to] = Vector::<F, N>::cast_from(turned_a);
                 q[to + half] = turned_b;
             } else {
                 let to = place + first - comptime!(2 * queries);
-                all_keys[to] = turned_a;
+                if i == 0 {
+                    let values = from + comptime!(2 * pairs) + to - place;
+                    turned_a[0] = none_if(has_endless::<F, N>(rows, values, 2 * half), turned_a[0]);
+                }
+                all_keys[to] = Vector::<F, N>::cast_from(turned_a);
                 all_keys[to + half] = turned_b;
             }
         } else if unit < pairs + width {
             let value = unit - pairs;
-            all_values[place + value] = rows[from + comptime!(2 * pairs) + value];
+            let own = Vector::<f32, N>::cast_from(rows[from + comptime!(2 * pairs) + value]);
+            let mut kept = Vector::<f32, N>::empty();
+            #[unroll]
+            for j in 0..N::value() {
+                kept[j] = select(is_endless(own[j]), f32::new(0.0), own[j]);
+            }
+            all_values[place + value] = Vector::<F, N>::cast_from(kept);
         }
     }
+}
+
+/// Whether a number is infinite or none. By its bits, since a compiler may take for granted that there are no such numbers.
+#[cube]
+fn is_endless(x: f32) -> bool {
+    u32::reinterpret(x) & 0x7f80_0000u32 == 0x7f80_0000u32
+}
+
+/// Whether one of so many vectors has a number that is infinite or none.
+#[cube]
+fn has_endless<F: Float, N: Size>(
+    rows: &Tensor<Vector<F, N>>,
+    first: usize,
+    #[comptime] vectors: usize,
+) -> bool {
+    let mut found = false;
+    for at in 0..vectors {
+        let x = Vector::<f32, N>::cast_from(rows[first + at]);
+        #[unroll]
+        for j in 0..N::value() {
+            found = found || is_endless(x[j]);
+        }
+    }
+    found
+}
+
+/// NaN, or the number.
+#[cube]
+fn none_if(none: bool, x: f32) -> f32 {
+    f32::reinterpret(select(none, 0x7fc0_0000u32.runtime(), u32::reinterpret(x)))
 }
 
 /// See [`store`](super::store). Keys and values are written where they lie.

@@ -269,6 +269,10 @@ impl<B: Backend> Pages<B> {
 
 /// Turns queries and keys of joined rows `[n, (h + 2 g) k]` by their positions, puts keys and values into their
 /// pages, and gives the queries `[n, h k]`.
+///
+/// Attention of several sequences together multiplies values that a row must not see by a weight of zero, and zero times NaN or
+/// infinity is NaN. So of a row and head whose values are not all finite, the values that are not become zero and the key
+/// NaN: it makes the results of its own sequence NaN, and those of no other.
 #[must_use]
 pub fn store<B: KernelBackend>(
     rows: Tensor<B, 2>,
@@ -278,14 +282,25 @@ pub fn store<B: KernelBackend>(
     index: &PagedIndex<B>,
 ) -> Tensor<B, 2> {
     let rows = B::rotary(rows, angles, heads.queries + heads.keys);
-    let (queries, keys) = (heads.queries * heads.width, heads.keys * heads.width);
+    let (queries, width) = (heads.queries * heads.width, heads.keys * heads.width);
+    let column = |first| rows.clone().narrow(1, first, width);
+    let [keys, values] = contained(column(queries), column(queries + width), heads);
     for [row, place, count] in index.runs() {
-        let part = |column| rows.clone().slice([row..row + count, column..column + keys]);
-        let target = [place..place + count, 0..keys];
-        pages.keys.inplace(|all| all.slice_assign(target.clone(), part(queries)));
-        pages.values.inplace(|all| all.slice_assign(target, part(queries + keys)));
+        let part = |all: &Tensor<B, 2>| all.clone().narrow(0, row, count);
+        let target = [place..place + count, 0..width];
+        pages.keys.inplace(|all| all.slice_assign(target.clone(), part(&keys)));
+        pages.values.inplace(|all| all.slice_assign(target, part(&values)));
     }
     rows.narrow(1, 0, queries)
+}
+
+/// Keys and values `[n, g k]` with what is not finite among the values in the keys instead.
+fn contained<B: Backend>(keys: Tensor<B, 2>, values: Tensor<B, 2>, heads: Heads) -> [Tensor<B, 2>; 2] {
+    let [n, width] = values.dims();
+    let each = [n, heads.keys, heads.width];
+    let endless = values.clone().is_finite().bool_not();
+    let broken = endless.clone().reshape(each).any_dim(2).expand(each).reshape([n, width]);
+    [keys.mask_fill(broken, f32::NAN), values.mask_fill(endless, 0.0)]
 }
 
 /// The composition of plain operations: queries `[n, h k]` to `[n, h k]`.
@@ -416,6 +431,35 @@ mod tests {
             let expected = expected.reshape([sequence.rows, 4 * HEADS.width]);
             close(o.clone().narrow(0, row, sequence.rows), expected, 1e-6);
             row += sequence.rows;
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_no_number_stays_in_its_sequence() {
+        let (_, whole) = by_reference();
+        let index = index();
+        // The second sequence's fourth row, of nine; of its two heads of keys the second.
+        let (row, column) = (3 + 3, 7 * HEADS.width + 1);
+        for endless in [f32::NAN, f32::INFINITY] {
+            let (pages, o) = both(
+                |rows, pages, index| {
+                    let one = Tensor::full([1, 1], endless, &Default::default());
+                    let rows = rows.slice_assign([row..row + 1, column..column + 1], one);
+                    store(rows, &angles(index), HEADS, pages, index)
+                },
+                |q, pages, index| reference(q, HEADS, pages, index),
+            );
+            assert!(!pages.values.is_finite().bool_not().any().into_scalar());
+            let own = index.sequences()[0].rows..index.sequences()[0].rows + index.sequences()[1].rows;
+            let (found, whole) = (o.to_data(), whole.to_data());
+            let (found, whole) = (found.as_slice::<f32>().unwrap(), whole.as_slice::<f32>().unwrap());
+            let width = HEADS.queries * HEADS.width;
+            for (at, (found, whole)) in found.iter().zip(whole).enumerate() {
+                // Rows from the broken one on see it, with the heads that share its head of keys.
+                let sees = (row..own.end).contains(&(at / width)) && at % width >= width / 2;
+                assert_eq!(found.is_nan(), sees, "{endless} at {at}");
+                assert!(sees || found == whole, "{endless} at {at}: {found} for {whole}");
+            }
         }
     }
 

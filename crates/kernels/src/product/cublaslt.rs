@@ -1,9 +1,8 @@
-//! Products in cuBLASLt, on Burn's buffers and without waiting for the device.
+//! Products in cuBLASLt, on Burn's buffers, and from driver 12.5 on without waiting for the device.
 //!
-//! CubeCL's streams are private, so order goes through the context both share: an event behind everything that was
-//! submitted before, for which our stream waits; and one behind the product, for which everything submitted later waits
-//! (driver 12.5 and newer). What it trades: fetching a pointer is a round trip to CubeCL's device thread. What it
-//! refuses: cards whose library cannot be opened, and older drivers; Burn multiplies there.
+//! They go to a [`SideStream`], which keeps them in order with what CubeCL submits. What it trades: fetching a pointer is a
+//! round trip to CubeCL's device thread, and on older drivers the host waits before and after each product. What it
+//! refuses: cards whose library cannot be opened; Burn multiplies there.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -18,16 +17,15 @@ use cudarc::cublaslt::sys::{
     cublasLtMatmulDescAttributes_t as DescAttribute, cublasLtMatmulPreferenceAttributes_t as Preference,
     cublasLtMatrixLayout_t, cudaDataType, is_culib_present,
 };
-use cudarc::driver::{CudaContext, result as driver, sys};
+use cudarc::driver::CudaContext;
 
 use super::Product;
 use crate::card::WORKSPACE_BYTES;
 use crate::device::Matrix;
+use crate::side_stream::{SideStream, driver_version, version_name};
 
 /// cuBLAS's numbers for a matrix as it is and for its transpose.
 const OPERATIONS: [i32; 2] = [0, 1];
-/// The first driver interface with events of a whole context.
-const CONTEXT_EVENTS: i32 = 12_050;
 
 /// Everything that decides which algorithm is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,11 +52,7 @@ struct Planned {
 
 /// The library on one device.
 struct Library {
-    context: std::sync::Arc<CudaContext>,
-    raw_context: sys::CUcontext,
-    stream: sys::CUstream,
-    before: sys::CUevent,
-    after: sys::CUevent,
+    stream: SideStream,
     handle: cublasLtHandle_t,
     workspace: u64,
     planned: HashMap<Key, Option<Planned>>,
@@ -81,8 +75,19 @@ fn with<T>(device: &CudaDevice, job: impl FnOnce(&mut Library) -> T) -> Result<T
     library.as_mut().map(job).map_err(|reason| reason.clone())
 }
 
-pub(super) fn available(device: &CudaDevice) -> Result<(), String> {
-    with(device, |_| ())
+/// Why the host waits before and after every product on a device, if it does.
+///
+/// # Errors
+/// If the device has no library.
+pub(super) fn waits(device: &CudaDevice) -> Result<Option<String>, String> {
+    let waits = with(device, |library| library.stream.waits())?;
+    let reason = |version| {
+        format!(
+            "the driver speaks CUDA {}, and 12.5 is needed to order it on the device",
+            version_name(version)
+        )
+    };
+    Ok(if waits { Some(driver_version().map(reason)?) } else { None })
 }
 
 /// Runs a product; false if this device has no library or the library no algorithm for it.
@@ -97,31 +102,19 @@ impl Library {
             return Err("libcublasLt is not on the library path".into());
         }
         let context = CudaContext::new(device.index).map_err(|error| format!("no CUDA context: {error}"))?;
-        check_context_events()?;
-        Self::with_context(context, device).map_err(|error| format!("cuBLASLt: {error}"))
+        let version = driver_version()?;
+        let stream =
+            SideStream::open(context, version).map_err(|error| format!("no CUDA stream: {error}"))?;
+        Self::with_stream(stream, device).map_err(|error| format!("cuBLASLt: {error}"))
     }
 
-    fn with_context(
-        context: std::sync::Arc<CudaContext>,
-        device: &CudaDevice,
-    ) -> Result<Self, Box<dyn std::error::Error>> {
-        context.bind_to_thread()?;
-        let event = || driver::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+    fn with_stream(stream: SideStream, device: &CudaDevice) -> Result<Self, Box<dyn std::error::Error>> {
         let client = CudaRuntime::client(device);
         let workspace = client.get_resource(client.empty(WORKSPACE_BYTES))?;
         let pointer = workspace.resource().ptr;
         // The workspace stays allocated for the life of the process.
         std::mem::forget(workspace);
-        Ok(Self {
-            raw_context: context.cu_ctx(),
-            stream: driver::stream::create(driver::stream::StreamKind::NonBlocking)?,
-            before: event()?,
-            after: event()?,
-            handle: lt::create_handle()?,
-            workspace: pointer,
-            planned: HashMap::new(),
-            context,
-        })
+        Ok(Self { stream, handle: lt::create_handle()?, workspace: pointer, planned: HashMap::new() })
     }
 
     fn run(&mut self, product: &Product<CudaRuntime>) -> bool {
@@ -170,17 +163,15 @@ impl Library {
         [a, b, c, source]: [u64; 4],
         product: &Product<CudaRuntime>,
     ) -> Result<(), Box<dyn std::error::Error>> {
-        self.context.bind_to_thread()?;
-        let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        self.stream.bind()?;
+        self.stream.follow()?;
         let beta: f32 = if product.plus.is_some() { 1.0 } else { 0.0 };
         let alpha = product.alpha;
-        // SAFETY: the context, events and stream are this library's own and alive. The pointers come from CubeCL's
-        // allocator for tensors that the caller holds until this returns, and whose memory is given to others only
-        // behind `after`. Layouts were made from the tensors' shapes and strides, so the library stays inside them. It
-        // reads row-major matrices as their transposes, hence b before a.
+        // SAFETY: the stream is this library's own and alive. The pointers come from CubeCL's allocator for tensors that the
+        // caller holds until this returns, and whose memory is given to others only behind what `lead` submits. Layouts
+        // were made from the tensors' shapes and strides, so the library stays inside them. It reads row-major matrices as
+        // their transposes, hence b before a.
         unsafe {
-            sys::cuCtxRecordEvent(self.raw_context, self.before).result()?;
-            driver::stream::wait_event(self.stream, self.before, wait)?;
             lt::matmul(
                 self.handle,
                 planned.operation,
@@ -197,30 +188,11 @@ impl Library {
                 &raw const planned.algorithm,
                 self.workspace as *mut c_void,
                 WORKSPACE_BYTES,
-                self.stream.cast(),
+                self.stream.raw().cast(),
             )?;
-            driver::event::record(self.after, self.stream)?;
-            sys::cuCtxWaitEvent(self.raw_context, self.after).result()?;
         }
-        Ok(())
+        Ok(self.stream.lead()?)
     }
-}
-
-/// Whether the driver has events of a whole context, with which a stream of ours follows CubeCL's.
-pub(crate) fn check_context_events() -> Result<(), String> {
-    let version = driver_version()?;
-    if version < CONTEXT_EVENTS {
-        let (major, minor) = (version / 1000, version % 1000 / 10);
-        return Err(format!("the driver speaks CUDA {major}.{minor}, and 12.5 is needed"));
-    }
-    Ok(())
-}
-
-pub(super) fn driver_version() -> Result<i32, String> {
-    let mut version = 0;
-    // SAFETY: the driver writes one integer to a place that is alive.
-    let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
-    status.result().map(|()| version).map_err(|error| format!("no CUDA driver: {error}"))
 }
 
 fn data_type(dtype: DType) -> Option<cudaDataType> {

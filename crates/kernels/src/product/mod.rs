@@ -10,9 +10,6 @@
 #[cfg(feature = "cuda")]
 mod cublaslt;
 
-#[cfg(feature = "cuda")]
-pub(crate) use cublaslt::check_context_events;
-
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::kernel::{cast, into_contiguous};
@@ -20,7 +17,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use crate::device::{Cube, Matrix, uninitialized};
-use crate::{Card, StepError, StepProgram, StepRunner};
+use crate::{Card, Pages, StepError, StepProgram, StepRunner};
 
 /// One product.
 pub(crate) struct Product<R: CubeRuntime> {
@@ -58,7 +55,14 @@ pub trait ProductRuntime: CubeRuntime {
 
     /// See [`KernelBackend::step_runner`](crate::KernelBackend::step_runner).
     #[doc(hidden)]
-    fn step_runner(program: &StepProgram<Cube<Self>>) -> Result<Box<dyn StepRunner>, StepError>;
+    fn step_runner(
+        program: &StepProgram<Cube<Self>>,
+        pages: &[Pages<Cube<Self>>],
+    ) -> Result<Box<dyn StepRunner>, StepError>;
+
+    /// See [`KernelBackend::step_bytes`](crate::KernelBackend::step_bytes).
+    #[doc(hidden)]
+    fn step_bytes(program: &StepProgram<Cube<Self>>) -> usize;
 }
 
 #[cfg(feature = "wgpu")]
@@ -72,6 +76,8 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
             free_bytes: None,
             driver: None,
             without_library: None,
+            library_waits: None,
+            without_compiler: None,
         }
     }
 
@@ -79,8 +85,15 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
         false
     }
 
-    fn step_runner(_: &StepProgram<Cube<Self>>) -> Result<Box<dyn StepRunner>, StepError> {
-        Err(StepError("there are kernels for CUDA only".into()))
+    fn step_runner(
+        _: &StepProgram<Cube<Self>>,
+        _: &[Pages<Cube<Self>>],
+    ) -> Result<Box<dyn StepRunner>, StepError> {
+        Err(StepError::Unsupported("there are kernels for CUDA only".into()))
+    }
+
+    fn step_bytes(_: &StepProgram<Cube<Self>>) -> usize {
+        0
     }
 }
 
@@ -88,9 +101,15 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
 #[allow(private_interfaces, reason = "implemented in this crate only")]
 impl ProductRuntime for cubecl::cuda::CudaRuntime {
     fn card(device: &Self::Device) -> Card {
+        let (library_waits, without_library) = match cublaslt::waits(device) {
+            Ok(waits) => (waits, None),
+            Err(reason) => (None, Some(reason)),
+        };
+        let driver = crate::side_stream::driver_version();
         Card {
-            driver: cublaslt::driver_version().ok().and_then(|version| u32::try_from(version).ok()),
-            without_library: cublaslt::available(device).err(),
+            driver: driver.ok().and_then(|version| u32::try_from(version).ok()),
+            without_library,
+            library_waits,
             ..crate::card::cuda(device.index)
         }
     }
@@ -99,8 +118,15 @@ impl ProductRuntime for cubecl::cuda::CudaRuntime {
         cublaslt::run(product)
     }
 
-    fn step_runner(program: &StepProgram<Cube<Self>>) -> Result<Box<dyn StepRunner>, StepError> {
-        crate::step::cuda::runner(program)
+    fn step_runner(
+        program: &StepProgram<Cube<Self>>,
+        pages: &[Pages<Cube<Self>>],
+    ) -> Result<Box<dyn StepRunner>, StepError> {
+        crate::step::cuda::runner(program, pages)
+    }
+
+    fn step_bytes(program: &StepProgram<Cube<Self>>) -> usize {
+        crate::step::cuda::bytes(program)
     }
 }
 

@@ -59,13 +59,9 @@ pub enum StepOperation<B: Backend> {
         /// What becomes of the result.
         target: StepTarget,
     },
-    /// Turns the joined rows by their positions, puts keys and values `[places, g k]` into their pages, and attends.
-    Attention {
-        /// Keys of all pages.
-        keys: Tensor<B, 2>,
-        /// Values of all pages.
-        values: Tensor<B, 2>,
-    },
+    /// Turns the joined rows by their positions, puts keys and values into their pages, and attends. The n-th attention has
+    /// the n-th pages.
+    Attention,
 }
 
 /// The operations of one pass in order.
@@ -95,17 +91,29 @@ pub struct StepRow {
 }
 
 /// Why a program or a step cannot run.
-#[derive(Debug, thiserror::Error)]
-#[error("steps as one program: {0}")]
-pub struct StepError(pub String);
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StepError {
+    /// There are no kernels for this device, dtype or shape.
+    #[error("steps as one program: {0}")]
+    Unsupported(String),
+    /// The device, its driver or its compiler refused what there are kernels for.
+    #[error("steps as one program: {0}")]
+    Refused(String),
+}
 
 /// A program that is ready to run.
 pub trait StepRunner: std::fmt::Debug + Send {
     /// Rows of a step at most.
     fn most_rows(&self) -> usize;
 
-    /// Kernels that a step of so many rows launches.
+    /// Kernels that a step launches.
     fn launches(&self) -> usize;
+
+    /// Makes what steps of so many rows need, if it is not there yet. Touches no page.
+    ///
+    /// # Errors
+    /// If the device, its driver or its compiler refuse it, or there are too many rows.
+    fn prepare(&mut self, rows: usize) -> Result<(), StepError>;
 
     /// Runs one step; gives each row's likeliest next token, `None` where a logit is no number. Waits for the result.
     ///

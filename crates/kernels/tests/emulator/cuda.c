@@ -71,6 +71,18 @@ R cuGetErrorName(R r, const char **s) { *s = "stub"; return 0; }
 R cuGetErrorString(R r, const char **s) { *s = "stub"; return 0; }
 
 
+// Events of a context, captures and graphs: nothing is submitted, so there is nothing to order or to keep.
+R cuCtxRecordEvent(void *c, void *e) { return 0; }
+R cuCtxWaitEvent(void *c, void *e) { return 0; }
+R cuStreamBeginCapture_v2(void *s, int mode) { return 0; }
+R cuStreamEndCapture(void *s, void **g) { *g = (void *)1; return 0; }
+R cuGraphInstantiateWithFlags(void **e, void *g, unsigned long long f) { *e = (void *)1; return 0; }
+R cuGraphDestroy(void *g) { return 0; }
+R cuGraphExecDestroy(void *e) { return 0; }
+R cuGraphLaunch(void *e, void *s) { return 0; }
+R cuLaunchKernelEx(const void *config, void *f, void **p, void **e) { return 0; }
+R cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, void *f, int units, size_t shared) { *n = 1; return 0; }
+
 typedef void Entry(void **, unsigned *, unsigned *);
 // The image is the path of an emulated kernel, or PTX, which is kept for ptxas and never run.
 R cuModuleLoadData(void **m, const char *image) {

@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
 
+#[path = "../../../kernels/tests/common/noise.rs"]
+mod noise;
 mod resume;
 
 use std::collections::BTreeMap;
@@ -23,22 +25,11 @@ use buzzer_train::{
     DeviceBatch, LoraGradients, LoraOptimizer, OptimizerSettings, PassSettings, PretrainSettings, Pretrainer,
     Schedule, ScheduleKind, StepReport, TrainError, TrainSettings, Trainer, backward_by_blocks, mean_loss,
 };
+use noise::noise;
 
 type Ad = Autodiff<Flex>;
 
 const VOCABULARY: usize = 61;
-
-/// Numbers between -1 and 1 that look random, the same on every machine.
-fn noise(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
-}
 
 fn noisy<const D: usize>(dims: [usize; D], seed: u64) -> Tensor<Flex, D> {
     Tensor::from_data(TensorData::new(noise(dims.iter().product(), seed), dims), &Default::default())

@@ -1,20 +1,27 @@
 //! The driver's part: a stream of our own behind CubeCL's work, and kernels compiled for the card.
 
-use std::ffi::{CString, c_void};
-use std::sync::Arc;
+use std::ffi::CString;
 
 use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
-use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 
 use super::layout::{THREADS, table_row};
-use crate::product::check_context_events;
+use crate::compiler::{self, CompilerError};
+use crate::side_stream::{SideStream, driver_version, version_name};
 use crate::step::StepError;
 
 const SOURCE: &str = include_str!("../kernels.cu");
+/// The first driver interface with launches that have attributes.
+const LAUNCH_ATTRIBUTES: i32 = 11_080;
 
 impl From<DriverError> for StepError {
     fn from(error: DriverError) -> Self {
-        Self(format!("the CUDA driver says: {error}"))
+        Self::Refused(format!("the CUDA driver says: {error}"))
+    }
+}
+
+impl From<CompilerError> for StepError {
+    fn from(error: CompilerError) -> Self {
+        Self::Refused(error.to_string())
     }
 }
 
@@ -32,9 +39,7 @@ pub(super) struct Limits {
 /// A stream of its own on a device that CubeCL uses too.
 #[derive(Debug)]
 pub(super) struct Driver {
-    context: Arc<CudaContext>,
-    pub(super) stream: sys::CUstream,
-    before: sys::CUevent,
+    pub(super) stream: SideStream,
     pub(super) limits: Limits,
 }
 
@@ -48,74 +53,50 @@ pub(super) struct Kernels {
     pub(super) choose: sys::CUfunction,
 }
 
-impl Driver {
-    pub(super) fn open(index: usize) -> Result<Self, StepError> {
+impl Limits {
+    /// Those of a device.
+    pub(super) fn of(context: &CudaContext) -> Result<Self, DriverError> {
         use sys::CUdevice_attribute as Attribute;
-        let context = CudaContext::new(index)?;
-        check_context_events().map_err(StepError)?;
-        context.bind_to_thread()?;
         let attribute = |attribute| {
             let value = context.attribute(attribute)?;
             Ok::<_, DriverError>(usize::try_from(value).unwrap_or(0))
         };
         let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let limits = Limits {
+        Ok(Self {
             compute_capability: 10 * major + minor,
             processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_of_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-        };
-        Ok(Self {
-            stream: driver::stream::create(driver::stream::StreamKind::NonBlocking)?,
-            before: driver::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?,
-            limits,
-            context,
         })
     }
+}
 
-    /// Makes this thread one of the context's.
-    pub(super) fn bind(&self) -> Result<(), StepError> {
-        Ok(self.context.bind_to_thread()?)
-    }
-
-    /// Lets the stream wait for everything that was submitted to the context before.
-    pub(super) fn follow(&self) -> Result<(), StepError> {
-        let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: context, event and stream are alive and this driver's own.
-        unsafe {
-            sys::cuCtxRecordEvent(self.context.cu_ctx(), self.before).result()?;
-            driver::stream::wait_event(self.stream, self.before, wait)?;
+impl Driver {
+    pub(super) fn open(index: usize) -> Result<Self, StepError> {
+        let context = CudaContext::new(index)?;
+        let version = driver_version().map_err(StepError::Refused)?;
+        if version < LAUNCH_ATTRIBUTES {
+            return Err(StepError::Unsupported(format!(
+                "the driver speaks CUDA {}, and 11.8 is needed",
+                version_name(version)
+            )));
         }
-        Ok(())
-    }
-
-    /// Waits for the stream.
-    pub(super) fn finish(&self) -> Result<(), StepError> {
-        // SAFETY: the stream is alive.
-        Ok(unsafe { driver::stream::synchronize(self.stream) }?)
+        let limits = Limits::of(&context)?;
+        Ok(Self { stream: SideStream::open(context, version)?, limits })
     }
 
     /// Compiles the kernels for 8 `tiles` rows and heads of a width. They live as long as the process.
     pub(super) fn compile(&self, tiles: usize, bf16: bool, width: usize) -> Result<Kernels, StepError> {
-        let options = CompileOptions {
-            options: vec![
-                format!("--gpu-architecture=compute_{}", self.limits.compute_capability),
-                format!("-DTILES={tiles}"),
-                format!("-DTABLE_ROW={}", table_row(&self.limits)),
-                format!("-DBF16={}", u8::from(bf16)),
-            ],
-            ..CompileOptions::default()
-        };
-        let compiled = compile_ptx_with_opts(SOURCE, options)
-            .map_err(|error| StepError(format!("NVRTC does not compile the kernels: {error:?}")))?;
-        let image = CString::new(compiled.to_src()).map_err(|error| StepError(error.to_string()))?;
-        // SAFETY: the image is what the compiler made, and ends with a zero; the names are those of its kernels.
-        let function = unsafe {
-            let module = driver::module::load_data(image.as_ptr().cast::<c_void>())?;
-            move |name: &str| {
-                let name = CString::new(name).map_err(|error| StepError(error.to_string()))?;
-                Ok::<_, StepError>(driver::module::get_function(module, name)?)
-            }
+        let defines = vec![
+            format!("-DTILES={tiles}"),
+            format!("-DTABLE_ROW={}", table_row(&self.limits)),
+            format!("-DBF16={}", u8::from(bf16)),
+        ];
+        let module = compiler::load(SOURCE, self.limits.compute_capability, defines)?;
+        let function = |name: &str| {
+            let name = CString::new(name).map_err(|error| StepError::Refused(error.to_string()))?;
+            // SAFETY: the module was just loaded and stays.
+            Ok::<_, StepError>(unsafe { driver::module::get_function(module, name) }?)
         };
         let product = function("step_product")?;
         let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -139,15 +120,5 @@ impl Driver {
             driver::occupancy::max_active_block_per_multiprocessor(kernels.product, THREADS as i32, shared)
         }?;
         Ok(usize::try_from(blocks).unwrap_or(0))
-    }
-}
-
-impl Drop for Driver {
-    fn drop(&mut self) {
-        // SAFETY: nothing else has the stream and the event; an error leaves them to the context's end.
-        unsafe {
-            driver::stream::destroy(self.stream).ok();
-            driver::event::destroy(self.before).ok();
-        }
     }
 }

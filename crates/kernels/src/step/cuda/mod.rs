@@ -7,21 +7,23 @@
 mod build;
 mod driver;
 mod layout;
+mod outline;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
 
 use cubecl::cuda::CudaRuntime;
-use cudarc::driver::{result as cuda, sys};
+use cudarc::driver::{CudaContext, result as cuda, sys};
 
 use self::build::{Built, Kept};
-use self::driver::{Driver, Kernels};
+use self::driver::{Driver, Kernels, Limits};
 use self::layout::{
     Attend, NORMALISED_BY_BLOCKS, Product, Share, THREADS, attention_splits, row_tiles, team,
 };
+use self::outline::{FROM_RESIDUAL, FROM_ROWS, Outline};
 use super::{StepError, StepProgram, StepRow, StepRunner, StepTarget};
-use crate::Heads;
 use crate::device::{Cube, primitive};
+use crate::{Heads, Pages};
 
 /// Rows of a step that there are kernels for.
 const ROWS: [usize; 3] = [32, 16, 8];
@@ -34,13 +36,26 @@ const MOST_TEAM: usize = 8;
 /// Units of a block of attention.
 const ATTENTION_UNITS: u32 = 128;
 
-fn wrong(what: impl Into<String>) -> StepError {
-    StepError(what.into())
+fn unsupported(what: impl Into<String>) -> StepError {
+    StepError::Unsupported(what.into())
+}
+
+fn refused(what: impl Into<String>) -> StepError {
+    StepError::Refused(what.into())
 }
 
 /// Puts a program onto its device.
-pub(crate) fn runner(program: &StepProgram<Cube<CudaRuntime>>) -> Result<Box<dyn StepRunner>, StepError> {
-    Ok(Box::new(CudaRunner::new(program)?))
+pub(crate) fn runner(
+    program: &StepProgram<Cube<CudaRuntime>>,
+    pages: &[Pages<Cube<CudaRuntime>>],
+) -> Result<Box<dyn StepRunner>, StepError> {
+    Ok(Box::new(CudaRunner::new(program, pages)?))
+}
+
+/// Bytes of the device that [`runner`] takes besides what the program names; 0 if there is none.
+pub(crate) fn bytes(program: &StepProgram<Cube<CudaRuntime>>) -> usize {
+    let limits = CudaContext::new(program.embedding.device().index).and_then(|context| Limits::of(&context));
+    limits.ok().and_then(|limits| Outline::new(program, &limits).ok()).map_or(0, |outline| outline.bytes())
 }
 
 /// What a product is between.
@@ -59,7 +74,7 @@ enum Launch {
     Attend(Attend),
 }
 
-/// Memory for what a step computes, and tables.
+/// Memory for what a step computes: addresses, or bytes before there are any.
 #[derive(Clone, Copy, Debug)]
 struct Room {
     residual: u64,
@@ -122,9 +137,13 @@ struct CudaRunner {
 unsafe impl Send for CudaRunner {}
 
 impl CudaRunner {
-    fn new(program: &StepProgram<Cube<CudaRuntime>>) -> Result<Self, StepError> {
+    fn new(
+        program: &StepProgram<Cube<CudaRuntime>>,
+        pages: &[Pages<Cube<CudaRuntime>>],
+    ) -> Result<Self, StepError> {
         let driver = Driver::open(primitive(program.embedding.clone()).device.index)?;
-        let Built { launches, embedding, shapes, room, kept, bf16 } = build::build(program, &driver.limits)?;
+        let Built { launches, embedding, shapes, room, kept, bf16 } =
+            build::build(program, pages, &driver.limits)?;
         let (graphs, kernels) = (HashMap::new(), HashMap::new());
         Ok(Self { graphs, kernels, driver, launches, embedding, shapes, room, kept, bf16, rows: 0 })
     }
@@ -146,7 +165,7 @@ impl CudaRunner {
         for (place, StepRow { id, sequence }) in rows.iter().enumerate() {
             let pages = &sequence.pages;
             if sequence.rows != 1 || pages.len() > table || *id as usize >= self.shapes.vocabulary {
-                return Err(wrong(format!(
+                return Err(refused(format!(
                     "row {place}: token {id}, {} new tokens, {} pages",
                     sequence.rows,
                     pages.len()
@@ -212,12 +231,12 @@ impl CudaRunner {
     ) -> Result<(), StepError> {
         let limits = &self.driver.limits;
         let share = Share::new(n, product.inner as usize, product.ranks as usize, limits)
-            .ok_or_else(|| wrong(format!("no room for {n} rows in shared memory")))?;
+            .ok_or_else(|| refused(format!("no room for {n} rows in shared memory")))?;
         let resident = limits.processors * self.driver.resident(kernels, share.shared)?;
         let blocks = resident / share.splits;
         let warps = THREADS / WARP;
         if blocks == 0 {
-            return Err(wrong(format!("{} blocks do not run at a time", share.splits)));
+            return Err(refused(format!("{} blocks do not run at a time", share.splits)));
         }
         let mut product = Product {
             n: n as i32,
@@ -228,9 +247,9 @@ impl CudaRunner {
             ready: self.room.ready + 4 * number as u64,
             ..*product
         };
-        if product.source == build::FROM_RESIDUAL && n > NORMALISED_BY_BLOCKS {
+        if product.source == FROM_RESIDUAL && n > NORMALISED_BY_BLOCKS {
             self.submit_norm(n, kernels, &product)?;
-            (product.source, product.rows_in) = (build::FROM_ROWS, self.room.normalised);
+            (product.source, product.rows_in) = (FROM_ROWS, self.room.normalised);
         }
         let blocks = ((blocks * share.splits) as u32, 1, 1);
         let shared = share.shared as u32;
@@ -261,7 +280,7 @@ impl CudaRunner {
 
     /// The step of n rows as a graph.
     fn capture(&self, n: usize, kernels: &Kernels) -> Result<Graph, StepError> {
-        let stream = self.driver.stream;
+        let stream = self.driver.stream.raw();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is alive, and this thread alone submits to it. A capture that fails is ended all the same.
         unsafe {
@@ -285,39 +304,44 @@ impl StepRunner for CudaRunner {
         self.launches.len() + 2
     }
 
+    fn prepare(&mut self, rows: usize) -> Result<(), StepError> {
+        if rows == 0 || rows > self.shapes.most_rows {
+            return Err(refused(format!("{rows} rows, where 1 to {} can be run", self.shapes.most_rows)));
+        }
+        self.driver.stream.bind()?;
+        if !self.graphs.contains_key(&rows) {
+            let kernels = self.kernels(rows)?;
+            let graph = self.capture(rows, &kernels)?;
+            self.graphs.insert(rows, graph);
+        }
+        Ok(())
+    }
+
     fn run(&mut self, rows: &[StepRow]) -> Result<Vec<Option<u32>>, StepError> {
         let n = rows.len();
-        if n == 0 || n > self.shapes.most_rows {
-            return Err(wrong(format!("{n} rows, where 1 to {} can be run", self.shapes.most_rows)));
-        }
-        self.driver.bind()?;
+        self.prepare(n)?;
         let numbers = self.numbers(rows)?;
-        let kernels = self.kernels(n)?;
-        if !self.graphs.contains_key(&n) {
-            let graph = self.capture(n, &kernels)?;
-            self.graphs.insert(n, graph);
-        }
         // Asking for an address waits until everything before has been submitted.
         self.kept.settle()?;
-        self.driver.follow()?;
+        self.driver.stream.follow()?;
         let mut choices = vec![0_i32; n];
         // SAFETY: the places hold `most_rows` sequences, and the vectors live until the stream is done.
         unsafe {
-            cuda::memcpy_htod_async(self.room.numbers, &numbers, self.driver.stream)?;
-            cuda::graph::launch(self.graphs[&n].0, self.driver.stream)?;
-            cuda::memcpy_dtoh_async(&mut choices, self.room.choices, self.driver.stream)?;
+            cuda::memcpy_htod_async(self.room.numbers, &numbers, self.driver.stream.raw())?;
+            cuda::graph::launch(self.graphs[&n].0, self.driver.stream.raw())?;
+            cuda::memcpy_dtoh_async(&mut choices, self.room.choices, self.driver.stream.raw())?;
         }
-        self.driver.finish()?;
+        self.driver.stream.finish()?;
         self.rows = n;
         Ok(choices.into_iter().map(|choice| u32::try_from(choice).ok()).collect())
     }
 
     fn logits(&mut self) -> Result<Vec<f32>, StepError> {
-        self.driver.bind()?;
+        self.driver.stream.bind()?;
         let mut logits = vec![0.0; self.rows * self.shapes.vocabulary];
         // SAFETY: the last step wrote as many, and the vector lives until the stream is done.
-        unsafe { cuda::memcpy_dtoh_async(&mut logits, self.room.logits, self.driver.stream) }?;
-        self.driver.finish()?;
+        unsafe { cuda::memcpy_dtoh_async(&mut logits, self.room.logits, self.driver.stream.raw()) }?;
+        self.driver.stream.finish()?;
         Ok(logits)
     }
 }
@@ -349,7 +373,7 @@ fn launch(
         blockDimY: 1,
         blockDimZ: 1,
         sharedMemBytes: shared,
-        hStream: driver.stream,
+        hStream: driver.stream.raw(),
         attrs: &raw mut early,
         numAttrs: u32::from(driver.limits.compute_capability >= EARLY_LAUNCHES),
     };
