@@ -1,82 +1,106 @@
-// One token for each of n sequences, at most 8 * TILES of them: products that read four-bit weights where they lie, with
-// their low-rank corrections in the same pass; attention over pages; the choice of the likeliest token.
+// One token for each of n sequences, at most 8 * TILES of them, as one kernel whose blocks all run at a time and meet after each
+// product: products that read four-bit weights where they lie, with their low-rank corrections in the same pass; attention
+// over pages; the choice of the likeliest token.
 //
-// Compiled when it is first used, with TILES (1, 2 or 4), BF16 (0 or 1) and TABLE_ROW (256 or 128) defined. See mod.rs for what is computed and
-// cuda.rs for the shapes of what is passed.
+// Compiled when it is first used, with TILES (1, 2 or 4), BF16 (0 or 1), PLAIN (1 where scales are stored as they are), WIDTH (of
+// a head), TABLE_ROW (256 or 128), SLICE (256, 128 or 64), DEPTH and CHUNK defined. See mod.rs for what is computed and cuda/layout.rs for how
+// these are chosen and for the bytes of shared memory.
 //
-// How a product works. A block keeps some columns of the n inputs in shared memory and walks over tiles of
-// 16 rows of W; its warps share out the columns. A tile is the left factor of mma.m16n8k16, the inputs are the right
-// one, and because a sum does not depend on the order of its terms, a lane may take neighbouring columns for what the
-// instruction calls columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9: of 64 columns that share a scale lane t of 4 has 16 to 16 t
-// + 15, that is 8 bytes of codes. A byte is two levels of the code book in 16 bits each, looked up in a table of which every lane has a
-// copy in its own bank. The scales are applied to the sums of 64 products, in f32.
+// How a product works. Blocks share out the tiles of 16 rows of W. A slice, 16 rows by SLICE columns of packed weights, is what a
+// warp multiplies at a time. Each warp fetches its own slices into its own ring in shared memory, DEPTH ahead and across the end of a
+// product, for weights depend on nothing: so memory is busy while blocks wait for each other. Up to eight tokens (TILES 1) each warp keeps the
+// inputs of its own columns in registers and goes over all tiles of its block; with more, inputs are in shared memory and each warp, or a team of
+// warps, has a tile of its own.
+//
+// A tile is the left factor of mma.m16n8k16, the inputs are the right one, and because a sum does not depend on the order of its terms,
+// a lane may take neighbouring columns for what the instruction calls columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9: of 64 columns that
+// share a scale lane t of 4 has 16 t to 16 t + 15, that is 8 bytes of codes. A byte is two levels of the code book in 16 bits each, looked up in
+// a table of which every lane has a copy in its own bank. The scales are applied to the sums of 64 products, in f32.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
+typedef unsigned long long u64;
 
 #define THREADS 512
 #define WARPS (THREADS / 32)
 #define TOKENS (8 * TILES)
+#define BY_COLUMNS (TILES == 1)   // whether a warp has columns of its own, and not a tile
 #define MOST_PARTS 3
-#define MOST_ATTENTION_SPLITS 8
+#define MOST_ATTENTION_SPLITS 4
 #define NOTHING -1e30f
+#define SCALES (SLICE / 64)                // scales of a row of a slice
+#define STAGE_CODES (8 * SLICE)            // bytes of a slice's codes, and of all of it
+#define STAGE (STAGE_CODES + (PLAIN && SLICE > 128 ? SLICE : 128))
 
 // Where a product's input comes from.
 #define FROM_RESIDUAL 0   // the residual stream, normalised
 #define FROM_ROWS 1       // rows in 16 bits
+#define FROM_ATTENTION 2  // what attention left
 // Where its result goes.
 #define TO_ROWS 0         // rows of f32
 #define TO_RESIDUAL 1     // added to the residual stream
 #define TO_ACTIVATED 2    // silu(first part) * second part
 
 struct Part {
-    const u32 *codes;        // [rows, inner] in four bits, or null
-    const u32 *scale_codes;  // 8-bit codes of the scales, or null
-    const float *scales;     // of 64 values, or of 256 scales
-    const float *offset;     // added to decoded scales
-    const u16 *dense;        // [rows, inner] where there are no codes
-    const u16 *a;            // [rank, inner], where the rank is not 0: a multiple of 64
-    const u16 *b;            // [rows, rank]
+    const unsigned char *codes;        // [rows, inner] in four bits, or null
+    const unsigned char *scale_codes;  // 8-bit codes of the scales, or null
+    const float *scales;               // of 64 values, or of 256 scales
+    const float *offset;               // added to decoded scales
+    const u16 *dense;                  // [rows, inner] where there are no codes
+    const u16 *a;                      // [rank, inner], where the rank is not 0: a multiple of 64
+    const u16 *b;                      // [rows, rank]
     float lora_scale;
     int rows, rank;
-    int first_row, first_rank;  // among those of all parts
+    int first_row, first_rank;         // among those of all parts; a part that is not there begins after all
+    int unused;
 };
 
 struct Product {
     Part parts[MOST_PARTS];
-    int part_count, n, inner;
-    int rows, ranks;         // of all parts
-    int tiles, team;         // tiles of 16 rows, and warps that share out one
-    int splits, chunk;       // blocks that share out the columns of a tile, and how many columns each of them has at most
-    int a_chunks;            // pieces of a chunk for the factors A
-    int source, target;
-    const float *residual;   // [n, inner]
-    const u16 *norm;
-    float epsilon;
+    const u16 *norm;         // [inner]
     const u16 *rows_in;      // [n, inner]
     float *to;               // [n, rows], or the residual stream
-    u16 *to_activated;       // [n, rows / 2]
-    float *low_rank;         // [splits * a_chunks, n, ranks]
-    float *partials;         // [tiles, splits, 16, TOKENS]
-    u32 *arrived;            // [tiles], zero before and after
-    u32 *ready;              // pieces of low_rank that are there; zero before
-    const u32 *pairs;        // two levels for each byte
-    const float *dynamic;    // levels of the scales' codes
+    u16 *keys, *values;      // pages of the attention before it: [places, key_heads WIDTH]
+    float epsilon;
+    int inner;
+    int rows, ranks, tiles;  // rows, ranks and tiles of 16 rows of all parts
+    int source, target;
+    int team;                // warps that share a tile, where they are not by columns
+    int attends;             // 1 where attention comes before
+    int unused;
 };
 
-struct Attend {
-    const float *joined;     // [n, (heads + 2 key_heads) width]
-    u16 *keys, *values;      // [places, key_heads width]
+struct Step {
+    const Product *products;
+    u32 *barrier;
+    const u16 *embedding;    // [vocabulary, d]
+    const int *ids;          // [n]
+    float *residual;         // [n, d]
+    u16 *normalised;         // [n, d]
+    u16 *activated;          // [n, rows / 2]
+    long long *low_rank;     // [3, most_low_rank]
+    const u32 *pairs;        // two levels for each byte
+    const float *dynamic;    // levels of the scales' codes
+    const float *logits;     // [n, vocabulary]
+    int *choices;            // [n]
+    const float *joined;     // [n, (heads + 2 key_heads) WIDTH]
     const int *lengths;      // [n], the new token included
     const int *tables;       // [n, table]
-    const float *frequencies;  // [width / 2]
-    float *attended;         // [n, heads, splits, width]
+    const float2 *turns;     // [context, WIDTH / 2]: sine and cosine
+    float *attended;         // [n, heads, splits, WIDTH]
     float *log_sums;         // [n, heads, splits]
-    u16 *result;             // [n, heads width]
-    u32 *arrived;            // [n, heads], zero before and after
-    int table, page_tokens, heads, key_heads, splits;
+    u16 *result;             // [n, heads WIDTH]
+    int count, n, d, vocabulary;
+    int round;               // tiles that a block has sums of at a time, where warps are by columns
+    int work_bytes;          // of shared memory for sums, inputs and attention
+    int most_low_rank;
+    int table, page_shift, heads, key_heads, splits;
     float scale;
+    int unused;
 };
+
+// What the step is; the host puts it there.
+__constant__ Step step;
 
 __device__ __forceinline__ u32 bits(float x) { return __float_as_uint(x); }
 
@@ -100,6 +124,21 @@ __device__ __forceinline__ u16 narrow(float x) {
 }
 #endif
 
+// Two numbers in 16 bits, the first in the lower half.
+__device__ __forceinline__ u32 narrow_2(float first, float second) {
+#if __CUDA_ARCH__ >= 800 && BF16
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+    return y;
+#elif __CUDA_ARCH__ >= 800
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+    return y;
+#else
+    return narrow(first) | (u32)narrow(second) << 16;
+#endif
+}
+
 // c += a b of 16 x 16 and 16 x 8.
 __device__ __forceinline__ void multiply(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if BF16
@@ -118,18 +157,11 @@ __device__ __forceinline__ void multiply(float *c, u32 a0, u32 a1, u32 a2, u32 a
 #endif
 }
 
-// Lets the next kernel of the stream take the places of blocks that end, and waits for the one before. Until then a kernel
-// reads nothing but weights and tables.
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+// The number of the thread, asked for anew: what is made of it would otherwise be kept in registers through the whole step.
+__device__ __forceinline__ int thread_number() {
+    int number;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+    return number & (THREADS - 1);
 }
 
 // The number of the warp, which the compiler then knows to be the same in all lanes.
@@ -140,714 +172,1148 @@ __device__ __forceinline__ float sum_of_warp(float x) {
     return x;
 }
 
-// What the products of a block share.
-struct Shared {
-    u32 *pairs;      // [256, TABLE_ROW / 4], of which the first 32 of a row are used
-    float *dynamic;  // [256]
-    float *sums;     // [WARPS, 16, TOKENS]
-    u32 *flags;      // [WARPS]
-    u16 *low_rank;   // [n, ranks + 8], times the corrections' scales
-    u16 *x;          // [n, chunk + 8]
+__device__ __forceinline__ void copy_16(u32 to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#else
+    uint4 v = __ldg((const uint4 *)from);
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void copy_4(u32 to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+#else
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(__ldg((const u32 *)from)) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void end_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+__device__ __forceinline__ uint2 shared_8(u32 from) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from));
+    return v;
+}
+
+__device__ __forceinline__ u32 shared_4(u32 from) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+    return v;
+}
+
+struct Stream {
+    int left;                    // slices that follow at the same distance, this one included
+    u32 stride, group, pitch;    // that distance and that of two rows in bytes of codes, and the number of this lane's first scale
+    const unsigned char *codes;  // this lane's first chunk of it
+    const unsigned char *scales; // the scales' codes, or the scales of scales, of this lane's part
+    int pending, head, tail;     // slices in shared memory or on their way
 };
 
-__device__ __forceinline__ Shared lay_out(const Product &p, unsigned char *memory) {
+// Where a stream looks for more slices: after so many slices of a slot of a pass over product number op, which has place op % 3.
+struct Position {
+    int op, place, first, slot, at;
+};
+
+struct Shared {
+    u32 ring;          // [DEPTH, STAGE]: this warp's own
+    u32 table;         // [256, TABLE_ROW]: pairs, of which a row has 32
+    float *dynamic;    // [256]
+    Product *products; // [3]: of product number op in place op % 3
+    float *offsets;    // [3, 4]
+    int *tiles;        // [3]: of this block
+    int *lengths;      // [TOKENS]
+    Position *position; // of this warp's stream
+    float *scratch;    // [2, 4, WARPS]
+    float *work;       // sums, inputs, or what attention has
+    u16 *low_rank;     // [n, ranks + 8], times the corrections' scales
+};
+
+#if TABLE_ROW == 256
+// The table begins at this address of shared memory, so that the address of a pair is put together by one instruction. Rings lie on both sides.
+#define TABLE 65536
+#else
+#define TABLE 0
+#endif
+
+__device__ __forceinline__ Shared lay_out(unsigned char *memory) {
+    u32 begin = (u32)__cvta_generic_to_shared(memory), warp = warp_number();
+    u32 before = TABLE ? min((TABLE - begin) / (DEPTH * STAGE), WARPS) : 0, after = TABLE ? TABLE + 256 * TABLE_ROW : begin + 256 * TABLE_ROW;
     Shared s;
-    s.pairs = (u32 *)memory;
-    s.dynamic = (float *)(s.pairs + 256 * TABLE_ROW / 4);
-    s.sums = s.dynamic + 256;
-    s.flags = (u32 *)(s.sums + WARPS * 16 * TOKENS);
-    s.low_rank = (u16 *)(s.flags + 16);
-    s.x = s.low_rank + p.n * (p.ranks + 8);
+    s.table = TABLE ? TABLE : begin;
+    s.ring = warp < before ? begin + warp * DEPTH * STAGE : after + (warp - before) * DEPTH * STAGE;
+    s.dynamic = (float *)(memory + (after - begin) + (WARPS - before) * DEPTH * STAGE);
+    s.products = (Product *)(s.dynamic + 256);
+    s.offsets = (float *)(s.products + 3);
+    s.tiles = (int *)(s.offsets + 12);
+    s.lengths = s.tiles + 4;
+    s.position = (Position *)(s.lengths + TOKENS) + warp;
+    s.scratch = (float *)((Position *)(s.lengths + TOKENS) + WARPS);
+    s.work = s.scratch + 2 * 4 * WARPS;
+    s.low_rank = (u16 *)((unsigned char *)s.work + step.work_bytes);
     return s;
 }
 
-// The warps that share out the columns of a tile.
-struct Team {
-    int number, warps, warp, thread;
-};
-
-__device__ __forceinline__ Team team_of(const Product &p) {
-    Team team;
-    int warp = warp_number();
-    team.warps = p.team;
-    team.number = warp / p.team;
-    team.warp = warp % p.team;
-    team.thread = threadIdx.x - team.number * p.team * 32;
-    return team;
-}
-
-__device__ __forceinline__ void wait_for(const Team &team) {
-    if (team.warps == 1) {
-        __syncwarp();
-    } else {
-        asm volatile("bar.sync %0, %1;" ::"r"(team.number + 1), "r"(team.warps * 32) : "memory");
-    }
-}
-
 // A copy of the pairs for every bank. Neighbouring threads begin at different banks.
-__device__ __forceinline__ void fetch_tables(const Product &p, const Shared &s) {
-    for (int byte = threadIdx.x; byte < 256; byte += THREADS) {
-        u32 pair = __ldg(p.pairs + byte);
-        uint4 *to = (uint4 *)(s.pairs + byte * TABLE_ROW / 4);
+__device__ __forceinline__ void fetch_tables(const Shared &s, unsigned char *memory) {
+    u32 *pairs = (u32 *)(memory + (TABLE ? TABLE - (u32)__cvta_generic_to_shared(memory) : 0));
+    for (int byte = thread_number(); byte < 256; byte += THREADS) {
+        u32 pair = __ldg(step.pairs + byte);
+        uint4 *to = (uint4 *)(pairs + byte * TABLE_ROW / 4);
 #pragma unroll
         for (int i = 0; i < 8; i++) to[(i + byte) % 8] = make_uint4(pair, pair, pair, pair);
-        s.dynamic[byte] = __ldg(p.dynamic + byte);
+        s.dynamic[byte] = __ldg(step.dynamic + byte);
     }
 }
+
+// Where eight rows of a tile are among those of their layer. A ragged last tile begins earlier and computes rows again.
+struct Place {
+    int part, own;
+};
+
+__device__ __forceinline__ Place place_of(const Product &p, int tile, int half) {
+    Place place;
+    if (p.target == TO_ACTIVATED) {
+        place.part = half;
+        place.own = min(8 * tile, p.parts[0].rows - 8);
+    } else {
+        place.part = (16 * tile >= p.parts[1].first_row) + (16 * tile >= p.parts[2].first_row);
+        place.own = min(16 * tile - p.parts[place.part].first_row, p.parts[place.part].rows - 16) + 8 * half;
+    }
+    return place;
+}
+
+// ---- A warp's stream of slices, in the order in which it multiplies them ------------------------------------------------
+
+// What a warp has to do in a slot: tiles of its columns, or columns of its tile.
+#if BY_COLUMNS
+__device__ __forceinline__ int slots_of(const Product &p) { return (p.inner / SLICE - warp_number() + WARPS - 1) / WARPS; }
+__device__ __forceinline__ int pass_of(const Product &) { return step.round; }
+__device__ __forceinline__ int count_of(const Product &, int tiles, int first, int) { return min(tiles - first, step.round); }
+__device__ __forceinline__ int tile_of(const Product &, int first, int at) { return first + at; }
+__device__ __forceinline__ int column_of(const Product &, int slot, int) { return (slot * WARPS + warp_number()) * SLICE; }
+#else
+__device__ __forceinline__ int slots_of(const Product &p) { return (p.inner + CHUNK - 1) / CHUNK; }
+__device__ __forceinline__ int pass_of(const Product &p) { return WARPS / p.team; }
+__device__ __forceinline__ int count_of(const Product &p, int tiles, int first, int slot) {
+    int slices = min(CHUNK, p.inner - slot * CHUNK) / SLICE;
+    return first + warp_number() / p.team < tiles ? (slices - warp_number() % p.team + p.team - 1) / p.team : 0;
+}
+__device__ __forceinline__ int tile_of(const Product &p, int first, int) { return first + warp_number() / p.team; }
+__device__ __forceinline__ int column_of(const Product &p, int slot, int at) {
+    return slot * CHUNK + (at * p.team + warp_number() % p.team) * SLICE;
+}
+#endif
+
+// Chunks of 16 bytes in a row of a slice, and rows of half a slice that half a warp copies at a time.
+#define CHUNKS (SLICE / 32)
+#define ROWS (16 / CHUNKS)
+
+// Where a lane's share of a slice begins: half of the warp has eight rows of the tile, and the other half the others.
+__device__ __forceinline__ void find_slice(const Product &p, int tile, int column, int lane, Stream &stream) {
+    Place place = place_of(p, tile, lane / 16);
+    const Part &part = p.parts[place.part];
+    stream.codes = part.codes + ((u32)(place.own + lane % 16 / CHUNKS) * (p.inner / 2) + column / 2 + 16 * (lane % CHUNKS));
+    stream.group = (place.own + lane % 8) * (u32)(p.inner / 64) + column / 64;
+    stream.scales = PLAIN || lane % 16 >= 8 ? (const unsigned char *)part.scales : part.scale_codes;
+}
+
+// Finds the slices that come next, but none of a product that comes after the one after `current`.
+__device__ __forceinline__ bool find_slices(const Shared &s, Stream &stream, int current, int lane) {
+    Position now = *s.position;
+    bool found = false;
+    while (!found && now.op <= current + 1 && now.op < step.count) {
+        const Product &p = s.products[now.place];
+        int tiles = s.tiles[now.place], count = 0;
+        if (p.parts[0].codes && now.first < tiles && now.slot < slots_of(p)) count = count_of(p, tiles, now.first, now.slot);
+        if (now.at < count) {
+            int tile = blockIdx.x + tile_of(p, now.first, now.at) * gridDim.x;
+            find_slice(p, tile, column_of(p, now.slot, now.at), lane, stream);
+            stream.left = count - now.at;
+            stream.pitch = p.inner / 2;
+#if BY_COLUMNS
+            // Tiles follow at the same distance as long as they are whole ones of the same layer.
+            int part = p.target == TO_ACTIVATED ? 0 : place_of(p, tile, 0).part, begins = p.target == TO_ACTIVATED ? 0 : p.parts[part].first_row;
+            int rows = p.target == TO_ACTIVATED ? 8 : 16, whole = (begins + p.parts[part].rows) / rows - tile;
+            stream.left = max(1, min(stream.left, (whole + (int)gridDim.x - 1) / (int)gridDim.x));
+            stream.stride = rows * gridDim.x * (p.inner / 2);
+#else
+            stream.stride = p.team * SLICE / 2;
+#endif
+            now.at += stream.left;
+            found = true;
+            continue;
+        }
+        now.at = 0;
+        if (++now.slot < slots_of(p) && now.first < tiles) continue;
+        now.slot = 0;
+        now.first += pass_of(p);
+        if (now.first < tiles && p.parts[0].codes) continue;
+        now.first = 0;
+        now.op++;
+        now.place = now.place == 2 ? 0 : now.place + 1;
+    }
+    *s.position = now;
+    return found;
+}
+
+__device__ __forceinline__ void fetch_slice(const Shared &s, Stream &stream, int lane) {
+    int half = lane / 16, row = lane % 16 / CHUNKS, chunk = lane % CHUNKS, own = lane % 8 + 8 * half;
+    u32 stage = s.ring + stream.tail * STAGE, to = stage + STAGE_CODES;
+#pragma unroll
+    for (int i = 0; i < 8 / ROWS; i++) {
+        int r = row + ROWS * i;
+        copy_16(stage + (8 * half + r) * (SLICE / 2) + 16 * (chunk ^ 2 * (r / (256 / SLICE) % SCALES)), stream.codes + i * ROWS * stream.pitch);
+    }
+#if PLAIN
+    if (lane % 16 < 8) {
+        const float *from = (const float *)stream.scales + stream.group;
+        if (SLICE == 256) copy_16(to + 16 * own, from);
+        else for (int i = 0; i < SCALES; i++) copy_4(to + 4 * (own * SCALES + i), from + i);
+    }
+#else
+    bool nested = lane % 16 >= 8;
+    copy_4(to + 4 * own + (nested ? 64 : 0), stream.scales + (nested ? stream.group / 256 * 4 : stream.group & ~3u));
+#endif
+    end_copies();
+    stream.codes += stream.stride;
+    stream.group += stream.stride / 32;
+    stream.tail = stream.tail + 1 == DEPTH ? 0 : stream.tail + 1;
+    stream.pending++;
+    stream.left--;
+}
+
+// Fetches as far ahead as there is room.
+__device__ __forceinline__ void fetch_ahead(const Shared &s, Stream &stream, int current, int lane) {
+    while (stream.pending < DEPTH && (stream.left || find_slices(s, stream, current, lane)))
+        fetch_slice(s, stream, lane);
+}
+
+__device__ __forceinline__ u32 wait_for_slice(const Shared &s, const Stream &stream) {
+    if (stream.pending == DEPTH) wait_for_copies<DEPTH - 1>();
+    else wait_for_copies<0>();
+    __syncwarp();
+    return s.ring + stream.head * STAGE;
+}
+
+__device__ __forceinline__ void leave_slice(const Shared &s, Stream &stream, int current, int lane) {
+    __syncwarp();
+    stream.head = stream.head + 1 == DEPTH ? 0 : stream.head + 1;
+    stream.pending--;
+    fetch_ahead(s, stream, current, lane);
+}
+
+// ---- Inputs ---------------------------------------------------------------------------------------------------------------
+
+// A lane's 16 columns of one token, in pairs.
+__device__ __forceinline__ void unpack(uint4 first, uint4 second, u32 *x) {
+    x[0] = first.x; x[1] = first.y; x[2] = first.z; x[3] = first.w;
+    x[4] = second.x; x[5] = second.y; x[6] = second.z; x[7] = second.w;
+}
+
+__device__ __forceinline__ void load_shared(const u16 *from, u32 *x) { unpack(((const uint4 *)from)[0], ((const uint4 *)from)[1], x); }
 
 __device__ __forceinline__ uint2 normalised(float4 x, float factor, uint2 weight) {
-    uint2 y;
-    y.x = narrow(x.x * factor * widen(weight.x & 0xffff)) | (u32)narrow(x.y * factor * widen(weight.x >> 16)) << 16;
-    y.y = narrow(x.z * factor * widen(weight.y & 0xffff)) | (u32)narrow(x.w * factor * widen(weight.y >> 16)) << 16;
-    return y;
+    return make_uint2(
+        narrow_2(x.x * factor * widen(weight.x & 0xffff), x.y * factor * widen(weight.x >> 16)),
+        narrow_2(x.z * factor * widen(weight.y & 0xffff), x.w * factor * widen(weight.y >> 16)));
 }
 
-// Columns first .. first + count of the normalised residual stream.
-__device__ __forceinline__ void fetch_normalised(const Product &p, const Shared &s, int first, int count) {
-    int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, pitch = p.chunk + 8;
-    for (int row = 0; row < p.n; row++) {
-        const float4 *x = (const float4 *)(p.residual + (size_t)row * p.inner);
-        float sum = 0.0f;
-#pragma unroll 4
-        for (int i = tid; i < p.inner / 4; i += THREADS) {
-            float4 v = x[i];
-            sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-        }
-        sum = sum_of_warp(sum);
-        if (lane == 0) s.sums[row * WARPS + warp] = sum;
-    }
-    __syncthreads();
-    for (int row = 0; row < p.n; row++) {
-        float sum = 0.0f;
+__device__ __forceinline__ float squares(float4 x) { return x.x * x.x + x.y * x.y + (x.z * x.z + x.w * x.w); }
+
+__device__ __forceinline__ float factor_of(const float *scratch, const Product &p) {
+    float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += s.sums[row * WARPS + w];
-        float factor = rsqrtf(sum / p.inner + p.epsilon);
-        const float4 *x = (const float4 *)(p.residual + (size_t)row * p.inner + first);
-        const uint2 *norm = (const uint2 *)(p.norm + first);
-#pragma unroll 4
-        for (int i = tid; i < count / 4; i += THREADS) {
-            float4 v = x[i];
-            *(uint2 *)(s.x + row * pitch + 4 * i) = normalised(v, factor, __ldg(norm + i));
+    for (int w = 0; w < WARPS; w++) sum += scratch[w];
+    return rsqrtf(sum / p.inner + p.epsilon);
+}
+
+#define ROWS_AT_A_TIME 4
+#define GROUPS_KEPT 2     // groups of four columns that a thread keeps
+
+// The normalised residual stream: all rows as [n, inner + 8] in shared memory, or each block some rows of [n, inner] in global memory.
+__device__ __forceinline__ void normalise(const Product &p, const Shared &s, bool here) {
+    int tid = thread_number(), groups = p.inner / 4, pitch = here ? p.inner + 8 : p.inner, apart = here ? 1 : gridDim.x;
+    u16 *to = here ? (u16 *)s.work : step.normalised;
+    uint2 weights[GROUPS_KEPT];
+#pragma unroll
+    for (int e = 0; e < GROUPS_KEPT; e++) weights[e] = __ldg((const uint2 *)p.norm + min(tid + e * THREADS, groups - 1));
+    for (int first = here ? 0 : blockIdx.x, round = 0; first < step.n; first += ROWS_AT_A_TIME * apart, round++) {
+        float4 x[ROWS_AT_A_TIME][GROUPS_KEPT];
+        float *scratch = s.scratch + round % 2 * ROWS_AT_A_TIME * WARPS;
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_A_TIME; r++) {
+#pragma unroll
+            for (int e = 0; e < GROUPS_KEPT; e++) {
+                int row = first + r * apart, i = tid + e * THREADS;
+                x[r][e] = make_float4(0, 0, 0, 0);
+                if (row < step.n && i < groups) x[r][e] = __ldcg((const float4 *)(step.residual + (size_t)row * p.inner) + i);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_A_TIME; r++) {
+            int row = first + r * apart;
+            if (row >= step.n) break;
+            const float4 *from = (const float4 *)(step.residual + (size_t)row * p.inner);
+            float sum = 0.0f;
+#pragma unroll
+            for (int e = 0; e < GROUPS_KEPT; e++) sum += squares(x[r][e]);
+            for (int i = tid + GROUPS_KEPT * THREADS; i < groups; i += THREADS) sum += squares(__ldcg(from + i));
+            sum = sum_of_warp(sum);
+            if (tid % 32 == 0) scratch[r * WARPS + tid / 32] = sum;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_A_TIME; r++) {
+            int row = first + r * apart;
+            if (row >= step.n) break;
+            const float4 *from = (const float4 *)(step.residual + (size_t)row * p.inner);
+            float factor = factor_of(scratch + r * WARPS, p);
+            uint2 *own = (uint2 *)(to + (size_t)row * pitch);
+#pragma unroll
+            for (int e = 0; e < GROUPS_KEPT; e++)
+                if (tid + e * THREADS < groups) own[tid + e * THREADS] = normalised(x[r][e], factor, weights[e]);
+            for (int i = tid + GROUPS_KEPT * THREADS; i < groups; i += THREADS) own[i] = normalised(__ldcg(from + i), factor, __ldg((const uint2 *)p.norm + i));
         }
     }
 }
 
-__device__ __forceinline__ void fetch_rows(const Product &p, const Shared &s, int first, int count) {
-    for (int row = 0; row < p.n; row++) {
-        const uint4 *x = (const uint4 *)(p.rows_in + (size_t)row * p.inner + first);
-        uint4 *to = (uint4 *)(s.x + row * (p.chunk + 8));
-#pragma unroll 4
-        for (int i = threadIdx.x; i < count / 8; i += THREADS) to[i] = x[i];
+// What the blocks found that share out the places of a head, each with a softmax of its own, as [n, inner + 8] in shared memory.
+__device__ __forceinline__ void join_attention(const Product &p, const Shared &s) {
+    int tid = thread_number(), all = step.n * p.inner / 4;
+    for (int first = tid; first < all; first += GROUPS_KEPT * THREADS) {
+        float log_sums[GROUPS_KEPT][MOST_ATTENTION_SPLITS];
+        float4 parts[GROUPS_KEPT][MOST_ATTENTION_SPLITS];
+#pragma unroll
+        for (int e = 0; e < GROUPS_KEPT; e++) {
+            // Rows of heads of rows follow each other.
+            int i = min(first + e * THREADS, all - 1), head = i / (WIDTH / 4);
+#pragma unroll
+            for (int k = 0; k < MOST_ATTENTION_SPLITS; k++) {
+                size_t at = (size_t)head * step.splits + min(k, step.splits - 1);
+                log_sums[e][k] = __ldcg(step.log_sums + at);
+                parts[e][k] = __ldcg((const float4 *)(step.attended + at * WIDTH) + i % (WIDTH / 4));
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < GROUPS_KEPT; e++) {
+            int i = first + e * THREADS;
+            float most = NOTHING, sum = 0.0f;
+            float4 o = make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int k = 0; k < MOST_ATTENTION_SPLITS; k++) most = fmaxf(most, log_sums[e][k]);
+#pragma unroll
+            for (int k = 0; k < MOST_ATTENTION_SPLITS; k++) {
+                float weight = k < step.splits ? __expf(log_sums[e][k] - most) : 0.0f;
+                sum += weight;
+                o.x += weight * parts[e][k].x;
+                o.y += weight * parts[e][k].y;
+                o.z += weight * parts[e][k].z;
+                o.w += weight * parts[e][k].w;
+            }
+            float factor = 1.0f / sum;
+            int token = i / (p.inner / 4), column = 4 * (i - token * (p.inner / 4));
+            if (i < all)
+                *(uint2 *)((u16 *)s.work + token * (p.inner + 8) + column) = make_uint2(narrow_2(o.x * factor, o.y * factor), narrow_2(o.z * factor, o.w * factor));
+        }
     }
 }
 
+// A lane's 16 columns of one token from `column` on, from shared or global memory.
+__device__ __forceinline__ void load_input(const Product &p, const Shared &s, bool here, int token, int column, int lane, u32 *x) {
+    column += 16 * (lane % 4);
+    if (here) {
+        load_shared((const u16 *)s.work + token * (p.inner + 8) + column, x);
+    } else {
+        const uint4 *from = (const uint4 *)(p.rows_in + (size_t)token * p.inner + column);
+        unpack(__ldcg(from), __ldcg(from + 1), x);
+    }
+}
+
+// ---- Products of a tile ---------------------------------------------------------------------------------------------------
+
+// A byte's pair of levels: row `byte` of the table, this lane's column. Where rows are 256 bytes apart, the byte is the second one
+// of the address, which takes one instruction to make.
+__device__ __forceinline__ u32 pair_of(u32 table, u32 word, int byte) {
+#if TABLE_ROW == 256
+    u32 at = __byte_perm(word, table, 0x7604 | byte << 4);
+#else
+    u32 at = table + ((byte == 0 ? word << 7 : word >> (8 * byte - 7)) & 0x7f80);
+#endif
+    return shared_4(at);
+}
+
+#if BY_COLUMNS
+// The inputs of a warp's slice.
+typedef u32 Inputs[SCALES][8];
+#define INPUT(x, tile, b) x[b]
+#else
 // Where a lane finds the inputs of its tokens: those past the last one are the last one, and come to nothing.
 struct Inputs {
     const u16 *of[TILES];
 };
-
-__device__ __forceinline__ Inputs inputs_in(const Product &p, const u16 *rows, int pitch) {
-    int lane = threadIdx.x % 32;
-    Inputs inputs;
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-        inputs.of[tile] = rows + min(8 * tile + lane / 4, p.n - 1) * pitch + 16 * (lane % 4);
-    return inputs;
-}
-
-// A lane's 16 columns of one token, in pairs.
-__device__ __forceinline__ void load_inputs(const u16 *from, u32 *b) {
-    uint4 first = ((const uint4 *)from)[0], second = ((const uint4 *)from)[1];
-    b[0] = first.x; b[1] = first.y; b[2] = first.z; b[3] = first.w;
-    b[4] = second.x; b[5] = second.y; b[6] = second.z; b[7] = second.w;
-}
-
-// Two rows of a packed tile, those that one lane has.
-struct PackedRows {
-    const uint2 *words[2];
-    const u32 *scale_codes[2];  // or plain scales
-    const float *scales[2];
-    u32 first_group[2];
-    float offsets[2];
-};
-
-// The codes of 128 columns of two rows, and their two scales as they are stored.
-struct Codes {
-    uint2 words[2][2];
-    u32 scales[2][2];
-};
-
-template <bool PLAIN> __device__ __forceinline__ void fetch_codes(const PackedRows &rows, int unit, Codes &to) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint2 *words = rows.words[half] + unit * 8;
-        to.words[half][0] = __ldg(words);
-        to.words[half][1] = __ldg(words + 4);
-        if (PLAIN) {
-            uint2 scales = __ldg((const uint2 *)rows.scale_codes[half] + unit);
-            to.scales[half][0] = scales.x;
-            to.scales[half][1] = scales.y;
-        } else {
-            to.scales[half][0] = __ldg((const u16 *)rows.scale_codes[half] + unit);
-            to.scales[half][1] = bits(__ldg(rows.scales[half] + (2 * rows.first_group[half] + unit) / 128));
-        }
-    }
-}
-
-template <bool PLAIN>
-__device__ __forceinline__ float scale_of(const PackedRows &rows, const Shared &s, const Codes &codes, int half, int block) {
-    if (PLAIN) return __uint_as_float(codes.scales[half][block]);
-    u32 code = block ? codes.scales[half][0] >> 8 : codes.scales[half][0] & 0xff;
-    return s.dynamic[code] * __uint_as_float(codes.scales[half][1]) + rows.offsets[half];
-}
-
-// A byte's pair of levels: row `byte` of the table, this lane's column. Where rows are 256 bytes apart, the byte is the second one
-// of the address, which takes one instruction to make.
-__device__ __forceinline__ u32 pair_of(const Shared &s, u32 word, int byte) {
-    u32 column = threadIdx.x % 32 * 4;
-#if TABLE_ROW == 256
-    u32 offset = __byte_perm(word, column, 0x5504 | byte << 4);
-#else
-    u32 offset = ((byte == 0 ? word << 7 : word >> (8 * byte - 7)) & 0x7f80) | column;
 #endif
-    return *(const u32 *)((const unsigned char *)s.pairs + offset);
-}
 
-template <bool PLAIN> __device__ __forceinline__ void add_codes(
-    const Shared &s, const PackedRows &rows, const Inputs &inputs, const Codes &codes, int column, float (*sums)[4]
+// The product of a slice in shared memory.
+__device__ __forceinline__ void multiply_slice(
+    const Shared &s, u32 stage, const Inputs &x, int first_scale, float2 offset, int lane, float (*sums)[4]
 ) {
-    u32 a[2][2][8];
-#pragma unroll
-    for (int block = 0; block < 2; block++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-            for (int byte = 0; byte < 4; byte++) {
-                a[block][half][byte] = pair_of(s, codes.words[half][block].x, byte);
-                a[block][half][4 + byte] = pair_of(s, codes.words[half][block].y, byte);
-            }
-        }
-    }
-    float scales[2][2];
-#pragma unroll
-    for (int block = 0; block < 2; block++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) scales[block][half] = scale_of<PLAIN>(rows, s, codes, half, block);
-    }
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        // Four sums that do not wait for each other.
-        float unscaled[2][2][4] = {};
-        u32 b[2][8];
-        load_inputs(inputs.of[tile] + column, b[0]);
-        load_inputs(inputs.of[tile] + column + 64, b[1]);
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-#pragma unroll
-            for (int block = 0; block < 2; block++)
-                multiply(unscaled[block][j / 2 % 2], a[block][0][j], a[block][1][j], a[block][0][j + 1], a[block][1][j + 1], b[block][j], b[block][j + 1]);
-        }
-#pragma unroll
-        for (int block = 0; block < 2; block++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[tile][i] += scales[block][i / 2] * (unscaled[block][0][i] + unscaled[block][1][i]);
-        }
-    }
-}
-
-// Units unit .. end of 128 columns, of those that are in shared memory and begin at unit `before`.
-template <bool PLAIN> __device__ __forceinline__ void multiply_packed(
-    const Shared &s, const PackedRows &rows, const Inputs &inputs, int before, int unit, int end, float (*sums)[4]
-) {
-    constexpr int AHEAD = 1;
-    Codes codes[AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-        if (unit + i < end) fetch_codes<PLAIN>(rows, before + unit + i, codes[i]);
-    for (; unit < end; unit += AHEAD) {
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (unit + i >= end) return;
-            Codes now = codes[i];
-            if (unit + i + AHEAD < end) fetch_codes<PLAIN>(rows, before + unit + i + AHEAD, codes[i]);
-            add_codes<PLAIN>(s, rows, inputs, now, 128 * (unit + i), sums);
-        }
-    }
-}
-
-__device__ __forceinline__ void fetch_dense(const u16 *const *rows, int column, uint4 (*to)[2]) {
+    u32 table = s.table + 4 * lane;
+    int row = lane / 4, quarter = lane % 4, swizzle = row / (256 / SLICE) % SCALES;
+    // A lane decodes one scale of each of its rows, and takes the others from its neighbours.
+    float own[2], offsets[2] = {offset.x, offset.y};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const uint4 *row = (const uint4 *)(rows[half] + column);
-        to[half][0] = __ldg(row);
-        to[half][1] = __ldg(row + 1);
+        u32 at = stage + STAGE_CODES;
+#if PLAIN
+        own[half] = __uint_as_float(shared_4(at + 4 * ((row + 8 * half) * SCALES + quarter % SCALES)));
+#else
+        u32 codes = shared_4(at + 4 * (row + 8 * half)), code = codes >> 8 * ((first_scale + quarter % SCALES) % 4) & 0xff;
+        own[half] = s.dynamic[code] * __uint_as_float(shared_4(at + 64 + 4 * (row + 8 * half))) + offsets[half];
+#endif
     }
-}
-
-__device__ __forceinline__ void add_dense(const Inputs &inputs, const uint4 (*a)[2], int column, float (*sums)[4]) {
+    // Products that do not wait for each other: of two groups of 64 columns, or of the tiles of tokens.
+    constexpr int TOGETHER = TILES == 1 && SCALES > 1 ? 2 : 1;
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        u32 b[8];
-        load_inputs(inputs.of[tile] + column, b);
-        multiply(sums[tile], a[0][0].x, a[1][0].x, a[0][0].y, a[1][0].y, b[0], b[1]);
-        multiply(sums[tile], a[0][0].z, a[1][0].z, a[0][0].w, a[1][0].w, b[2], b[3]);
-        multiply(sums[tile], a[0][1].x, a[1][1].x, a[0][1].y, a[1][1].y, b[4], b[5]);
-        multiply(sums[tile], a[0][1].z, a[1][1].z, a[0][1].w, a[1][1].w, b[6], b[7]);
-    }
-}
-
-// Blocks block .. end of 64 columns of rows in 16 bits; the inputs begin at column `before` of the rows. The pointers are those
-// of the lane's first column.
-__device__ __forceinline__ void multiply_dense(
-    const u16 *const *rows, const Inputs &inputs, int before, int block, int end, float (*sums)[4]
-) {
-    constexpr int AHEAD = 2;
-    if (block >= end) return;
-    uint4 a[AHEAD][2][2];
+    for (int first = 0; first < SCALES; first += TOGETHER) {
+        u32 a[TOGETHER][2][8];
+        float unscaled[TOGETHER][TILES][4] = {};
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-        if (block + i < end) fetch_dense(rows, before + 64 * (block + i), a[i]);
-    for (; block < end; block += AHEAD) {
+        for (int g = 0; g < TOGETHER; g++) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (block + i >= end) return;
-            add_dense(inputs, a[i], 64 * (block + i), sums);
-            if (block + i + AHEAD < end) fetch_dense(rows, before + 64 * (block + i + AHEAD), a[i]);
-        }
-    }
-}
-
-// Leaves what each warp of a team has summed in shared memory.
-__device__ __forceinline__ void leave_sums(const Shared &s, const Team &team, float (*sums)[4]) {
-    int lane = threadIdx.x % 32;
-    float *own = s.sums + threadIdx.x / 32 * 16 * TOKENS;
+            for (int half = 0; half < 2; half++) {
+                uint2 words = shared_8(stage + (row + 8 * half) * (SLICE / 2) + 32 * ((first + g) ^ swizzle) + 8 * quarter);
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        int column = 8 * tile + 2 * (lane % 4), row = lane / 4;
-        *(float2 *)(own + row * TOKENS + column) = make_float2(sums[tile][0], sums[tile][1]);
-        *(float2 *)(own + (row + 8) * TOKENS + column) = make_float2(sums[tile][2], sums[tile][3]);
-    }
-    wait_for(team);
-}
-
-__device__ __forceinline__ float sum_of_team(const Shared &s, const Team &team, int place) {
-    const float *from = s.sums + team.number * team.warps * 16 * TOKENS + place;
-    float sum = 0.0f;
-    for (int warp = 0; warp < team.warps; warp++) sum += from[warp * 16 * TOKENS];
-    return sum;
-}
-
-// 16 rows of the factors A by a piece of this block's columns, which the whole block shares out.
-__device__ __forceinline__ void low_rank_piece(const Product &p, const Shared &s, int unit, int split, int first, int count) {
-    int tile = unit / p.a_chunks, piece = unit % p.a_chunks, part = 0;
-    while (tile >= p.parts[part].rank / 16) tile -= p.parts[part++].rank / 16;
-    int lane = threadIdx.x % 32, warp = warp_number(), blocks = count / 64;
-    const u16 *rows[2];
-    for (int half = 0; half < 2; half++)
-        rows[half] = p.parts[part].a + (size_t)(16 * tile + lane / 4 + 8 * half) * p.inner + 16 * (lane % 4);
-    int from = blocks * piece / p.a_chunks, own = blocks * (piece + 1) / p.a_chunks - from;
-    float sums[TILES][4] = {};
-    multiply_dense(rows, inputs_in(p, s.x, p.chunk + 8), first, from + own * warp / WARPS, from + own * (warp + 1) / WARPS, sums);
-    Team all = {0, WARPS, warp, (int)threadIdx.x};
-    leave_sums(s, all, sums);
-    float *to = p.low_rank + (size_t)(split * p.a_chunks + piece) * p.n * p.ranks + p.parts[part].first_rank + 16 * tile;
-    for (int place = threadIdx.x; place < 16 * TOKENS; place += THREADS) {
-        int row = place % 16, token = place / 16;
-        if (token < p.n) to[(size_t)token * p.ranks + row] = sum_of_team(s, all, row * TOKENS + token);
-    }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) atomicAdd(p.ready, 1u);
-}
-
-// Waits for all pieces and adds them up, times the corrections' scales. Blocks with lower numbers, which run already, never
-// wait before they have written theirs.
-__device__ __forceinline__ void gather_low_rank(const Product &p, const Shared &s) {
-    if (threadIdx.x == 0) {
-        u32 all = (u32)(p.ranks / 16 * p.a_chunks * p.splits);
-        while (*(volatile u32 *)p.ready < all) {
-        }
-        __threadfence();
-    }
-    __syncthreads();
-    int pieces = p.splits * p.a_chunks;
-    for (int place = threadIdx.x; place < p.ranks * p.n; place += THREADS) {
-        int rank = place % p.ranks, token = place / p.ranks, part = 0;
-        const float *from = p.low_rank + (size_t)token * p.ranks + rank;
-        float sum = 0.0f;
-#pragma unroll 4
-        for (int piece = 0; piece < pieces; piece++) sum += __ldcg(from + (size_t)piece * p.n * p.ranks);
-        while (part + 1 < p.part_count && rank >= p.parts[part + 1].first_rank) part++;
-        s.low_rank[token * (p.ranks + 8) + rank] = narrow(sum * p.parts[part].lora_scale);
-    }
-    __syncthreads();
-}
-
-// The rows of a tile: eight of the first part and eight of the second where their products are activated together, else
-// sixteen that follow each other.
-__device__ __forceinline__ void place_of(const Product &p, int tile, int row, int half, int &part, int &own) {
-    if (p.target == TO_ACTIVATED) {
-        part = half;
-        own = 8 * tile + row;
-        return;
-    }
-    part = 0;
-    while (part + 1 < p.part_count && 16 * tile >= p.parts[part + 1].first_row) part++;
-    own = 16 * tile - p.parts[part].first_row + row + 8 * half;
-}
-
-// What the corrections of a tile's rows add. Where the halves of a tile belong to different layers each is taken for itself.
-__device__ __forceinline__ void add_corrections(const Product &p, const Shared &s, int tile, float (*sums)[4]) {
-    int lane = threadIdx.x % 32, parts[2], own[2];
-    for (int half = 0; half < 2; half++) place_of(p, tile, lane / 4, half, parts[half], own[half]);
-    for (int half = 0; half < 2; half++) {
-        const Part &part = p.parts[parts[half]];
-        bool both = parts[0] == parts[1];
-        if (!part.rank || (both && half == 1)) continue;
-        const u16 *rows[2];
-        for (int i = 0; i < 2; i++) rows[i] = part.b + (size_t)min(own[i], part.rows - 1) * part.rank + 16 * (lane % 4);
-        float sum[TILES][4] = {};
-        multiply_dense(rows, inputs_in(p, s.low_rank + part.first_rank, p.ranks + 8), 0, 0, part.rank / 64, sum);
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                if (both || j / 2 == half) sums[i][j] += sum[i][j];
-        }
-    }
-}
-
-// Whether this team is the last of those that share out a tile's columns; then all their sums are there.
-__device__ __forceinline__ bool is_last(const Product &p, const Shared &s, const Team &team, int tile, int split) {
-    float *own = p.partials + ((size_t)tile * p.splits + split) * 16 * TOKENS;
-    for (int place = team.thread; place < 16 * TOKENS; place += team.warps * 32) own[place] = sum_of_team(s, team, place);
-    __threadfence();
-    wait_for(team);
-    if (team.thread == 0) s.flags[team.number] = atomicAdd(p.arrived + tile, 1u);
-    wait_for(team);
-    bool last = s.flags[team.number] == (u32)(p.splits - 1);
-    if (last) __threadfence();
-    return last;
-}
-
-__device__ __forceinline__ float sum_of_splits(const Product &p, int tile, int place) {
-    const float *from = p.partials + (size_t)tile * p.splits * 16 * TOKENS + place;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int split = 0; split < p.splits; split++) sum += __ldcg(from + (size_t)split * 16 * TOKENS);
-    return sum;
-}
-
-__device__ __forceinline__ void write_tile(const Product &p, const Shared &s, const Team &team, int tile) {
-    for (int place = team.thread; place < 8 * TOKENS; place += team.warps * 32) {
-        int row = place % 8, token = place / 8;
-        if (token >= p.n) continue;
-        float values[2];
-        for (int half = 0; half < 2; half++) {
-            int at = (row + 8 * half) * TOKENS + token;
-            values[half] = p.splits > 1 ? sum_of_splits(p, tile, at) : sum_of_team(s, team, at);
-        }
-        if (p.target == TO_ACTIVATED) {
-            int own = 8 * tile + row, all = p.parts[0].rows;
-            if (own < all) p.to_activated[(size_t)token * all + own] = narrow(values[0] / (1.0f + __expf(-values[0])) * values[1]);
-            continue;
-        }
-        for (int half = 0; half < 2; half++) {
-            int own = 16 * tile + row + 8 * half;
-            if (own >= p.rows) continue;
-            float *to = p.to + (size_t)token * p.rows + own;
-            *to = p.target == TO_RESIDUAL ? *to + values[half] : values[half];
-        }
-    }
-    if (p.splits > 1 && team.thread == 0) p.arrived[tile] = 0;
-    wait_for(team);
-}
-
-// A warp's share of the product of a tile with this block's columns.
-__device__ __forceinline__ void weight_tile(
-    const Product &p, const Shared &s, const Team &team, int tile, int first, int count, float (*sums)[4]
-) {
-    int lane = threadIdx.x % 32, parts[2], own[2];
-    for (int half = 0; half < 2; half++) {
-        place_of(p, tile, lane / 4, half, parts[half], own[half]);
-        own[half] = min(own[half], p.parts[parts[half]].rows - 1);
-    }
-    Inputs inputs = inputs_in(p, s.x, p.chunk + 8);
-    if (!p.parts[0].codes) {
-        const u16 *rows[2];
-        for (int half = 0; half < 2; half++)
-            rows[half] = p.parts[parts[half]].dense + (size_t)own[half] * p.inner + 16 * (lane % 4);
-        int blocks = count / 64;
-        multiply_dense(rows, inputs, first, blocks * team.warp / team.warps, blocks * (team.warp + 1) / team.warps, sums);
-        return;
-    }
-    PackedRows rows;
-    bool plain = !p.parts[0].scale_codes;
-    for (int half = 0; half < 2; half++) {
-        const Part &part = p.parts[parts[half]];
-        u32 group = (u32)own[half] * (u32)(p.inner / 256);
-        rows.words[half] = (const uint2 *)(part.codes + (size_t)own[half] * (p.inner / 8)) + lane % 4;
-        rows.scale_codes[half] = plain ? (const u32 *)part.scales + 4 * (size_t)group : part.scale_codes + group;
-        rows.scales[half] = part.scales;
-        rows.first_group[half] = group;
-        rows.offsets[half] = plain ? 0.0f : __ldg(part.offset);
-    }
-    int units = count / 128, from = units * team.warp / team.warps, end = units * (team.warp + 1) / team.warps;
-    if (plain) multiply_packed<true>(s, rows, inputs, first / 128, from, end, sums);
-    else multiply_packed<false>(s, rows, inputs, first / 128, from, end, sums);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1) step_product(const __grid_constant__ Product p) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    Shared s = lay_out(p, memory);
-    Team team = team_of(p);
-    int split = blockIdx.x % p.splits, groups = p.inner / 256;
-    int first = groups * split / p.splits * 256, count = groups * (split + 1) / p.splits * 256 - first;
-    int blocks = gridDim.x / p.splits, block = blockIdx.x / p.splits, pieces = p.ranks / 16 * p.a_chunks;
-    let_next_begin();
-    fetch_tables(p, s);
-    wait_for_previous();
-    if (p.source == FROM_RESIDUAL) fetch_normalised(p, s, first, count);
-    else fetch_rows(p, s, first, count);
-    __syncthreads();
-    for (int unit = block; unit < pieces; unit += blocks) low_rank_piece(p, s, unit, split, first, count);
-    // Those that had a piece of the factors come last to the tiles.
-    int start = (block - pieces % blocks + blocks) % blocks;
-    bool corrects = pieces > 0 && split == 0, gathered = false;
-    for (int round = 0; start + round * blocks < p.tiles || !round; round += WARPS / p.team) {
-        int tile = start + (round + team.number) * blocks;
-        float sums[TILES][4] = {};
-        if (tile < p.tiles) weight_tile(p, s, team, tile, first, count, sums);
-        if (corrects && !gathered) {
-            gather_low_rank(p, s);
-            gathered = true;
-        }
-        if (tile >= p.tiles) continue;
-        if (corrects && team.warp == team.warps - 1) add_corrections(p, s, tile, sums);
-        leave_sums(s, team, sums);
-        if (p.splits == 1 || is_last(p, s, team, tile, split)) write_tile(p, s, team, tile);
-        else wait_for(team);
-    }
-}
-
-// Turned by its position: element i of a head that begins at x.
-__device__ __forceinline__ float turned(const float *x, int i, int width, int position, const float *frequencies) {
-    int half = width / 2, j = i % half;
-    float sine, cosine;
-    sincosf(position * __ldg(frequencies + j), &sine, &cosine);
-    return i < half ? x[i] * cosine - x[i + half] * sine : x[i] * cosine + x[i - half] * sine;
-}
-
-__device__ __forceinline__ float dot(const float *q, uint4 k) {
-    u32 words[4] = {k.x, k.y, k.z, k.w};
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) sum += q[2 * i] * widen(words[i] & 0xffff) + q[2 * i + 1] * widen(words[i] >> 16);
-    return sum;
-}
-
-__device__ __forceinline__ void weigh(float *o, float weight, uint4 v) {
-    u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        o[2 * i] += weight * widen(words[i] & 0xffff);
-        o[2 * i + 1] += weight * widen(words[i] >> 16);
-    }
-}
-
-#define LANES 8       // that share a key
-#define GROUPS 16     // of such lanes in a block
-
-// The last of the blocks that share out a head's places weighs what they found by what they summed.
-template <int WIDTH> __device__ __forceinline__ void join_splits(const Attend &p, size_t head, int split, float log_sum) {
-    __shared__ u32 before;
-    if (threadIdx.x == 0) p.log_sums[head * p.splits + split] = log_sum;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) before = atomicAdd(p.arrived + head, 1u);
-    __syncthreads();
-    if (before != (u32)(p.splits - 1)) return;
-    __threadfence();
-    for (int i = threadIdx.x; i < WIDTH; i += LANES * GROUPS) {
-        float most = NOTHING, sum = 0.0f, value = 0.0f, log_sums[MOST_ATTENTION_SPLITS], parts[MOST_ATTENTION_SPLITS];
-#pragma unroll
-        for (int s = 0; s < MOST_ATTENTION_SPLITS; s++) {
-            bool there = s < p.splits;
-            log_sums[s] = there ? __ldcg(p.log_sums + head * p.splits + s) : NOTHING;
-            parts[s] = there ? __ldcg(p.attended + (head * p.splits + s) * WIDTH + i) : 0.0f;
-            most = fmaxf(most, log_sums[s]);
-        }
-#pragma unroll
-        for (int s = 0; s < MOST_ATTENTION_SPLITS; s++) {
-            float weight = s < p.splits ? __expf(log_sums[s] - most) : 0.0f;
-            sum += weight;
-            value += weight * parts[s];
-        }
-        p.result[head * WIDTH + i] = narrow(value / sum);
-    }
-    if (threadIdx.x == 0) p.arrived[head] = 0;
-}
-
-// A block has a head, a sequence and a share of its places. Groups of 8 lanes go over the places, each with a softmax of
-// its own, which are joined in the end.
-template <int WIDTH> __device__ __forceinline__ void attend(const Attend &p) {
-    constexpr int OWN = WIDTH / LANES;
-    __shared__ float q[WIDTH], o[GROUPS][WIDTH], most[GROUPS], sum[GROUPS];
-    __shared__ __align__(16) u16 new_key[WIDTH];
-    __shared__ __align__(16) u16 new_value[WIDTH];
-    let_next_begin();
-    wait_for_previous();
-    int head = blockIdx.x, row = blockIdx.y, split = blockIdx.z, tid = threadIdx.x;
-    int shared_by = p.heads / p.key_heads, key_head = head / shared_by;
-    int length = p.lengths[row], position = length - 1;
-    int share = (length + p.splits - 1) / p.splits, first = split * share, end = min(length, first + share);
-    const int *table = p.tables + (size_t)row * p.table;
-    const float *joined = p.joined + (size_t)row * (p.heads + 2 * p.key_heads) * WIDTH;
-    bool has_new = first < end && end == length;
-    for (int i = tid; i < WIDTH; i += LANES * GROUPS) {
-        q[i] = turned(joined + head * WIDTH, i, WIDTH, position, p.frequencies) * p.scale;
-        if (has_new) {
-            new_key[i] = narrow(turned(joined + (p.heads + key_head) * WIDTH, i, WIDTH, position, p.frequencies));
-            new_value[i] = narrow(joined[(p.heads + p.key_heads + key_head) * WIDTH + i]);
-            if (head % shared_by == 0) {
-                size_t place = (size_t)table[position / p.page_tokens] * p.page_tokens + position % p.page_tokens;
-                size_t at = (place * p.key_heads + key_head) * WIDTH + i;
-                p.keys[at] = new_key[i];
-                p.values[at] = new_value[i];
-            }
-        }
-    }
-    __syncthreads();
-    int group = tid / LANES, lane = tid % LANES;
-    float own_q[OWN], own_o[OWN] = {}, own_most = NOTHING, own_sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < OWN; i++) own_q[i] = q[lane * OWN + i];
-    for (int base = first; base < end; base += 2 * GROUPS) {
-        uint4 key[2][OWN / 8], value[2][OWN / 8];
-#pragma unroll
-        for (int two = 0; two < 2; two++) {
-            int at = base + GROUPS * two + group;
-            const u16 *k = new_key, *v = new_value;
-            if (at < position) {
-                size_t place = (size_t)table[at / p.page_tokens] * p.page_tokens + at % p.page_tokens;
-                size_t start = (place * p.key_heads + key_head) * WIDTH;
-                k = p.keys + start;
-                v = p.values + start;
-            }
-            if (at < end) {
-#pragma unroll
-                for (int i = 0; i < OWN / 8; i++) {
-                    key[two][i] = ((const uint4 *)(k + lane * OWN))[i];
-                    value[two][i] = ((const uint4 *)(v + lane * OWN))[i];
+                for (int byte = 0; byte < 4; byte++) {
+                    a[g][half][byte] = pair_of(table, words.x, byte);
+                    a[g][half][4 + byte] = pair_of(table, words.y, byte);
                 }
             }
         }
+#if BY_COLUMNS
 #pragma unroll
-        for (int two = 0; two < 2; two++) {
-            bool there = base + GROUPS * two + group < end;
-            float score = 0.0f;
-            if (there) {
+        for (int j = 0; j < 8; j += 2) {
 #pragma unroll
-                for (int i = 0; i < OWN / 8; i++) score += dot(own_q + 8 * i, key[two][i]);
-            }
-            for (int step = LANES / 2; step > 0; step /= 2) score += __shfl_xor_sync(0xffffffffu, score, step);
-            if (there) {
-                float higher = fmaxf(own_most, score);
-                float fade = __expf(own_most - higher), weight = __expf(score - higher);
-                own_most = higher;
-                own_sum = own_sum * fade + weight;
+            for (int g = 0; g < TOGETHER; g++)
+                multiply(unscaled[g][0], a[g][0][j], a[g][1][j], a[g][0][j + 1], a[g][1][j + 1], x[first + g][j], x[first + g][j + 1]);
+        }
+#else
+        // Half of a lane's columns at a time, for registers.
 #pragma unroll
-                for (int i = 0; i < OWN; i++) own_o[i] *= fade;
+        for (int part = 0; part < 2; part++) {
+            uint4 in[TILES];
 #pragma unroll
-                for (int i = 0; i < OWN / 8; i++) weigh(own_o + 8 * i, weight, value[two][i]);
+            for (int tile = 0; tile < TILES; tile++) in[tile] = ((const uint4 *)(x.of[tile] + 64 * first))[part];
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+                multiply(unscaled[0][tile], a[0][0][4 * part], a[0][1][4 * part], a[0][0][4 * part + 1], a[0][1][4 * part + 1], in[tile].x, in[tile].y);
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+                multiply(unscaled[0][tile], a[0][0][4 * part + 2], a[0][1][4 * part + 2], a[0][0][4 * part + 3], a[0][1][4 * part + 3], in[tile].z, in[tile].w);
+        }
+#endif
+#pragma unroll
+        for (int g = 0; g < TOGETHER; g++) {
+            float scales[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) scales[half] = SCALES == 1 ? own[half] : __shfl_sync(0xffffffffu, own[half], first + g, 4);
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) sums[tile][i] += scales[i / 2] * unscaled[g][tile][i];
             }
         }
     }
+}
+
+// 16 rows by 64 columns in 16 bits, as the lanes have them.
+struct Dense {
+    uint4 rows[2][2];
+};
+
+__device__ __forceinline__ void load_dense(const u16 *first, const u16 *second, Dense &a) {
+    a.rows[0][0] = __ldg((const uint4 *)first);
+    a.rows[0][1] = __ldg((const uint4 *)first + 1);
+    a.rows[1][0] = __ldg((const uint4 *)second);
+    a.rows[1][1] = __ldg((const uint4 *)second + 1);
+}
+
+__device__ __forceinline__ void multiply_dense(const Dense &a, const u32 *x, float *sums) {
+    multiply(sums, a.rows[0][0].x, a.rows[1][0].x, a.rows[0][0].y, a.rows[1][0].y, x[0], x[1]);
+    multiply(sums, a.rows[0][0].z, a.rows[1][0].z, a.rows[0][0].w, a.rows[1][0].w, x[2], x[3]);
+    multiply(sums, a.rows[0][1].x, a.rows[1][1].x, a.rows[0][1].y, a.rows[1][1].y, x[4], x[5]);
+    multiply(sums, a.rows[0][1].z, a.rows[1][1].z, a.rows[0][1].w, a.rows[1][1].w, x[6], x[7]);
+}
+
+// ---- Low-rank corrections -------------------------------------------------------------------------------------------------
+
+// x A is summed up by all blocks in fixed point, so that a sum does not depend on the order of its terms. The lower bits count them.
+#define COUNT_BITS 10
+#define LOW_RANK_ONE 1073741824.0f
+
+// 16 ranks by 64 columns of a factor A are a unit; where a warp's unit is.
+struct LowRankUnit {
+    int part, row, column;
+};
+
+__device__ __forceinline__ LowRankUnit low_rank_unit(const Product &p, int unit) {
+    int pieces = p.inner / 64, tile = unit / pieces, part = 0;
+    LowRankUnit found;
+    found.column = unit % pieces * 64;
+    while (tile >= p.parts[part].rank / 16) tile -= p.parts[part++].rank / 16;
+    found.part = part;
+    found.row = 16 * tile;
+    return found;
+}
+
+__device__ __forceinline__ int first_low_rank_unit() { return gridDim.x - 1 - blockIdx.x + warp_number() * gridDim.x; }
+__device__ __forceinline__ int low_rank_units(const Product &p) { return p.ranks / 16 * (p.inner / 64); }
+
+__device__ __forceinline__ void load_low_rank(const Product &p, int number, Dense &a) {
+    int lane = (thread_number() & 31);
+    // Without a unit something is loaded all the same: a value that is there on some ways only would be kept in memory.
+    const u16 *first = step.embedding, *second = step.embedding;
+    if (number < low_rank_units(p)) {
+        LowRankUnit unit = low_rank_unit(p, number);
+        first = p.parts[unit.part].a + (size_t)(unit.row + lane / 4) * p.inner + unit.column + 16 * (lane % 4);
+        second = first + 8 * (size_t)p.inner;
+    }
+    load_dense(first, second, a);
+}
+
+// Adds this warp's share of x A to what the others found; `a` is its first unit.
+__device__ __forceinline__ void multiply_low_rank(const Product &p, const Shared &s, bool here, int buffer, Dense &a) {
+    int lane = (thread_number() & 31);
+    for (int number = first_low_rank_unit(); number < low_rank_units(p); number += WARPS * gridDim.x) {
+        LowRankUnit unit = low_rank_unit(p, number);
+        long long *to = step.low_rank + (size_t)buffer * step.most_low_rank + p.parts[unit.part].first_rank + unit.row + lane / 4;
 #pragma unroll
-    for (int i = 0; i < OWN; i++) o[group][lane * OWN + i] = own_o[i];
-    if (lane == 0) {
-        most[group] = own_most;
-        sum[group] = own_sum;
-    }
-    __syncthreads();
-    float highest = NOTHING, total = 0.0f;
-    for (int g = 0; g < GROUPS; g++) highest = fmaxf(highest, most[g]);
-    for (int g = 0; g < GROUPS; g++) total += sum[g] * __expf(most[g] - highest);
-    size_t own_head = (size_t)row * p.heads + head;
-    float *to = p.attended + (own_head * p.splits + split) * WIDTH;
-    for (int i = tid; i < WIDTH; i += LANES * GROUPS) {
-        float value = 0.0f;
-        for (int g = 0; g < GROUPS; g++) value += o[g][i] * __expf(most[g] - highest);
-        value = total > 0.0f ? value / total : 0.0f;
-        if (p.splits == 1) p.result[own_head * WIDTH + i] = narrow(value);
-        else to[i] = value;
-    }
-    if (p.splits > 1) join_splits<WIDTH>(p, own_head, split, total > 0.0f ? highest + logf(total) : NOTHING);
-}
-
-extern "C" __global__ void __launch_bounds__(LANES * GROUPS) step_attend_64(const Attend p) { attend<64>(p); }
-extern "C" __global__ void __launch_bounds__(LANES * GROUPS) step_attend_128(const Attend p) { attend<128>(p); }
-
-// The rows of a table [v, d] that the tokens name, as the residual stream; makes the products' signals zero.
-extern "C" __global__ void __launch_bounds__(THREADS) step_embed(
-    const u16 *table, const int *ids, float *residual, int d, u32 *ready, int signals
-) {
-    let_next_begin();
-    const u16 *from = table + (size_t)ids[blockIdx.x] * d;
-    for (int i = threadIdx.x; i < d; i += THREADS) residual[(size_t)blockIdx.x * d + i] = widen(from[i]);
-    if (blockIdx.x == 0)
-        for (int i = threadIdx.x; i < signals; i += THREADS) ready[i] = 0;
-}
-
-// The normalised residual stream in 16 bits, for more rows than are worth normalising in every block of a product.
-extern "C" __global__ void __launch_bounds__(THREADS) step_normalise(
-    const float *residual, const u16 *norm, float epsilon, int d, u16 *to
-) {
-    __shared__ float sums[WARPS];
-    let_next_begin();
-    wait_for_previous();
-    const float4 *x = (const float4 *)(residual + (size_t)blockIdx.x * d);
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < d / 4; i += THREADS) {
-        float4 v = x[i];
-        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-    }
-    sum = sum_of_warp(sum);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-    __syncthreads();
-    sum = 0.0f;
+        for (int t = 0; t < TILES; t++) {
+            float sums[4] = {};
+            u32 x[8];
+            load_input(p, s, here, min(8 * t + lane / 4, step.n - 1), unit.column, lane, x);
+            multiply_dense(a, x, sums);
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += sums[w];
-    float factor = rsqrtf(sum / d + epsilon);
-    for (int i = threadIdx.x; i < d / 4; i += THREADS)
-        ((uint2 *)(to + (size_t)blockIdx.x * d))[i] = normalised(x[i], factor, __ldg((const uint2 *)norm + i));
-}
-
-// The first of the greatest logits of each row [n, v]; -1 if one of them is no number.
-extern "C" __global__ void __launch_bounds__(THREADS) step_choose(const float *logits, int v, int *choices) {
-    __shared__ float best_of[THREADS];
-    __shared__ int place_of_best[THREADS];
-    wait_for_previous();
-    const float *row = logits + (size_t)blockIdx.x * v;
-    float best = row[0];
-    int place = 0;
-    bool number = true;
-    for (int i = threadIdx.x; i < v; i += THREADS) {
-        float x = row[i];
-        number = number && x == x;
-        if (x > best || (x == best && i < place)) { best = x; place = i; }
-    }
-    best_of[threadIdx.x] = best;
-    place_of_best[threadIdx.x] = number ? place : -1;
-    __syncthreads();
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-        if (threadIdx.x < half) {
-            int mine = place_of_best[threadIdx.x], other = place_of_best[threadIdx.x + half];
-            float a = best_of[threadIdx.x], b = best_of[threadIdx.x + half];
-            bool takes = mine >= 0 && (other < 0 || b > a || (b == a && other < mine));
-            if (takes) { best_of[threadIdx.x] = b; place_of_best[threadIdx.x] = other; }
+            for (int i = 0; i < 4; i++) {
+                int token = 8 * t + 2 * (lane % 4) + i % 2;
+                long long term = (llrintf(sums[i] * LOW_RANK_ONE) << COUNT_BITS) + 1;
+                long long *at = to + (size_t)token * p.ranks + 8 * (i / 2);
+                if (token < step.n) asm volatile("red.global.add.u64 [%0], %1;" ::"l"(at), "l"(term) : "memory");
+            }
         }
+        load_low_rank(p, number + WARPS * gridDim.x, a);
+    }
+}
+
+// Waits for all terms of the sums that this thread takes into shared memory.
+__device__ __forceinline__ void gather_low_rank(const Product &p, const Shared &s, int buffer) {
+    const long long *from = step.low_rank + (size_t)buffer * step.most_low_rank;
+    int terms = p.inner / 64;
+#pragma unroll 4
+    for (int place = thread_number(); place < p.ranks * step.n; place += THREADS) {
+        long long sum = __ldcg(from + place);
+        while ((sum & ((1 << COUNT_BITS) - 1)) != terms) sum = *(volatile const long long *)(from + place);
+        int rank = place % p.ranks, token = place / p.ranks, part = (rank >= p.parts[1].first_rank) + (rank >= p.parts[2].first_rank);
+        s.low_rank[token * (p.ranks + 8) + rank] = narrow((float)(sum >> COUNT_BITS) * (p.parts[part].lora_scale / LOW_RANK_ONE));
+    }
+}
+
+__device__ __forceinline__ void clear_low_rank(int buffer) {
+    long long *to = step.low_rank + (size_t)buffer * step.most_low_rank;
+    for (int i = blockIdx.x * THREADS + thread_number(); i < step.most_low_rank; i += gridDim.x * THREADS) to[i] = 0;
+}
+
+// ---- A tile's end ---------------------------------------------------------------------------------------------------------
+
+// Rows of a tile's factors B.
+__device__ __forceinline__ void load_factors(const Product &p, int tile, int rank, Dense &b) {
+    int lane = (thread_number() & 31);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        Place place = place_of(p, tile, half);
+        const Part &part = p.parts[place.part];
+        bool there = rank < part.rank;
+        const uint4 *from = (const uint4 *)(part.b + (size_t)(place.own + lane / 4) * part.rank + rank + 16 * (lane % 4));
+        b.rows[half][0] = there ? __ldg(from) : make_uint4(0, 0, 0, 0);
+        b.rows[half][1] = there ? __ldg(from + 1) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// Adds up what `warps` warps left from `sums` on, `apart` floats apart, corrects it and puts it where it belongs. `b` are the first 64 ranks.
+__device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, int tile, const float *from, int warps, Dense &b) {
+    int lane = (thread_number() & 31), row = lane / 4, column = 2 * (lane % 4);
+    bool one = BY_COLUMNS && step.n == 1;
+    float sums[TILES][4] = {};
+    for (int w = 0; w < warps; w++) {
+        if (one) {
+            sums[0][0] += from[row];
+            sums[0][2] += from[row + 8];
+            from += 16;
+            continue;
+        }
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float2 v = *(const float2 *)(from + (row + 8 * half) * TOKENS + 8 * t + column);
+                sums[t][2 * half] += v.x;
+                sums[t][2 * half + 1] += v.y;
+            }
+        }
+        from += 16 * TOKENS;
+    }
+    Place place = place_of(p, tile, 0);
+    int second = p.target == TO_ACTIVATED ? 1 : place.part;
+    int ranks = max(p.parts[place.part].rank, p.parts[second].rank);
+    for (int rank = 0; rank < ranks; rank += 64) {
+        if (rank) load_factors(p, tile, rank, b);
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            const u16 *rows = s.low_rank + min(8 * t + row, step.n - 1) * (p.ranks + 8) + rank + 16 * (lane % 4);
+            u32 x[8];
+            load_shared(rows + p.parts[place.part].first_rank, x);
+            if (place.part == second) {
+                multiply_dense(b, x, sums[t]);
+                continue;
+            }
+            float more[4] = {sums[t][0], sums[t][1], 0, 0}, other[4] = {0, 0, sums[t][2], sums[t][3]};
+            multiply_dense(b, x, more);
+            load_shared(rows + p.parts[second].first_rank, x);
+            multiply_dense(b, x, other);
+            sums[t][0] = more[0]; sums[t][1] = more[1]; sums[t][2] = other[2]; sums[t][3] = other[3];
+        }
+    }
+    int own = p.parts[place.part].first_row + place.own + row;
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int token = 8 * t + column + i % 2;
+            if (token >= step.n) continue;
+            if (p.target == TO_ACTIVATED) {
+                if (i < 2) step.activated[(size_t)token * p.parts[0].rows + own] = narrow(sums[t][i] / (1.0f + __expf(-sums[t][i])) * sums[t][i + 2]);
+                continue;
+            }
+            if (own + 8 * (i / 2) < 16 * tile) continue;
+            float *to = p.to + (size_t)token * p.rows + own + 8 * (i / 2);
+            // Nobody else adds to it.
+            if (p.target == TO_RESIDUAL) asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(sums[t][i]) : "memory");
+            else asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(sums[t][i]) : "memory");
+        }
+    }
+}
+
+// Leaves a warp's sums of a tile, or adds to what it left before.
+__device__ __forceinline__ void leave_sums(float *to, const float (*sums)[4], bool adds, int lane) {
+    int row = lane / 4, column = 2 * (lane % 4);
+    if (BY_COLUMNS && step.n == 1) {
+        if (column == 0) {
+            to[row] = sums[0][0] + (adds ? to[row] : 0.0f);
+            to[row + 8] = sums[0][2] + (adds ? to[row + 8] : 0.0f);
+        }
+        return;
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float2 *at = (float2 *)(to + (row + 8 * half) * TOKENS + 8 * t + column), before = adds ? *at : make_float2(0, 0);
+            *at = make_float2(sums[t][2 * half] + before.x, sums[t][2 * half + 1] + before.y);
+        }
+    }
+}
+
+// Takes what a product is into shared memory; the last two warps do.
+__device__ __forceinline__ void take_product(const Shared &s, int op) {
+    int tid = thread_number() - (THREADS - 64), place = op % 3;
+    if (op >= step.count || tid < 0) return;
+    const Product *from = step.products + op;
+    if (tid < sizeof(Product) / 16) {
+        ((uint4 *)(s.products + place))[tid] = __ldg((const uint4 *)from + tid);
+    } else if (tid >= 40 && tid < 40 + MOST_PARTS) {
+        const float *offset = from->parts[tid - 40].offset;
+        s.offsets[4 * place + tid - 40] = offset ? __ldg(offset) : 0.0f;
+    } else if (tid == 48) {
+        s.tiles[place] = (__ldg(&from->tiles) - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+    }
+}
+
+// Brings into the cache what a product needs besides packed weights.
+__device__ __forceinline__ void prefetch_product(const Product &p, int tiles, int tid, int threads) {
+    if (p.source == FROM_RESIDUAL)
+        for (int i = tid; i < p.inner / 64; i += threads) prefetch(p.norm + 64 * i);
+    for (int i = tid; i < tiles * 16; i += threads) {
+        Place place = place_of(p, blockIdx.x + i / 16 * gridDim.x, i / 8 % 2);
+        const Part &part = p.parts[place.part];
+        if (part.rank) prefetch(part.b + (size_t)(place.own + i % 8) * part.rank);
+    }
+    for (int i = tid; i < WARPS * 16; i += threads) {
+        int number = gridDim.x - 1 - blockIdx.x + i / 16 * gridDim.x;
+        if (number >= low_rank_units(p)) break;
+        LowRankUnit unit = low_rank_unit(p, number);
+        prefetch(p.parts[unit.part].a + (size_t)(unit.row + i % 16) * p.inner + unit.column);
+    }
+}
+
+// What can be done for the products to come while other warps finish tiles.
+__device__ __forceinline__ void prepare_next(const Shared &s, int op, int warp, int warps) {
+    int tid = warp * 32 + (thread_number() & 31);
+    if (op + 1 < step.count) prefetch_product(s.products[(op + 1) % 3], s.tiles[(op + 1) % 3], tid, warps * 32);
+}
+
+// ---- Products -------------------------------------------------------------------------------------------------------------
+
+// The offsets of the scales of a tile's halves.
+__device__ __forceinline__ float2 offsets_of(const Product &p, const Shared &s, int op, int tile) {
+    const float *offsets = s.offsets + 4 * (op % 3);
+    int first = place_of(p, tile, 0).part;
+    return make_float2(offsets[first], offsets[p.target == TO_ACTIVATED ? 1 : first]);
+}
+
+__device__ __forceinline__ const u16 *dense_row(const Product &p, int tile, int half, int lane) {
+    Place place = place_of(p, tile, half);
+    return p.parts[place.part].dense + (size_t)(place.own + lane / 4) * p.inner + 16 * (lane % 4);
+}
+
+__device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream, int op) {
+    const Product &p = s.products[op % 3];
+    int lane = (thread_number() & 31), warp = warp_number(), tiles = s.tiles[op % 3];
+    bool packed = p.parts[0].codes;
+    Dense a;
+    load_low_rank(p, first_low_rank_unit(), a);
+    bool here = BY_COLUMNS && (p.source == FROM_RESIDUAL || (p.source == FROM_ATTENTION && step.splits > 1));
+    if (here) {
+        if (p.source == FROM_RESIDUAL) normalise(p, s, true);
+        else join_attention(p, s);
         __syncthreads();
     }
-    if (threadIdx.x == 0) choices[blockIdx.x] = place_of_best[0];
+    if (p.ranks) multiply_low_rank(p, s, here, op % 3, a);
+    take_product(s, op + 2);
+#if BY_COLUMNS
+    Inputs x = {};
+    int area = step.n == 1 ? 16 : 16 * TOKENS, slots = slots_of(p), most = (p.inner / SLICE + WARPS - 1) / WARPS;
+    for (int first = 0, pass = 0; first < tiles; first += step.round, pass++) {
+        int end = min(tiles, first + step.round);
+        float *sums = s.work + (pass & 1) * step.round * WARPS * area;
+        for (int slot = 0; slot < slots; slot++) {
+            int column = column_of(p, slot, 0);
+            if (most > 1 || pass == 0) {
+#pragma unroll
+                for (int b = 0; b < SCALES; b++) load_input(p, s, here, min(lane / 4, step.n - 1), column + 64 * b, lane, x[b]);
+            }
+            if (here && pass == 0) __syncthreads();   // sums lie where the inputs were
+            for (int at = first; at < end; at++) {
+                float own[1][4] = {};
+                int tile = blockIdx.x + at * gridDim.x;
+                if (packed) {
+                    u32 stage = wait_for_slice(s, stream);
+                    multiply_slice(s, stage, x, column / 64, offsets_of(p, s, op, tile), lane, own);
+                    leave_slice(s, stream, op, lane);
+                } else {
+                    const u16 *rows[2] = {dense_row(p, tile, 0, lane) + column, dense_row(p, tile, 1, lane) + column};
+#pragma unroll
+                    for (int b = 0; b < SCALES; b++) {
+                        Dense w;
+                        load_dense(rows[0] + 64 * b, rows[1] + 64 * b, w);
+                        multiply_dense(w, x[b], own[0]);
+                    }
+                }
+                leave_sums(sums + ((at - first) * WARPS + warp) * area, own, slot > 0, lane);
+            }
+        }
+        if (here && pass == 0 && slots == 0) __syncthreads();
+        int mine = first + (warp + pass * step.round) % WARPS, tile = blockIdx.x + mine * gridDim.x;
+        Dense b;
+        if (mine < end) load_factors(p, tile, 0, b);
+        if (pass == 0) gather_low_rank(p, s, op % 3);
+        __syncthreads();
+        if (mine < end) finish_tile(p, s, tile, sums + (mine - first) * WARPS * area, min(WARPS, p.inner / SLICE), b);
+        else if (end == tiles) prepare_next(s, op, mine - end, WARPS - (end - first));
+    }
+#else
+    int slots = slots_of(p), pitch = CHUNK + 8, team = warp / p.team;
+    u16 *inputs = (u16 *)s.work;
+    u32 place = (u32)__cvta_generic_to_shared(inputs);
+    Inputs x;
+#pragma unroll
+    for (int t = 0; t < TILES; t++) x.of[t] = inputs + min(8 * t + lane / 4, step.n - 1) * pitch + 16 * (lane % 4);
+    for (int first = 0; first < tiles; first += WARPS / p.team) {
+        float own[TILES][4] = {};
+        int tile = blockIdx.x + (first + team) * gridDim.x;
+        for (int slot = 0; slot < slots; slot++) {
+            int begin = slot * CHUNK, columns = min(CHUNK, p.inner - begin);
+            __syncthreads();
+            for (int i = thread_number(); i < step.n * (CHUNK / 8); i += THREADS) {
+                int row = i / (CHUNK / 8), at = 8 * (i % (CHUNK / 8));
+                if (at < columns) copy_16(place + 2 * (row * pitch + at), p.rows_in + (size_t)row * p.inner + begin + at);
+            }
+            end_copies();
+            wait_for_copies<0>();
+            __syncthreads();
+            int count = count_of(p, tiles, first, slot);
+            for (int at = 0; at < count; at++) {
+                int column = column_of(p, slot, at);
+                Inputs from = x;
+#pragma unroll
+                for (int t = 0; t < TILES; t++) from.of[t] += column - begin;
+                if (packed) {
+                    u32 stage = wait_for_slice(s, stream);
+                    multiply_slice(s, stage, from, column / 64, offsets_of(p, s, op, tile), lane, own);
+                    leave_slice(s, stream, op, lane);
+                    continue;
+                }
+                const u16 *rows[2] = {dense_row(p, tile, 0, lane) + column, dense_row(p, tile, 1, lane) + column};
+#pragma unroll
+                for (int b = 0; b < SCALES; b++) {
+                    Dense w;
+                    load_dense(rows[0] + 64 * b, rows[1] + 64 * b, w);
+#pragma unroll
+                    for (int t = 0; t < TILES; t++) {
+                        u32 in[8];
+                        load_shared(from.of[t] + 64 * b, in);
+                        multiply_dense(w, in, own[t]);
+                    }
+                }
+            }
+        }
+        int mine = first + warp;
+        bool finishes = warp < WARPS / p.team && mine < tiles;
+        Dense b;
+        if (finishes) load_factors(p, blockIdx.x + mine * gridDim.x, 0, b);
+        if (first == 0) gather_low_rank(p, s, op % 3);
+        __syncthreads();   // sums lie where the inputs were
+        leave_sums(s.work + warp * 16 * TOKENS, own, false, lane);
+        __syncthreads();
+        if (finishes) finish_tile(p, s, blockIdx.x + mine * gridDim.x, s.work + warp * p.team * 16 * TOKENS, p.team, b);
+        else if (first + WARPS / p.team >= tiles) prepare_next(s, op, warp - (tiles - first), WARPS - (tiles - first));
+    }
+#endif
+}
+
+// Waits until all blocks have come here.
+__device__ __forceinline__ void meet(u32 &passed) {
+    __syncthreads();
+    passed += gridDim.x;
+    if (thread_number() == 0) {
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(step.barrier) : "memory");
+        u32 found;
+        do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(step.barrier) : "memory");
+        while ((int)(found - passed) < 0);
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+// ---- Attention ------------------------------------------------------------------------------------------------------------
+
+#define LANES 16                    // that share a place
+#define GROUPS (THREADS / LANES)    // of such lanes
+#define PLACES 4                    // of a group at a time
+#define OWN (WIDTH / LANES)         // columns of a lane: 4 or 8
+
+struct AttentionRoom {
+    float q[WIDTH], most[WARPS], sum[WARPS], o[WARPS][WIDTH];
+    u16 new_key[WIDTH], new_value[WIDTH];
+};
+
+// A block's share of the places of a head of a sequence.
+struct Unit {
+    int head, row, split, position, first, end;
+};
+
+__device__ __forceinline__ Unit unit_of(const int *lengths, int number) {
+    Unit unit;
+    unit.head = number % step.heads;
+    unit.row = number / step.heads % step.n;
+    unit.split = number / step.heads / step.n;
+    int length = lengths[unit.row], share = (length + step.splits - 1) / step.splits;
+    unit.position = length - 1;
+    unit.first = unit.split * share;
+    unit.end = min(length, unit.first + share);
+    return unit;
+}
+
+// A lane's columns of a row in 16 bits, in pairs.
+struct Columns {
+    u32 pairs[OWN / 2];
+};
+
+__device__ __forceinline__ Columns load_columns(const u16 *from) {
+    Columns c;
+#if WIDTH == 128
+    uint4 v = __ldcg((const uint4 *)from);
+    c.pairs[0] = v.x; c.pairs[1] = v.y; c.pairs[2] = v.z; c.pairs[3] = v.w;
+#else
+    uint2 v = __ldcg((const uint2 *)from);
+    c.pairs[0] = v.x; c.pairs[1] = v.y;
+#endif
+    return c;
+}
+
+__device__ __forceinline__ u32 place_in_pages(const Unit &unit, int at) {
+    u32 page = __ldg(step.tables + unit.row * step.table + (at >> step.page_shift));
+    return (page << step.page_shift) + (at & ((1 << step.page_shift) - 1));
+}
+
+// Where the columns of a place begin in the pages of keys or values.
+__device__ __forceinline__ size_t begin_of(const Unit &unit, u32 place) {
+    return ((size_t)place * step.key_heads + unit.head / (step.heads / step.key_heads)) * WIDTH;
+}
+
+// What a block reads at a time: PLACES * GROUPS places of a unit from `base` on.
+struct Reading {
+    Unit unit;
+    int number, base;
+};
+
+__device__ __forceinline__ Reading first_reading(const int *lengths, int number) {
+    Reading r;
+    r.number = number;
+    r.unit = unit_of(lengths, min(number, step.heads * step.n * step.splits - 1));
+    r.base = r.unit.first;
+    return r;
+}
+
+__device__ __forceinline__ Reading reading_after(const int *lengths, const Reading &r) {
+    Reading next = r;
+    next.base += PLACES * GROUPS;
+    if (next.base >= r.unit.end) next = first_reading(lengths, r.number + gridDim.x);
+    return next;
+}
+
+// A group's place number k of a reading. Where it is not in the pages yet, or past the end, the sequence's first: nothing is made of it.
+__device__ __forceinline__ u32 place_of_group(const Reading &r, int k, int tid) {
+    int at = r.base + GROUPS * k + tid / LANES;
+    return place_in_pages(r.unit, at < min(r.unit.end, r.unit.position) ? at : 0);
+}
+
+// A lane's columns of the keys and values of its group's places.
+struct Places {
+    Columns keys[PLACES], values[PLACES];
+};
+
+__device__ __forceinline__ void load_place(const Product &p, const Unit &unit, u32 place, int tid, Columns &key, Columns &value) {
+    size_t from = begin_of(unit, place) + tid % LANES * OWN;
+    key = load_columns(p.keys + from);
+    value = load_columns(p.values + from);
+}
+
+// Element i of a head that begins at x, turned by its position.
+__device__ __forceinline__ float turned(const float *x, int i, int position) {
+    float2 turn = __ldg(step.turns + position * (WIDTH / 2) + i % (WIDTH / 2));
+    float own = __ldcg(x + i), other = __ldcg(x + (i + WIDTH / 2) % WIDTH);
+    return own * turn.y + (i < WIDTH / 2 ? -other : other) * turn.x;
+}
+
+// The query, and the new key and value, which go into their page too.
+__device__ __forceinline__ void prepare(const Product &p, const Unit &unit, int tid, AttentionRoom &room) {
+    int kind = tid / 128, i = tid % 128, shared_by = step.heads / step.key_heads;
+    if (i >= WIDTH || kind == 3 || (kind > 0 && unit.end <= unit.position)) return;
+    const float *joined = step.joined + (size_t)unit.row * (step.heads + 2 * step.key_heads) * WIDTH;
+    if (kind == 0) {
+        room.q[i] = turned(joined + unit.head * WIDTH, i, unit.position) * step.scale;
+        return;
+    }
+    const float *from = joined + (step.heads + unit.head / shared_by + (kind == 2 ? step.key_heads : 0)) * WIDTH;
+    u16 value = narrow(kind == 1 ? turned(from, i, unit.position) : __ldcg(from + i));
+    (kind == 1 ? room.new_key : room.new_value)[i] = value;
+    if (unit.head % shared_by == 0) {
+        u16 *to = (kind == 1 ? p.keys : p.values) + begin_of(unit, place_in_pages(unit, unit.position)) + i;
+        asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(value) : "memory");
+    }
+}
+
+__device__ __forceinline__ void write_unit(const Unit &unit, int i, const AttentionRoom &room) {
+    if (i >= WIDTH) return;
+    float highest = NOTHING, total = 0.0f, value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, room.most[w]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        float weight = __expf(room.most[w] - highest);
+        total += room.sum[w] * weight;
+        value += room.o[w][i] * weight;
+    }
+    value = total > 0.0f ? value / total : 0.0f;
+    size_t head = (size_t)unit.row * step.heads + unit.head;
+    if (step.splits == 1) {
+        step.result[head * WIDTH + i] = narrow(value);
+        return;
+    }
+    step.attended[(head * step.splits + unit.split) * WIDTH + i] = value;
+    if (i == 0) step.log_sums[head * step.splits + unit.split] = total > 0.0f ? highest + logf(total) : NOTHING;
+}
+
+// Groups of 16 lanes go over the places of a unit, each with a softmax of its own, which are joined in the end. Keys and values are on their
+// way while those before are used, and the numbers of their pages one reading earlier. What is in the pages does not depend on what other
+// blocks still compute, so this begins before they meet.
+__device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &passed) {
+    AttentionRoom &room = *(AttentionRoom *)s.work;
+    int tid = thread_number(), lane = tid % LANES, units = step.heads * step.n * step.splits;
+    Reading now = first_reading(s.lengths, blockIdx.x), next = reading_after(s.lengths, now);
+    Places places;
+    u32 numbers[PLACES];
+#pragma unroll
+    for (int k = 0; k < PLACES; k++) load_place(p, now.unit, place_of_group(now, k, tid), tid, places.keys[k], places.values[k]);
+#pragma unroll
+    for (int k = 0; k < PLACES; k++) numbers[k] = place_of_group(next, k, tid);
+    meet(passed);
+    float q[OWN] = {}, o[OWN] = {}, most = NOTHING, sum = 0.0f;
+#pragma unroll 1
+    while (now.number < units) {
+        if (now.base == now.unit.first) {
+            prepare(p, now.unit, tid, room);
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                q[i] = room.q[lane * OWN + i];
+                o[i] = 0.0f;
+            }
+            most = NOTHING;
+            sum = 0.0f;
+        }
+        Reading after = reading_after(s.lengths, next);
+#pragma unroll
+        for (int k = 0; k < PLACES; k++) {
+            int at = now.base + GROUPS * k + tid / LANES;
+            bool there = at < now.unit.end, is_new = at == now.unit.position;
+            float score = 0.0f;
+#pragma unroll
+            for (int i = 0; i < OWN / 2; i++) {
+                u32 pair = is_new ? ((const u32 *)room.new_key)[lane * (OWN / 2) + i] : places.keys[k].pairs[i];
+                score += q[2 * i] * widen(pair & 0xffff) + q[2 * i + 1] * widen(pair >> 16);
+            }
+#pragma unroll
+            for (int other = LANES / 2; other > 0; other /= 2) score += __shfl_xor_sync(0xffffffffu, score, other);
+            if (!there) score = NOTHING;
+            float higher = fmaxf(most, score), fade = __expf(most - higher), weight = there ? __expf(score - higher) : 0.0f;
+            most = higher;
+            sum = sum * fade + weight;
+#pragma unroll
+            for (int i = 0; i < OWN / 2; i++) {
+                u32 pair = is_new ? ((const u32 *)room.new_value)[lane * (OWN / 2) + i] : places.values[k].pairs[i];
+                o[2 * i] = o[2 * i] * fade + weight * widen(pair & 0xffff);
+                o[2 * i + 1] = o[2 * i + 1] * fade + weight * widen(pair >> 16);
+            }
+            load_place(p, next.unit, numbers[k], tid, places.keys[k], places.values[k]);
+            numbers[k] = place_of_group(after, k, tid);
+        }
+        bool ends = next.number != now.number;
+        Unit unit = now.unit;
+        now = next;
+        next = after;
+        if (!ends) continue;
+        float higher = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, LANES)), fade = __expf(most - higher);
+        sum *= fade;
+        sum += __shfl_xor_sync(0xffffffffu, sum, LANES);
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            o[i] *= fade;
+            o[i] += __shfl_xor_sync(0xffffffffu, o[i], LANES);
+        }
+        if (tid % 32 < LANES) {
+#pragma unroll
+            for (int i = 0; i < OWN; i++) room.o[tid / 32][lane * OWN + i] = o[i];
+            room.most[tid / 32] = higher;
+            room.sum[tid / 32] = sum;
+        }
+        __syncthreads();
+        write_unit(unit, tid, room);
+    }
+}
+
+// ---- The step -------------------------------------------------------------------------------------------------------------
+
+// The rows of the embedding that the tokens name, as the residual stream.
+__device__ __forceinline__ void begin() {
+    for (int row = blockIdx.x; row < step.n; row += gridDim.x) {
+        const u16 *from = step.embedding + (size_t)step.ids[row] * step.d;
+        for (int i = thread_number(); i < step.d; i += THREADS) step.residual[(size_t)row * step.d + i] = widen(from[i]);
+    }
+}
+
+// The first of the greatest logits of each row; -1 if one of them is no number.
+__device__ __forceinline__ void choose(const Shared &s) {
+    int tid = thread_number();
+    float *best_of = s.work;
+    int *place_of_best = (int *)(s.work + THREADS);
+    for (int r = blockIdx.x; r < step.n; r += gridDim.x) {
+        const float *row = step.logits + (size_t)r * step.vocabulary;
+        float best = __ldcg(row);
+        int place = 0;
+        bool number = true;
+#pragma unroll 4
+        for (int i = tid; i < step.vocabulary; i += THREADS) {
+            float x = __ldcg(row + i);
+            number = number && x == x;
+            if (x > best || (x == best && i < place)) { best = x; place = i; }
+        }
+        __syncthreads();
+        best_of[tid] = best;
+        place_of_best[tid] = number ? place : -1;
+        __syncthreads();
+        for (int half = THREADS / 2; half > 0; half /= 2) {
+            if (tid < half) {
+                int mine = place_of_best[tid], other = place_of_best[tid + half];
+                float a = best_of[tid], b = best_of[tid + half];
+                bool takes = mine >= 0 && (other < 0 || b > a || (b == a && other < mine));
+                if (takes) { best_of[tid] = b; place_of_best[tid] = other; }
+            }
+            __syncthreads();
+        }
+        if (tid == 0) step.choices[r] = place_of_best[0];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    Shared s = lay_out(memory);
+    Stream stream = {};
+    *s.position = Position{};
+    take_product(s, 0);
+    take_product(s, 1);
+    fetch_tables(s, memory);
+    if (thread_number() < step.n) s.lengths[thread_number()] = __ldg(step.lengths + thread_number());
+    clear_low_rank(0);
+    begin();
+    __syncthreads();
+    fetch_ahead(s, stream, 0, (thread_number() & 31));
+    prefetch_product(s.products[0], s.tiles[0], thread_number(), THREADS);
+    meet(passed);
+    for (int op = 0; op < step.count; op++) {
+        Product &p = s.products[op % 3];
+        if (op) {
+            fetch_ahead(s, stream, op, (thread_number() & 31));
+        }
+        if (p.source == FROM_RESIDUAL && (!BY_COLUMNS || p.inner > WARPS * SLICE)) {
+            normalise(p, s, false);
+            meet(passed);
+            if (thread_number() == 0) {
+                p.source = FROM_ROWS;
+                p.rows_in = step.normalised;
+            }
+            __syncthreads();
+        }
+        multiply_product(s, stream, op);
+        clear_low_rank((op + 1) % 3);
+        const Product &next = s.products[(op + 1) % 3];
+        if (op + 1 < step.count) {
+            if (next.attends) attend(next, s, passed);
+        }
+        meet(passed);
+    }
+    choose(s);
 }

@@ -6,9 +6,9 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
 
 use super::driver::Limits;
-use super::layout::{Attend, Part, Product};
-use super::outline::{Outline, TABLE, dims};
-use super::{Launch, Room, Shapes, refused, unsupported};
+use super::layout::{Part, Product, words};
+use super::outline::{FROM_ATTENTION, Outline, TABLE, dims};
+use super::{Room, Shapes, refused, unsupported};
 use crate::device::{Cube, primitive, uninitialized};
 use crate::nf4::kernel::DeviceScales;
 use crate::nf4::{NF4_CODE, dynamic_code};
@@ -20,12 +20,25 @@ type Memory = CubeTensor<CudaRuntime>;
 
 /// A program on its device.
 pub(super) struct Built {
-    pub(super) launches: Vec<Launch>,
-    pub(super) embedding: u64,
+    pub(super) products: Vec<Product>,
     pub(super) shapes: Shapes,
     pub(super) room: Room,
+    pub(super) tables: Tables,
     pub(super) kept: Kept,
     pub(super) bf16: bool,
+}
+
+/// Addresses of what a program only reads.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tables {
+    pub(super) products: u64,
+    pub(super) embedding: u64,
+    /// Of the code book.
+    pub(super) pairs: u64,
+    /// Levels of scales.
+    pub(super) dynamic: u64,
+    /// Sines and cosines of all positions.
+    pub(super) turns: u64,
 }
 
 /// Tensors that are in use.
@@ -98,27 +111,26 @@ pub(super) fn build(
     pages: &[Pages<Device>],
     limits: &Limits,
 ) -> Result<Built, StepError> {
-    let Outline { mut launches, shapes, room, .. } = Outline::new(program, limits)?;
-    let table = primitive(program.embedding.clone());
-    let dtype = table.dtype;
+    let Outline { mut products, targets, shapes, room, .. } = Outline::new(program, limits)?;
+    let embedding = primitive(program.embedding.clone());
+    let dtype = embedding.dtype;
     let mut builder = Builder { kept: Kept::default(), dtype };
+    let room = builder.room(&room, &embedding)?;
+    let layers = program.operations.iter().filter_map(|operation| match operation {
+        StepOperation::Linear { source, parts, .. } => Some((source, parts)),
+        StepOperation::Attention => None,
+    });
     let mut pages = pages.iter();
-    for (launch, operation) in launches.iter_mut().zip(&program.operations) {
-        builder.find(launch, operation, &mut pages)?;
+    for ((product, target), (source, parts)) in products.iter_mut().zip(targets).zip(layers) {
+        builder.product(product, source, parts)?;
+        if product.attends == 1 {
+            let pages = pages.next().ok_or_else(|| unsupported("more attentions than layers of pages"))?;
+            builder.attend(product, pages)?;
+        }
+        settle_in(product, target, &room);
     }
-    let room = builder.room(&room, &table)?;
-    let tables = builder.tables(program, &table)?;
-    launches.iter_mut().for_each(|launch| settle_in(launch, &room, &shapes, tables));
-    let embedding = builder.kept.packed(table, dtype)?;
-    Ok(Built { launches, embedding, shapes, room, kept: builder.kept, bf16: dtype == DType::BF16 })
-}
-
-/// Addresses of the code book's pairs, of the levels of scales, and of the rotations' frequencies.
-#[derive(Clone, Copy)]
-struct Tables {
-    pairs: u64,
-    dynamic: u64,
-    frequencies: u64,
+    let tables = builder.tables(program, &products, embedding)?;
+    Ok(Built { products, shapes, room, tables, kept: builder.kept, bf16: dtype == DType::BF16 })
 }
 
 struct Builder {
@@ -127,26 +139,6 @@ struct Builder {
 }
 
 impl Builder {
-    /// Fills in where a launch finds its weights or pages.
-    fn find<'a>(
-        &mut self,
-        launch: &mut Launch,
-        operation: &StepOperation<Device>,
-        pages: &mut impl Iterator<Item = &'a Pages<Device>>,
-    ) -> Result<(), StepError> {
-        match (launch, operation) {
-            (Launch::Product(product, _), StepOperation::Linear { source, parts, .. }) => {
-                self.product(product, source, parts)
-            }
-            (Launch::Attend(attend), StepOperation::Attention) => {
-                let pages =
-                    pages.next().ok_or_else(|| unsupported("more attentions than layers of pages"))?;
-                self.attend(attend, pages)
-            }
-            _ => unreachable!("a launch is made from its operation"),
-        }
-    }
-
     fn product(
         &mut self,
         product: &mut Product,
@@ -207,9 +199,9 @@ impl Builder {
         Ok(())
     }
 
-    fn attend(&mut self, attend: &mut Attend, pages: &Pages<Device>) -> Result<(), StepError> {
-        attend.keys = self.kept.shared(primitive(pages.keys.clone()), self.dtype)?;
-        attend.values = self.kept.shared(primitive(pages.values.clone()), self.dtype)?;
+    fn attend(&mut self, product: &mut Product, pages: &Pages<Device>) -> Result<(), StepError> {
+        product.keys = self.kept.shared(primitive(pages.keys.clone()), self.dtype)?;
+        product.values = self.kept.shared(primitive(pages.values.clone()), self.dtype)?;
         Ok(())
     }
 
@@ -226,55 +218,51 @@ impl Builder {
             normalised: room(bytes.normalised)?,
             activated: room(bytes.activated)?,
             low_rank: room(bytes.low_rank)?,
-            partials: room(bytes.partials)?,
-            ready: room(bytes.ready)?,
             numbers: room(bytes.numbers)?,
             choices: room(bytes.choices)?,
-            heads_arrived: self.kept.zeros(like, bytes.heads_arrived)?,
-            arrived: self.kept.zeros(like, bytes.arrived)?,
+            barrier: self.kept.zeros(like, bytes.barrier)?,
         })
     }
 
-    fn tables(&mut self, program: &StepProgram<Device>, like: &Memory) -> Result<Tables, StepError> {
-        let frequencies = rotary::frequencies(program.heads.width, program.theta);
+    fn tables(
+        &mut self,
+        program: &StepProgram<Device>,
+        products: &[Product],
+        embedding: Memory,
+    ) -> Result<Tables, StepError> {
+        let turns = turns(program.heads.width, program.theta, program.context);
+        // SAFETY: a product has no gaps.
+        let products = unsafe { words(products) };
         Ok(Tables {
-            pairs: self.kept.words(pairs(self.dtype), like)?,
-            dynamic: self.kept.floats(dynamic_code().to_vec(), like)?,
-            frequencies: self.kept.floats(frequencies, like)?,
+            products: self.kept.words(products, &embedding)?,
+            pairs: self.kept.words(pairs(self.dtype), &embedding)?,
+            dynamic: self.kept.floats(dynamic_code().to_vec(), &embedding)?,
+            turns: self.kept.floats(turns, &embedding)?,
+            embedding: self.kept.packed(embedding, self.dtype)?,
         })
     }
 }
 
-/// Fills in where a launch finds and leaves what steps compute.
-fn settle_in(launch: &mut Launch, room: &Room, shapes: &Shapes, tables: Tables) {
-    match launch {
-        Launch::Product(product, ends) => {
-            product.residual = room.residual;
-            product.rows_in = if ends.after_attention { room.heads_result } else { room.activated };
-            product.to_activated = room.activated;
-            product.low_rank = room.low_rank;
-            product.partials = room.partials;
-            product.arrived = room.arrived;
-            product.pairs = tables.pairs;
-            product.dynamic = tables.dynamic;
-            product.to = match ends.target {
-                StepTarget::Joined => room.joined,
-                StepTarget::Residual | StepTarget::Activated => room.residual,
-                StepTarget::Logits => room.logits,
-            };
-        }
-        Launch::Attend(attend) => {
-            attend.joined = room.joined;
-            attend.lengths = room.numbers + 4 * shapes.most_rows as u64;
-            attend.tables = room.numbers + 8 * shapes.most_rows as u64;
-            attend.frequencies = tables.frequencies;
-            attend.attended = room.attended;
-            attend.log_sums = room.log_sums;
-            attend.result = room.heads_result;
-            attend.arrived = room.heads_arrived;
-            attend.table = shapes.table as i32;
-        }
-    }
+/// Fills in where a product finds and leaves what steps compute.
+fn settle_in(product: &mut Product, target: StepTarget, room: &Room) {
+    product.rows_in = if product.source == FROM_ATTENTION { room.heads_result } else { room.activated };
+    product.to = match target {
+        StepTarget::Joined => room.joined,
+        StepTarget::Residual | StepTarget::Activated => room.residual,
+        StepTarget::Logits => room.logits,
+    };
+}
+
+/// Sine and cosine of every angle of every position, `[context, width / 2, 2]`.
+fn turns(width: usize, theta: f64, context: usize) -> Vec<f32> {
+    let frequencies = rotary::frequencies(width, theta);
+    let turn = |angle: f32| {
+        let (sine, cosine) = f64::from(angle).sin_cos();
+        [sine as f32, cosine as f32]
+    };
+    let of =
+        |position: usize| frequencies.iter().flat_map(move |frequency| turn(position as f32 * frequency));
+    (0..context).flat_map(of).collect()
 }
 
 /// For each byte of codes its two levels in 16 bits, the first in the lower half.

@@ -4,14 +4,15 @@ use std::ffi::CString;
 
 use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
 
-use super::layout::{THREADS, table_row};
+use super::layout::{THREADS, Variant};
 use crate::compiler::{self, CompilerError};
-use crate::side_stream::{SideStream, driver_version, version_name};
+use crate::side_stream::{SideStream, driver_version};
 use crate::step::StepError;
 
 const SOURCE: &str = include_str!("../kernels.cu");
-/// The first driver interface with launches that have attributes.
-const LAUNCH_ATTRIBUTES: i32 = 11_080;
+/// The kernel, and where it finds what the step is.
+const KERNEL: &str = "run_step";
+const STEP: &str = "step";
 
 impl From<DriverError> for StepError {
     fn from(error: DriverError) -> Self {
@@ -34,6 +35,8 @@ pub(super) struct Limits {
     pub(super) processors: usize,
     /// Bytes of shared memory that one block may have.
     pub(super) shared_of_block: usize,
+    /// Bytes of shared memory before those that a block may have.
+    pub(super) reserved_shared: usize,
 }
 
 /// A stream of its own on a device that CubeCL uses too.
@@ -43,14 +46,20 @@ pub(super) struct Driver {
     pub(super) limits: Limits,
 }
 
-/// Kernels for up to 8, 16 or 32 rows.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Kernels {
-    pub(super) product: sys::CUfunction,
-    pub(super) attend: sys::CUfunction,
-    pub(super) embed: sys::CUfunction,
-    pub(super) normalise: sys::CUfunction,
-    pub(super) choose: sys::CUfunction,
+/// A kernel of a variant.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    module: sys::CUmodule,
+    pub(super) function: sys::CUfunction,
+    /// Where it finds what the step is.
+    pub(super) step: sys::CUdeviceptr,
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        // SAFETY: the runner waits for every step, so nothing uses the module.
+        unsafe { driver::module::unload(self.module) }.ok();
+    }
 }
 
 impl Limits {
@@ -67,6 +76,7 @@ impl Limits {
             compute_capability: 10 * major + minor,
             processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_of_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            reserved_shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK)?,
         })
     }
 }
@@ -75,49 +85,49 @@ impl Driver {
     pub(super) fn open(index: usize) -> Result<Self, StepError> {
         let context = CudaContext::new(index)?;
         let version = driver_version().map_err(StepError::Refused)?;
-        if version < LAUNCH_ATTRIBUTES {
-            return Err(StepError::Unsupported(format!(
-                "the driver speaks CUDA {}, and 11.8 is needed",
-                version_name(version)
-            )));
-        }
         let limits = Limits::of(&context)?;
         Ok(Self { stream: SideStream::open(context, version)?, limits })
     }
 
-    /// Compiles the kernels for 8 `tiles` rows and heads of a width. They live as long as the process.
-    pub(super) fn compile(&self, tiles: usize, bf16: bool, width: usize) -> Result<Kernels, StepError> {
-        let defines = vec![
-            format!("-DTILES={tiles}"),
-            format!("-DTABLE_ROW={}", table_row(&self.limits)),
-            format!("-DBF16={}", u8::from(bf16)),
+    /// Compiles the kernel of a variant and loads it.
+    pub(super) fn compile(
+        &self,
+        variant: Variant,
+        bf16: bool,
+        plain: bool,
+        width: usize,
+    ) -> Result<Kernel, StepError> {
+        let Variant { tiles, table_row, slice, depth, chunk } = variant;
+        let defines = [
+            ("TILES", tiles),
+            ("TABLE_ROW", table_row),
+            ("SLICE", slice),
+            ("DEPTH", depth),
+            ("CHUNK", chunk),
+            ("WIDTH", width),
+            ("PLAIN", plain.into()),
+            ("BF16", bf16.into()),
         ];
+        let defines = defines.into_iter().map(|(name, value)| format!("-D{name}={value}")).collect();
         let module = compiler::load(SOURCE, self.limits.compute_capability, defines)?;
-        let function = |name: &str| {
-            let name = CString::new(name).map_err(|error| StepError::Refused(error.to_string()))?;
-            // SAFETY: the module was just loaded and stays.
-            Ok::<_, StepError>(unsafe { driver::module::get_function(module, name) }?)
-        };
-        let product = function("step_product")?;
+        let name = |name: &str| CString::new(name).map_err(|error| StepError::Refused(error.to_string()));
         let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: the function was just found.
+        // SAFETY: the module was just loaded, and the function found.
         unsafe {
-            driver::function::set_function_attribute(product, most, self.limits.shared_of_block as i32)
-        }?;
-        Ok(Kernels {
-            product,
-            attend: function(&format!("step_attend_{width}"))?,
-            embed: function("step_embed")?,
-            normalise: function("step_normalise")?,
-            choose: function("step_choose")?,
-        })
+            let function = driver::module::get_function(module, name(KERNEL)?)?;
+            driver::function::set_function_attribute(function, most, self.limits.shared_of_block as i32)?;
+            let mut step = 0;
+            sys::cuModuleGetGlobal_v2(&raw mut step, std::ptr::null_mut(), module, name(STEP)?.as_ptr())
+                .result()?;
+            Ok(Kernel { module, function, step })
+        }
     }
 
-    /// Blocks of the product that a multiprocessor runs at a time with so much shared memory.
-    pub(super) fn resident(&self, kernels: &Kernels, shared: usize) -> Result<usize, StepError> {
-        // SAFETY: the function lives as long as the process.
+    /// Blocks of a kernel that a multiprocessor runs at a time with so much shared memory.
+    pub(super) fn resident(&self, kernel: &Kernel, shared: usize) -> Result<usize, StepError> {
+        // SAFETY: the function lives as long as the kernel.
         let blocks = unsafe {
-            driver::occupancy::max_active_block_per_multiprocessor(kernels.product, THREADS as i32, shared)
+            driver::occupancy::max_active_block_per_multiprocessor(kernel.function, THREADS as i32, shared)
         }?;
         Ok(usize::try_from(blocks).unwrap_or(0))
     }

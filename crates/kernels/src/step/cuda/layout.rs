@@ -1,4 +1,4 @@
-//! What the kernels are given, byte for byte as `kernels.cu` declares it, and how their work is shared out.
+//! What the kernel is given, byte for byte as `kernels.cu` declares it, and how its work and its shared memory are shared out.
 
 use super::driver::Limits;
 
@@ -10,12 +10,21 @@ pub(super) const TILE: usize = 16;
 pub(super) const RANKS: usize = 64;
 /// Layers that share an input at most.
 pub(super) const MOST_PARTS: usize = 3;
-/// Shared memory of a block, in bytes, below which it has no room for a table of 64 KiB.
-const SMALL_SHARED: usize = 80 << 10;
+/// `COUNT_BITS`: terms of a sum over an inner dimension, 64 columns each, are counted in so many bits.
+pub(super) const COUNT_BITS: u32 = 10;
+/// `THREADS`.
+pub(super) const THREADS: usize = 512;
+/// `WARPS`.
+const WARPS: usize = THREADS / 32;
 /// `MOST_ATTENTION_SPLITS`.
-const MOST_ATTENTION_SPLITS: usize = 8;
-/// Pieces that a factor A is cut into, so that a piece is about as much to read as a tile of a packed weight.
-const LOW_RANK_PIECES: usize = 4;
+const MOST_ATTENTION_SPLITS: usize = 4;
+/// Where the table of pairs begins in shared memory if its rows are 256 bytes apart: an address of a pair is put together from bytes
+/// then.
+const WIDE_TABLE: usize = 1 << 16;
+/// Tiles that a block has sums of at a time at most: one for each warp to finish.
+const MOST_ROUND: usize = WARPS;
+/// The first cards that copy into shared memory without a register between.
+const ASYNCHRONOUS_COPIES: usize = 80;
 
 /// `Part`.
 #[repr(C)]
@@ -33,6 +42,14 @@ pub(super) struct Part {
     pub(super) rank: i32,
     pub(super) first_row: i32,
     pub(super) first_rank: i32,
+    pub(super) unused: i32,
+}
+
+impl Part {
+    /// One that is not there: it begins after all rows and ranks.
+    pub(super) fn absent() -> Self {
+        Self { first_row: i32::MAX, first_rank: i32::MAX, ..Self::default() }
+    }
 }
 
 /// `Product`.
@@ -40,52 +57,211 @@ pub(super) struct Part {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Product {
     pub(super) parts: [Part; MOST_PARTS],
-    pub(super) part_count: i32,
-    pub(super) n: i32,
+    pub(super) norm: u64,
+    pub(super) rows_in: u64,
+    pub(super) to: u64,
+    pub(super) keys: u64,
+    pub(super) values: u64,
+    pub(super) epsilon: f32,
     pub(super) inner: i32,
     pub(super) rows: i32,
     pub(super) ranks: i32,
     pub(super) tiles: i32,
-    pub(super) team: i32,
-    pub(super) splits: i32,
-    pub(super) chunk: i32,
-    pub(super) a_chunks: i32,
     pub(super) source: i32,
     pub(super) target: i32,
-    pub(super) residual: u64,
-    pub(super) norm: u64,
-    pub(super) epsilon: f32,
-    pub(super) rows_in: u64,
-    pub(super) to: u64,
-    pub(super) to_activated: u64,
-    pub(super) low_rank: u64,
-    pub(super) partials: u64,
-    pub(super) arrived: u64,
-    pub(super) ready: u64,
-    pub(super) pairs: u64,
-    pub(super) dynamic: u64,
+    pub(super) team: i32,
+    pub(super) attends: i32,
+    pub(super) unused: i32,
 }
 
-/// `Attend`.
+/// `Step`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Attend {
+pub(super) struct Step {
+    pub(super) products: u64,
+    pub(super) barrier: u64,
+    pub(super) embedding: u64,
+    pub(super) ids: u64,
+    pub(super) residual: u64,
+    pub(super) normalised: u64,
+    pub(super) activated: u64,
+    pub(super) low_rank: u64,
+    pub(super) pairs: u64,
+    pub(super) dynamic: u64,
+    pub(super) logits: u64,
+    pub(super) choices: u64,
     pub(super) joined: u64,
-    pub(super) keys: u64,
-    pub(super) values: u64,
     pub(super) lengths: u64,
     pub(super) tables: u64,
-    pub(super) frequencies: u64,
+    pub(super) turns: u64,
     pub(super) attended: u64,
     pub(super) log_sums: u64,
     pub(super) result: u64,
-    pub(super) arrived: u64,
+    pub(super) count: i32,
+    pub(super) n: i32,
+    pub(super) d: i32,
+    pub(super) vocabulary: i32,
+    pub(super) round: i32,
+    pub(super) work_bytes: i32,
+    pub(super) most_low_rank: i32,
     pub(super) table: i32,
-    pub(super) page_tokens: i32,
+    pub(super) page_shift: i32,
     pub(super) heads: i32,
     pub(super) key_heads: i32,
     pub(super) splits: i32,
     pub(super) scale: f32,
+    pub(super) unused: i32,
+}
+
+/// What decides how a program's steps are shared out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Needs {
+    /// Ranks of the layers of a product at most.
+    pub(super) ranks: usize,
+    /// Columns of the residual stream.
+    pub(super) hidden: usize,
+    pub(super) heads: usize,
+    /// Columns of a head.
+    pub(super) width: usize,
+    /// Whether scales are stored as they are.
+    pub(super) plain: bool,
+}
+
+/// What a kernel is compiled for, besides dtypes and the width of heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Variant {
+    /// `TILES`: tiles of eight tokens.
+    pub(super) tiles: usize,
+    /// `TABLE_ROW`: bytes between the rows of the table of pairs, of which there are 256.
+    pub(super) table_row: usize,
+    /// `SLICE`: columns that a warp multiplies at a time.
+    pub(super) slice: usize,
+    /// `DEPTH`: slices of a warp in shared memory.
+    pub(super) depth: usize,
+    /// `CHUNK`: columns of the inputs in shared memory, where warps are not by columns.
+    pub(super) chunk: usize,
+}
+
+impl Variant {
+    /// `BY_COLUMNS`.
+    fn by_columns(self) -> bool {
+        self.tiles == 1
+    }
+
+    /// Columns of the inputs that the warps of a block hold together, where they are by columns.
+    fn columns(self) -> usize {
+        WARPS * self.slice
+    }
+
+    /// Whether the blocks normalise rows of so many columns for themselves.
+    pub(super) fn normalises_here(self, columns: usize) -> bool {
+        self.by_columns() && columns <= self.columns()
+    }
+
+    /// `STAGE`.
+    fn stage(self, plain: bool) -> usize {
+        8 * self.slice + if plain { self.slice.max(128) } else { 128 }
+    }
+
+    /// Those that might do for n tokens, the best first.
+    fn candidates(n: usize, limits: &Limits) -> impl Iterator<Item = Self> {
+        let tiles = row_tiles(n);
+        let depths: &[usize] =
+            if limits.compute_capability < ASYNCHRONOUS_COPIES { &[1] } else { &[3, 2, 1] };
+        let shapes = move || {
+            [256, 128].into_iter().flat_map(move |table_row| {
+                [256, 128, 64]
+                    .into_iter()
+                    .flat_map(move |slice| depths.iter().map(move |&depth| (table_row, slice, depth)))
+            })
+        };
+        // Fewer columns at a time mean more waiting; where warps are by columns there are no chunks.
+        let chunks = if tiles == 1 { vec![0] } else { [1, 2, 4, 8].map(|part| 4096 / tiles / part).to_vec() };
+        chunks.into_iter().flat_map(move |chunk| {
+            shapes()
+                .filter(move |&(_, slice, _)| chunk == 0 || slice <= chunk)
+                .map(move |(table_row, slice, depth)| Self { tiles, table_row, slice, depth, chunk })
+        })
+    }
+}
+
+/// How a step of n tokens is shared out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Share {
+    pub(super) variant: Variant,
+    /// Tiles that a block has sums of at a time, where warps are by columns.
+    pub(super) round: usize,
+    /// Blocks that share out the places of one sequence and head.
+    pub(super) splits: usize,
+    /// Bytes for sums, inputs and attention.
+    pub(super) work: usize,
+    /// Bytes of a block's shared memory.
+    pub(super) shared: usize,
+}
+
+impl Share {
+    /// `None` if the card has too little shared memory.
+    pub(super) fn new(n: usize, needs: &Needs, limits: &Limits) -> Option<Self> {
+        Variant::candidates(n, limits).find_map(|variant| Self::of(variant, n, needs, limits))
+    }
+
+    fn of(variant: Variant, n: usize, needs: &Needs, limits: &Limits) -> Option<Self> {
+        let tokens = 8 * variant.tiles;
+        let joined = needs.heads * needs.width;
+        // The splits are joined by all blocks, for themselves.
+        let splits = match variant.normalises_here(joined) {
+            true => (limits.processors / (n * needs.heads)).clamp(1, MOST_ATTENTION_SPLITS),
+            false => 1,
+        };
+        let rest = limits.shared_of_block.checked_sub(fixed_bytes(variant, n, needs, limits)?)?;
+        let mut work = attention_bytes(needs.width);
+        let mut round = 0;
+        if variant.by_columns() {
+            let here = [(needs.hidden, true), (joined, splits > 1)];
+            let held = here.into_iter().filter(|&(columns, used)| used && variant.normalises_here(columns));
+            work = work.max(held.map(|(columns, _)| 2 * n * (columns + 8)).max().unwrap_or(0));
+            // Two sets of sums, so that one is written while the other is read.
+            let tile = 2 * 4 * WARPS * TILE * if n == 1 { 1 } else { tokens };
+            round = (rest / tile).min(MOST_ROUND);
+            work = work.max(round * tile);
+        } else {
+            work = work.max(4 * WARPS * TILE * tokens).max(2 * n * (variant.chunk + 8));
+        }
+        let work = work.next_multiple_of(16);
+        let fits = work <= rest && (round > 0 || !variant.by_columns());
+        fits.then(|| Self { variant, round, splits, work, shared: limits.shared_of_block - rest + work })
+    }
+
+    /// Times that the blocks of a step meet.
+    pub(super) fn meetings(&self, products: &[Product], from_residual: i32) -> u32 {
+        let of = |product: &Product| {
+            let apart =
+                product.source == from_residual && !self.variant.normalises_here(product.inner as usize);
+            1 + product.attends as u32 + u32::from(apart)
+        };
+        1 + products.iter().map(of).sum::<u32>()
+    }
+}
+
+/// `lay_out`: bytes of a block's shared memory without what is shared out; `None` where the table has no place.
+fn fixed_bytes(variant: Variant, n: usize, needs: &Needs, limits: &Limits) -> Option<usize> {
+    let ring = variant.depth * variant.stage(needs.plain);
+    let (table, rings) = if variant.table_row == 256 {
+        // Rings lie on both sides of the table.
+        let before = WIDE_TABLE.checked_sub(limits.reserved_shared)?;
+        (before + 256 * variant.table_row, WARPS - (before / ring).min(WARPS))
+    } else {
+        (256 * variant.table_row, WARPS)
+    };
+    let tokens = 8 * variant.tiles;
+    // Levels of scales, three products with their offsets and tiles, lengths, positions of streams, and sums of squares.
+    let small = 4 * 256 + 3 * size_of::<Product>() + 4 * (12 + 4 + tokens + 5 * WARPS + 2 * 4 * WARPS);
+    Some(table + rings * ring + small + 2 * n * (needs.ranks + 8))
+}
+
+/// `AttentionRoom`.
+fn attention_bytes(width: usize) -> usize {
+    4 * (width + 2 * WARPS + WARPS * width) + 2 * 2 * width
 }
 
 /// Tiles of eight rows of the input: kernels exist for 1, 2 and 4.
@@ -93,99 +269,80 @@ pub(super) fn row_tiles(n: usize) -> usize {
     n.div_ceil(8).next_power_of_two()
 }
 
-/// `THREADS`.
-pub(super) const THREADS: usize = 512;
-
-/// `TABLE_ROW`: bytes between the rows of the table of pairs, of which there are 256.
-pub(super) fn table_row(limits: &Limits) -> usize {
-    if limits.shared_of_block > SMALL_SHARED { 256 } else { 128 }
-}
-
-/// How one product is shared out among blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Share {
-    pub(super) splits: usize,
-    /// Columns of a block at most.
-    pub(super) chunk: usize,
-    pub(super) a_chunks: usize,
-    /// Bytes of a block's shared memory.
-    pub(super) shared: usize,
-}
-
-impl Share {
-    /// For a product of n rows, with as few splits as the card's shared memory allows; `None` if that is more than it has
-    /// multiprocessors, since splits wait for each other, or if it does not even hold 256 columns of the rows.
-    pub(super) fn new(n: usize, inner: usize, ranks: usize, limits: &Limits) -> Option<Self> {
-        let groups = inner / GROUP;
-        let share = |splits: usize| {
-            let chunk = groups.div_ceil(splits) * GROUP;
-            let a_chunks = LOW_RANK_PIECES.div_ceil(splits);
-            Self { splits, chunk, a_chunks, shared: shared_bytes(n, chunk, ranks, limits) }
-        };
-        (1..=groups.min(limits.processors)).map(share).find(|share| share.shared <= limits.shared_of_block)
-    }
-}
-
-/// `lay_out`.
-fn shared_bytes(n: usize, chunk: usize, ranks: usize, limits: &Limits) -> usize {
-    let tokens = 8 * row_tiles(n);
-    let words = 256 * table_row(limits) / 4 + 256 + THREADS / 32 * TILE * tokens + 16;
-    4 * words + 2 * n * (ranks + 8) + 2 * n * (chunk + 8)
-}
-
-/// Rows above which the residual stream is normalised once and not by every block of a product.
-pub(super) const NORMALISED_BY_BLOCKS: usize = 8;
-
-/// Warps that share out a tile: as few as keep all that are there busy, for those wait for each other.
-pub(super) fn team(tiles: usize, warps: usize, most: usize) -> usize {
-    let mut team = most;
-    while team > 1 && warps / team < tiles {
+/// Warps that share a tile where each has one of its own: as few as have room for all tiles of a block at a time.
+pub(super) fn team(tiles: usize, blocks: usize) -> usize {
+    let mut team = WARPS;
+    while team > 1 && WARPS / team < tiles.div_ceil(blocks) {
         team /= 2;
     }
     team
 }
 
-/// Blocks that share out the places of one sequence and head: as many as keep the card busy with few sequences.
-pub(super) fn attention_splits(n: usize, heads: usize, limits: &Limits) -> usize {
-    (4 * limits.processors / (n * heads)).clamp(1, MOST_ATTENTION_SPLITS)
+/// The bytes of values without gaps, as words.
+///
+/// # Safety
+/// `T` has no bytes that are not set, and a size that is a multiple of four.
+pub(super) unsafe fn words<T>(values: &[T]) -> Vec<i32> {
+    // SAFETY: the caller's; four bytes are read where they stand.
+    let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+    bytes.as_chunks::<4>().0.iter().map(|&word| i32::from_ne_bytes(word)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const H100: Limits = Limits { compute_capability: 90, processors: 132, shared_of_block: 232_448 };
-    const T4: Limits = Limits { compute_capability: 75, processors: 40, shared_of_block: 65_536 };
+    const H100: Limits =
+        Limits { compute_capability: 90, processors: 132, shared_of_block: 232_448, reserved_shared: 1024 };
+    const L4: Limits =
+        Limits { compute_capability: 89, processors: 58, shared_of_block: 101_376, reserved_shared: 1024 };
+    const T4: Limits =
+        Limits { compute_capability: 75, processors: 40, shared_of_block: 65_536, reserved_shared: 0 };
+    const SEVEN_BILLION: Needs = Needs { ranks: 192, hidden: 4096, heads: 32, width: 128, plain: false };
 
     #[test]
     fn every_batch_of_seven_billion_has_a_share_on_large_and_small_cards() {
-        for limits in [H100, T4] {
+        for (limits, most) in [(H100, 32), (L4, 32), (T4, 8)] {
             for n in 1..=32 {
-                for (inner, ranks) in [(4096, 192), (4096, 64), (4096, 128), (11_008, 64), (4096, 0)] {
-                    let share = Share::new(n, inner, ranks, &limits);
-                    // Four tiles of rows leave no room on a T4, and two leave the widest products too many splits.
-                    let Some(share) = share else {
-                        let most = if inner > 4096 { 12 } else { 16 };
-                        assert!(limits.compute_capability == 75 && n > most, "{n} {inner} {ranks}");
-                        continue;
-                    };
-                    assert!(share.splits <= limits.processors);
-                    assert!(share.shared <= limits.shared_of_block);
-                    assert!(share.chunk * share.splits >= inner && share.chunk % GROUP == 0);
+                let share = Share::new(n, &SEVEN_BILLION, &limits);
+                assert_eq!(share.is_some(), n <= most, "{n} on {limits:?}");
+                let Some(share) = share else { continue };
+                assert!(share.shared <= limits.shared_of_block);
+                assert!(share.work >= attention_bytes(128) && share.work.is_multiple_of(16));
+                if n > 8 {
+                    assert!(share.work >= 2 * n * (share.variant.chunk + 8) && share.splits == 1);
                 }
             }
         }
-        assert_eq!(Share::new(1, 4096, 192, &H100).unwrap().splits, 1);
-        assert_eq!(Share::new(32, 4096, 64, &H100).unwrap().splits, 3);
+    }
+
+    #[test]
+    fn one_answer_on_a_large_card_fetches_three_slices_ahead() {
+        let share = Share::new(1, &SEVEN_BILLION, &H100).unwrap();
+        let expected = Variant { tiles: 1, table_row: 256, slice: 256, depth: 3, chunk: 0 };
+        assert_eq!((share.variant, share.round, share.splits), (expected, 16, 4));
+        let share = Share::new(32, &SEVEN_BILLION, &H100).unwrap();
+        assert_eq!((share.variant.depth, share.variant.chunk), (2, 1024));
+    }
+
+    #[test]
+    fn blocks_meet_once_a_product_and_where_it_needs_more() {
+        let (residual, rows) = (0, 1);
+        let product = |source, inner, attends| Product { source, inner, attends, ..Product::default() };
+        let products = [product(residual, 4096, 0), product(rows, 4096, 1), product(residual, 8192, 0)];
+        let one = Share::new(1, &SEVEN_BILLION, &H100).unwrap();
+        assert_eq!(one.meetings(&products, residual), 1 + 1 + 2 + 2);
+        let many = Share::new(32, &SEVEN_BILLION, &H100).unwrap();
+        assert_eq!(many.meetings(&products, residual), 1 + 2 + 2 + 2);
     }
 
     #[test]
     fn teams_are_small_where_there_are_many_tiles() {
-        assert_eq!([256, 768, 1376, 5000].map(|tiles| team(tiles, 2112, 8)), [8, 2, 1, 1]);
+        assert_eq!([256, 768, 1376, 5000].map(|tiles| team(tiles, 132)), [8, 2, 1, 1]);
     }
 
     #[test]
-    fn structures_have_the_sizes_that_the_kernels_expect() {
-        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Attend>()], [80, 384, 104]);
+    fn structures_have_the_sizes_that_the_kernel_expects() {
+        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Step>()], [80, 320, 208]);
     }
 }

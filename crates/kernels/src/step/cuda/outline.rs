@@ -4,20 +4,18 @@ use burn::tensor::DType;
 use cubecl::cuda::CudaRuntime;
 
 use super::driver::Limits;
-use super::layout::{
-    Attend, GROUP, MOST_PARTS, Part, Product, RANKS, Share, TILE, attention_splits, row_tiles,
-};
-use super::{Ends, Launch, ROWS, Room, Shapes, unsupported};
+use super::layout::{COUNT_BITS, GROUP, MOST_PARTS, Needs, Part, Product, RANKS, Share, TILE, team};
+use super::{ROWS, Room, Shapes, unsupported};
 use crate::device::Cube;
 use crate::step::{StepError, StepOperation, StepProgram, StepSource, StepTarget};
 use crate::{FrozenWeight, LinearPart, LoraTerm};
 
 type Device = Cube<CudaRuntime>;
 
-/// As the kernels define it.
+/// As the kernel defines them.
 pub(super) const FROM_RESIDUAL: i32 = 0;
-/// As the kernels define it.
-pub(super) const FROM_ROWS: i32 = 1;
+const FROM_ROWS: i32 = 1;
+pub(super) const FROM_ATTENTION: i32 = 2;
 const TO_ROWS: i32 = 0;
 const TO_RESIDUAL: i32 = 1;
 const TO_ACTIVATED: i32 = 2;
@@ -27,8 +25,10 @@ pub(super) const TABLE: usize = 256;
 
 /// What a program is made of.
 pub(super) struct Outline {
-    /// Launches without addresses.
-    pub(super) launches: Vec<Launch>,
+    /// Products without addresses, in order; an attention belongs to the product that follows it.
+    pub(super) products: Vec<Product>,
+    /// Where the results of each go.
+    pub(super) targets: Vec<StepTarget>,
     pub(super) shapes: Shapes,
     /// Bytes.
     pub(super) room: Room,
@@ -38,7 +38,7 @@ pub(super) struct Outline {
 
 impl Outline {
     /// # Errors
-    /// If there are no kernels for it.
+    /// If there is no kernel for it.
     pub(super) fn new(program: &StepProgram<Device>, limits: &Limits) -> Result<Self, StepError> {
         let dtype = program.embedding.dtype();
         if !matches!(dtype, DType::F16 | DType::BF16) {
@@ -47,28 +47,42 @@ impl Outline {
         if ![64, 128].contains(&program.heads.width) {
             return Err(unsupported(format!("heads are {} wide, not 64 or 128", program.heads.width)));
         }
-        let launches = program.operations.iter().map(|operation| launch(program, operation));
-        let launches = launches.collect::<Result<Vec<_>, _>>()?;
-        let most_rows = most_rows(&launches, limits)
-            .ok_or_else(|| unsupported("the card has too little shared memory"))?;
+        if !program.page_tokens.is_power_of_two() {
+            return Err(unsupported(format!("pages of {} tokens, no power of two", program.page_tokens)));
+        }
+        let (products, targets) = products(program, limits)?;
         let [vocabulary, hidden] = program.embedding.dims();
+        let needs = Needs {
+            ranks: most(&products, |product| product.ranks),
+            hidden,
+            heads: program.heads.queries,
+            width: program.heads.width,
+            plain: plain(program)?,
+        };
+        let fits = |&n: &usize| (1..=n).all(|n| Share::new(n, &needs, limits).is_some());
+        let most_rows = ROWS
+            .into_iter()
+            .find(fits)
+            .ok_or_else(|| unsupported("the card has too little shared memory"))?;
         let shapes = Shapes {
             heads: program.heads,
-            hidden,
+            needs,
             vocabulary,
             table: program.context.div_ceil(program.page_tokens),
+            page_shift: program.page_tokens.ilog2(),
+            context: program.context,
             most_rows,
-            products: products(&launches).count(),
         };
-        let room = room(&launches, &shapes, limits);
+        let room = room(&products, &targets, &shapes, limits);
         let copies = program.operations.iter().map(|operation| copied_bytes(operation, dtype)).sum();
-        Ok(Self { launches, shapes, room, copies })
+        Ok(Self { products, targets, shapes, room, copies })
     }
 
     /// Bytes that the program takes besides what it names, but for what the allocator rounds up.
     pub(super) fn bytes(&self) -> usize {
-        let tables = 4 * (2 * TABLE + self.shapes.heads.width / 2);
-        self.room.total() as usize + self.copies + tables
+        let Shapes { context, needs, .. } = self.shapes;
+        let tables = 4 * 2 * TABLE + 8 * context * needs.width / 2;
+        self.room.total() as usize + self.copies + tables + size_of_val(&self.products[..])
     }
 }
 
@@ -80,45 +94,53 @@ impl Room {
             logits,
             attended,
             log_sums,
-            heads_arrived,
             heads_result,
             normalised,
             activated,
             low_rank,
-            partials,
-            arrived,
-            ready,
+            barrier,
             numbers,
             choices,
         } = *self;
         let rows = residual + joined + logits + heads_result + normalised + activated;
-        let parts = attended + log_sums + low_rank + partials;
-        rows + parts + heads_arrived + arrived + ready + numbers + choices
+        rows + attended + log_sums + low_rank + barrier + numbers + choices
     }
 }
 
-fn launch(program: &StepProgram<Device>, operation: &StepOperation<Device>) -> Result<Launch, StepError> {
-    match operation {
-        StepOperation::Linear { source, parts, target } => product(source, parts, *target),
-        StepOperation::Attention => Ok(Launch::Attend(Attend {
-            page_tokens: program.page_tokens as i32,
-            heads: program.heads.queries as i32,
-            key_heads: program.heads.keys as i32,
-            scale: 1.0 / (program.heads.width as f32).sqrt(),
-            ..Attend::default()
-        })),
+/// The products of a program, and where their results go.
+fn products(
+    program: &StepProgram<Device>,
+    limits: &Limits,
+) -> Result<(Vec<Product>, Vec<StepTarget>), StepError> {
+    let mut found = (Vec::new(), Vec::new());
+    let mut attends = 0;
+    for operation in &program.operations {
+        match operation {
+            StepOperation::Linear { source, parts, target } => {
+                if (attends == 1) != matches!(source, StepSource::Attention) {
+                    return Err(unsupported("an attention whose result is not the next layers' input"));
+                }
+                found.0.push(Product { attends, ..product(source, parts, *target, limits)? });
+                found.1.push(*target);
+                attends = 0;
+            }
+            StepOperation::Attention => attends = 1,
+        }
     }
+    Ok(found)
 }
 
 fn product(
     source: &StepSource<Device>,
     parts: &[LinearPart<Device>],
     target: StepTarget,
-) -> Result<Launch, StepError> {
+    limits: &Limits,
+) -> Result<Product, StepError> {
     let dims: Vec<_> = parts.iter().map(|part| dims(&part.weight)).collect();
     check(parts, &dims, target)?;
     let inner = dims[0][1];
-    let mut product = Product { part_count: parts.len() as i32, inner: inner as i32, ..Product::default() };
+    let mut product =
+        Product { parts: [Part::absent(); MOST_PARTS], inner: inner as i32, ..Product::default() };
     for ((own, part), [rows, _]) in product.parts.iter_mut().zip(parts).zip(&dims) {
         *own = Part {
             rows: *rows as i32,
@@ -133,21 +155,43 @@ fn product(
         product.rows += own.rows;
         product.ranks += own.rank;
     }
-    product.tiles = (product.rows as usize).div_ceil(TILE) as i32;
+    let tiles = (product.rows as usize).div_ceil(TILE);
+    (product.tiles, product.team) = (tiles as i32, team(tiles, limits.processors) as i32);
     product.source = match source {
         StepSource::Residual(_, epsilon) => {
             product.epsilon = *epsilon as f32;
             FROM_RESIDUAL
         }
-        StepSource::Attention | StepSource::Activated => FROM_ROWS,
+        StepSource::Attention => FROM_ATTENTION,
+        StepSource::Activated => FROM_ROWS,
     };
     product.target = match target {
         StepTarget::Joined | StepTarget::Logits => TO_ROWS,
         StepTarget::Residual => TO_RESIDUAL,
         StepTarget::Activated => TO_ACTIVATED,
     };
-    let after_attention = matches!(source, StepSource::Attention);
-    Ok(Launch::Product(product, Ends { after_attention, target }))
+    Ok(product)
+}
+
+/// Whether the scales of the packed layers are stored as they are, which has to be the same for all.
+fn plain(program: &StepProgram<Device>) -> Result<bool, StepError> {
+    let parts = program.operations.iter().flat_map(|operation| match operation {
+        StepOperation::Linear { parts, .. } => parts.as_slice(),
+        StepOperation::Attention => &[],
+    });
+    let mut kinds = parts.filter_map(|part| match &part.weight {
+        FrozenWeight::Nf4(weight) => Some(!weight.is_double()),
+        FrozenWeight::Dense(_) => None,
+    });
+    let Some(first) = kinds.next() else { return Ok(false) };
+    if kinds.any(|kind| kind != first) {
+        return Err(unsupported("layers with double quantization beside layers without"));
+    }
+    Ok(first)
+}
+
+fn most(products: &[Product], size: impl Fn(&Product) -> i32) -> usize {
+    products.iter().map(size).max().unwrap_or(0) as usize
 }
 
 /// The rank of a correction once it is filled up with zeros.
@@ -188,82 +232,49 @@ fn check(parts: &[LinearPart<Device>], dims: &[[usize; 2]], target: StepTarget) 
             "layers {dims:?} have no common width that is a multiple of {GROUP}"
         )));
     }
-    let kind = |part: &LinearPart<Device>| match &part.weight {
-        FrozenWeight::Nf4(weight) => Some(weight.is_double()),
-        FrozenWeight::Dense(_) => None,
-    };
-    if parts.iter().any(|part| kind(part) != kind(&parts[0])) {
+    if inner / RANKS >= 1 << COUNT_BITS {
+        return Err(unsupported(format!("layers {dims:?} have more columns than can be counted")));
+    }
+    let packed = |part: &LinearPart<Device>| matches!(part.weight, FrozenWeight::Nf4(_));
+    if parts.iter().any(|part| packed(part) != packed(&parts[0])) {
         return Err(unsupported("layers that share an input are packed in different ways"));
     }
     let (activated, whole) = (target == StepTarget::Activated, if parts.len() > 1 { TILE } else { 1 });
     if activated && (dims.len() != 2 || dims[0] != dims[1]) {
         return Err(unsupported(format!("layers {dims:?} are not two of a kind to be activated")));
     }
-    match dims.iter().find(|dims| !dims[0].is_multiple_of(whole)) {
-        Some(dims) => {
-            Err(unsupported(format!("a layer has {} rows, which is no multiple of {TILE}", dims[0])))
-        }
+    match dims.iter().find(|dims| dims[0] < TILE || !dims[0].is_multiple_of(whole)) {
+        Some(dims) => Err(unsupported(format!(
+            "a layer has {} rows, which is less than {TILE} or no multiple of it",
+            dims[0]
+        ))),
         None => Ok(()),
     }
 }
 
-fn products(launches: &[Launch]) -> impl Iterator<Item = (&Product, StepTarget)> {
-    launches.iter().filter_map(|launch| match launch {
-        Launch::Product(product, ends) => Some((product, ends.target)),
-        Launch::Attend(_) => None,
-    })
-}
-
-/// The most rows whose products all have a share of the card's shared memory.
-fn most_rows(launches: &[Launch], limits: &Limits) -> Option<usize> {
-    let fits = |&n: &usize| products(launches).all(|(product, _)| share(product, n, limits).is_some());
-    ROWS.into_iter().find(fits)
-}
-
-fn share(product: &Product, n: usize, limits: &Limits) -> Option<Share> {
-    Share::new(n, product.inner as usize, product.ranks as usize, limits)
-}
-
 /// Bytes for what a step computes.
-fn room(launches: &[Launch], shapes: &Shapes, limits: &Limits) -> Room {
-    let Shapes { heads, hidden, vocabulary, table, most_rows, .. } = *shapes;
-    let most = |size: &dyn Fn(&Product) -> usize| {
-        products(launches).map(|(product, _)| size(product)).max().unwrap_or(0)
-    };
+fn room(products: &[Product], targets: &[StepTarget], shapes: &Shapes, limits: &Limits) -> Room {
+    let Shapes { heads, needs, vocabulary, table, most_rows, .. } = *shapes;
     let rows_to = |to: StepTarget| {
-        let rows = products(launches).filter(|&(_, target)| target == to).map(|(product, _)| product.rows);
-        rows.max().unwrap_or(0) as usize
+        let rows = products.iter().zip(targets).filter(|&(_, &target)| target == to);
+        rows.map(|(product, _)| product.rows as usize).max().unwrap_or(0)
     };
-    let over_rows = |size: &dyn Fn(usize) -> usize| (1..=most_rows).map(size).max().unwrap_or(0);
-    let low_rank = most(&|product| {
-        over_rows(&|n| {
-            let pieces = share(product, n, limits).map_or(0, |share| share.splits * share.a_chunks);
-            pieces * n * product.ranks as usize
-        })
-    });
-    let partials = most(&|product| {
-        over_rows(&|n| {
-            let splits = share(product, n, limits).map_or(0, |share| share.splits);
-            product.tiles as usize * splits * TILE * 8 * row_tiles(n)
-        })
-    });
-    let splits = over_rows(&|n| n * attention_splits(n, heads.queries, limits));
+    let splits = |n| Share::new(n, &needs, limits).map_or(0, |share| n * share.splits);
+    let splits = (1..=most_rows).map(splits).max().unwrap_or(0);
     let [words, halves] = [4, 2].map(|size| move |count: usize| (size * count) as u64);
     Room {
-        residual: words(most_rows * hidden),
+        residual: words(most_rows * needs.hidden),
         joined: words(most_rows * rows_to(StepTarget::Joined)),
         logits: words(most_rows * vocabulary),
         attended: words(splits * heads.queries * heads.width),
         log_sums: words(splits * heads.queries),
-        heads_arrived: words(most_rows * heads.queries),
         heads_result: halves(most_rows * heads.queries * heads.width),
-        normalised: halves(most_rows * hidden),
+        normalised: halves(most_rows * needs.hidden),
         // Of the two layers that are activated together one is left.
         activated: halves(most_rows * rows_to(StepTarget::Activated) / 2),
-        low_rank: words(low_rank),
-        partials: words(partials),
-        arrived: words(most(&|product| product.tiles as usize)),
-        ready: words(shapes.products),
+        // Three products' sums, in 64 bits.
+        low_rank: words(3 * 2 * most_rows * needs.ranks),
+        barrier: words(1),
         numbers: words(most_rows * (2 + table)),
         choices: words(most_rows),
     }
