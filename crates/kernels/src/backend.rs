@@ -20,6 +20,9 @@ use crate::{
 /// Methods named `*_backward` are the vector-Jacobian products of the method they are named after. They are what
 /// `Autodiff` calls, and are not differentiable themselves.
 pub trait KernelBackend: Backend {
+    /// Whether [`Self::nf4_quantize`] runs on the device, so that a weight should go there as it is stored.
+    const PACKS_ON_DEVICE: bool = false;
+
     /// The card behind a device; `None` for the processor.
     fn card(device: &Self::Device) -> Option<Card> {
         let _ = device;

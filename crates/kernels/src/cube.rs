@@ -15,6 +15,8 @@ use crate::{
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
+    const PACKS_ON_DEVICE: bool = true;
+
     fn card(device: &Self::Device) -> Option<Card> {
         Some(R::card(device))
     }

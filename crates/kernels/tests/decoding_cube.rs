@@ -167,8 +167,9 @@ impl<R: ProductRuntime> Runner<'_, R> {
         }
     }
 
-    /// A value that is no number among the rows of one of three sequences that are stored and attended for together.
-    fn containment(&self) {
+    /// A value that is no number among the rows of one of three sequences that are stored and attended for together. `keeps_nan`
+    /// says whether the device promises that NaN stays NaN, which Vulkan does not.
+    fn containment(&self, keeps_nan: bool) {
         let heads = Heads { queries: 4, keys: 2, width: 32 };
         let sequences: Vec<_> = [(1..3, 20), (3..6, 33), (6..7, 9)]
             .map(|(pages, length)| PagedSequence { pages: pages.collect(), length, rows: length })
@@ -195,8 +196,9 @@ impl<R: ProductRuntime> Runner<'_, R> {
             for (at, (found, whole)) in all(Some(endless)).iter().zip(&whole).enumerate() {
                 let (row, column) = (at / 128, at % 128);
                 let sees = (BROKEN..53).contains(&row) && column >= 64;
-                assert_eq!(found.is_nan(), sees, "{endless} at {at}");
-                assert!(sees || found == whole, "{endless} at {at}: {found} for {whole}");
+                assert!(found.is_nan() || !(sees && keeps_nan), "{endless} at {at}: {found}");
+                let near = (found - whole).abs() <= self.bound * (1.0 + whole.abs());
+                assert!(sees || near, "{endless} at {at}: {found} for {whole}");
             }
         }
     }
@@ -209,7 +211,6 @@ impl<R: ProductRuntime> Runner<'_, R> {
         self.attention(Heads { queries: 6, keys: 1, width: 20 }, &[(40, 1)]);
         self.attention(heads, &[(20, 1), (33, 1), (50, 17), (16, 16), (9, 2)]);
         self.attention(heads, &[(30, 30)]);
-        self.containment();
     }
 }
 
@@ -228,6 +229,7 @@ fn grouped_layers_on_wgpu() {
 #[test]
 fn pages_on_wgpu() {
     vulkan().attentions();
+    vulkan().containment(false);
 }
 
 /// In f32, and in 16 bits with a bound of some units of a sum's last place.
@@ -253,5 +255,8 @@ fn grouped_layers_on_cuda() {
 #[cfg(feature = "cuda")]
 #[test]
 fn pages_on_cuda() {
-    on_cuda(|runner| runner.attentions());
+    on_cuda(|runner| {
+        runner.attentions();
+        runner.containment(true);
+    });
 }

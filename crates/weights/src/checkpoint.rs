@@ -2,11 +2,12 @@
 //!
 //! Files are mapped, not read, and tensors are converted a window at a time whose pages are handed back at once, so a
 //! 13 GB checkpoint passes through the memory of its largest tensor. What it trades: one element type out, f32, for
-//! every float that comes in. What it refuses: NaN or infinity, which would only show up as a loss much later.
+//! every float that comes in, but for [`Checkpoint::read_floats`]. What it refuses: NaN or infinity, which would only show up as a loss much later.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::{DType, TensorData};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -147,6 +148,33 @@ impl Checkpoint {
         Ok((entry.shape.clone(), values))
     }
 
+    /// A tensor of F32, F16 or BF16 in the dtype that it is stored in.
+    ///
+    /// # Errors
+    /// As [`Self::read_f32`].
+    pub fn read_floats(&self, name: &str, expected_shape: &[usize]) -> Result<TensorData, WeightsError> {
+        self.expect_shape(name, expected_shape)?;
+        let entry = self.float_entry(name)?;
+        let dtype = match entry.dtype {
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            _ => DType::F32,
+        };
+        let size = entry.dtype.bitsize() / 8;
+        let mut values = vec![0; entry.elements() * size];
+        let mut bad = None;
+        self.for_each_window(entry, |start, bytes| {
+            let found = copy_shared(entry.dtype, bytes, &mut values[start..][..bytes.len()]);
+            bad = bad.or(found.map(|place| start / size + place));
+        });
+        let Some(index) = bad else {
+            return Ok(TensorData::from_bytes_vec(values, entry.shape.clone(), dtype));
+        };
+        let mut value = [0.0];
+        convert(entry.dtype, &values[index * size..][..size], &mut value);
+        Err(self.not_finite(name, entry, index, value[0]))
+    }
+
     /// A tensor of bytes and its shape.
     ///
     /// # Errors
@@ -239,13 +267,17 @@ impl Checkpoint {
         let Some(index) = not_finite else {
             return Ok(());
         };
-        Err(WeightsError::NotFinite {
+        Err(self.not_finite(name, entry, index, values[index]))
+    }
+
+    fn not_finite(&self, name: &str, entry: &Entry, index: usize, value: f32) -> WeightsError {
+        WeightsError::NotFinite {
             path: self.file(entry).path().to_owned(),
             flag: self.flag,
             tensor: name.to_owned(),
             index,
-            value: values[index],
-        })
+            value,
+        }
     }
 
     fn wrong_dtype(&self, name: &str, entry: &Entry, accepted: &'static str) -> WeightsError {
@@ -288,6 +320,33 @@ fn convert_shared(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Option<usize> 
     let part_bytes = PART * dtype.bitsize() / 8;
     let parts = bytes.par_chunks(part_bytes).zip(out.par_chunks_mut(PART)).enumerate();
     parts.filter_map(|(part, (bytes, out))| Some(part * PART + convert(dtype, bytes, out)?)).min()
+}
+
+/// Copies little-endian floats by all cores; the place of the first one that is not finite.
+fn copy_shared(dtype: Dtype, bytes: &[u8], out: &mut [u8]) -> Option<usize> {
+    let part_bytes = PART * dtype.bitsize() / 8;
+    let parts = bytes.par_chunks(part_bytes).zip(out.par_chunks_mut(part_bytes)).enumerate();
+    let copy = |(part, (bytes, out)): (usize, (&[u8], &mut [u8]))| {
+        out.copy_from_slice(bytes);
+        Some(part * PART + first_not_finite(dtype, out)?)
+    };
+    parts.filter_map(copy).min()
+}
+
+/// The place of the first of little-endian floats whose exponent has all bits.
+fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    fn first<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool) -> Option<usize> {
+        let values = bytes.as_chunks().0;
+        // Without an early end, so that the compiler looks at many at once.
+        let any = values.iter().fold(false, |any, &value| any | bad(value));
+        if any { values.iter().position(|&value| bad(value)) } else { None }
+    }
+    let half = |exponent: u16| first(bytes, move |value| u16::from_le_bytes(value) & exponent == exponent);
+    match dtype {
+        Dtype::F16 => half(0x7c00),
+        Dtype::BF16 => half(0x7f80),
+        _ => first(bytes, |value| u32::from_le_bytes(value) & 0x7f80_0000 == 0x7f80_0000),
+    }
 }
 
 /// Converts little-endian floats of any alignment; the place of the first one that is not finite.
@@ -334,6 +393,7 @@ mod tests {
                 [(Dtype::F16, f16::from_bits(bits).to_f32()), (Dtype::BF16, bf16::from_bits(bits).to_f32())];
             for (dtype, expected) in expected {
                 let bad = convert(dtype, &bits.to_le_bytes(), &mut out);
+                assert_eq!(first_not_finite(dtype, &bits.to_le_bytes()), bad, "{dtype} {bits:#x}");
                 assert_eq!(bad, (!expected.is_finite()).then_some(0), "{dtype} {bits:#x}");
                 assert!(bad.is_some() || out[0].to_bits() == expected.to_bits(), "{dtype} {bits:#x}");
             }

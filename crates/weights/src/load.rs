@@ -1,6 +1,7 @@
 //! Files into models and models into files: the glue between plain host numbers and tensors on a device.
 //!
-//! A checkpoint is read one tensor at a time and quantized as it is read, so at most one dense linear exists at a time.
+//! A checkpoint is read one tensor at a time and quantized as it is read, so at most one dense linear exists at a time: on a device
+//! with kernels in the dtype of the file, else in f32 on the host. Both give the same codes and scales.
 //! What it refuses: a tensor that is missing, of another shape than the configuration says, with a value that is no
 //! number, or that has no place in Llama's blocks; and an adapter that belongs to another model.
 
@@ -174,8 +175,13 @@ impl<B: KernelBackend> Loader<'_, B> {
         if self.quantization == Quantization::None {
             return Ok(Weight::frozen(self.tensor(name, shape)?));
         }
-        self.checkpoint.read_f32_into(name, &shape, &mut self.buffer)?;
         let double = self.quantization == Quantization::Nf4Double;
+        if B::PACKS_ON_DEVICE {
+            let data = self.checkpoint.read_floats(name, &shape)?;
+            let dtype = data.dtype;
+            return Ok(Weight::Nf4(B::nf4_quantize(Tensor::from_data(data, (self.device, dtype)), double)));
+        }
+        self.checkpoint.read_f32_into(name, &shape, &mut self.buffer)?;
         Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, double, self.device)))
     }
 

@@ -63,7 +63,26 @@ fn numbers_that_are_none_are_found_at_their_place() {
         let folder = folder_with(&[("model.safetensors", &raw_file(&[("w", dtype, &[3, 1 << 20], &bytes)]))]);
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         let place = format!("element {place} ");
-        expect(checkpoint.read_f32("w", &[3, 1 << 20]), &["`w`", &place, "model.safetensors", "--model"]);
+        let message = ["`w`", &place, "model.safetensors", "--model"];
+        expect(checkpoint.read_f32("w", &[3, 1 << 20]), &message);
+        expect(checkpoint.read_floats("w", &[3, 1 << 20]), &message);
+    }
+}
+
+#[test]
+fn floats_come_in_the_dtype_of_the_file() {
+    let values = [1.5_f32, -2.0, 0.0, 3.25];
+    let halves = |bits: [u16; 4]| bits.iter().flat_map(|bits| bits.to_le_bytes()).collect::<Vec<_>>();
+    let stored = [
+        ("F32", floats(&values)),
+        ("F16", halves(values.map(|value| half::f16::from_f32(value).to_bits()))),
+        ("BF16", halves(values.map(|value| half::bf16::from_f32(value).to_bits()))),
+    ];
+    for (dtype, bytes) in stored {
+        let folder = folder_with(&[("model.safetensors", &raw_file(&[("w", dtype, &[2, 2], &bytes)]))]);
+        let data = Checkpoint::open(folder.path()).unwrap().read_floats("w", &[2, 2]).unwrap();
+        assert_eq!((data.shape.to_vec(), data.as_bytes()), (vec![2, 2], &bytes[..]), "{dtype}");
+        assert_eq!(data.iter::<f32>().collect::<Vec<_>>(), values, "{dtype}");
     }
 }
 
