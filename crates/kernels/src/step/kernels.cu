@@ -1189,7 +1189,7 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
 #pragma unroll
         for (int k = 0; k < PLACES; k++) {
             int at = now.base + GROUPS * k + tid / LANES;
-            bool there = at < now.unit.end, is_new = at == now.unit.position;
+            bool there = at < now.unit.end, is_new = there && at == now.unit.position;
             float score = 0.0f;
 #pragma unroll
             for (int i = 0; i < OWN / 2; i++) {
