@@ -203,6 +203,12 @@ template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
 
 __device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
+__device__ __forceinline__ uint4 shared_16(u32 from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+    return v;
+}
+
 __device__ __forceinline__ uint2 shared_8(u32 from) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from));
@@ -335,6 +341,7 @@ __device__ __forceinline__ void find_slice(const Product &p, int tile, int colum
 __device__ __forceinline__ bool find_slices(const Shared &s, Stream &stream, int current, int lane) {
     Position now = *s.position;
     bool found = false;
+#pragma unroll 1
     while (!found && now.op <= current + 1 && now.op < step.count) {
         const Product &p = s.products[now.place];
         int tiles = s.tiles[now.place], count = 0;
@@ -398,6 +405,7 @@ __device__ __forceinline__ void fetch_slice(const Shared &s, Stream &stream, int
 
 // Fetches as far ahead as there is room.
 __device__ __forceinline__ void fetch_ahead(const Shared &s, Stream &stream, int current, int lane) {
+#pragma unroll 1
     while (stream.pending < DEPTH && (stream.left || find_slices(s, stream, current, lane)))
         fetch_slice(s, stream, lane);
 }
@@ -451,6 +459,7 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
     uint2 weights[GROUPS_KEPT];
 #pragma unroll
     for (int e = 0; e < GROUPS_KEPT; e++) weights[e] = __ldg((const uint2 *)p.norm + min(tid + e * THREADS, groups - 1));
+#pragma unroll 1
     for (int first = here ? 0 : blockIdx.x, round = 0; first < step.n; first += ROWS_AT_A_TIME * apart, round++) {
         float4 x[ROWS_AT_A_TIME][GROUPS_KEPT];
         float *scratch = s.scratch + round % 2 * ROWS_AT_A_TIME * WARPS;
@@ -471,6 +480,7 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
             float sum = 0.0f;
 #pragma unroll
             for (int e = 0; e < GROUPS_KEPT; e++) sum += squares(x[r][e]);
+#pragma unroll 1
             for (int i = tid + GROUPS_KEPT * THREADS; i < groups; i += THREADS) sum += squares(__ldcg(from + i));
             sum = sum_of_warp(sum);
             if (tid % 32 == 0) scratch[r * WARPS + tid / 32] = sum;
@@ -486,6 +496,7 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
 #pragma unroll
             for (int e = 0; e < GROUPS_KEPT; e++)
                 if (tid + e * THREADS < groups) own[tid + e * THREADS] = normalised(x[r][e], factor, weights[e]);
+#pragma unroll 1
             for (int i = tid + GROUPS_KEPT * THREADS; i < groups; i += THREADS) own[i] = normalised(__ldcg(from + i), factor, __ldg((const uint2 *)p.norm + i));
         }
     }
@@ -494,6 +505,7 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
 // What the blocks found that share out the places of a head, each with a softmax of its own, as [n, inner + 8] in shared memory.
 __device__ __forceinline__ void join_attention(const Product &p, const Shared &s) {
     int tid = thread_number(), all = step.n * p.inner / 4;
+#pragma unroll 1
     for (int first = tid; first < all; first += GROUPS_KEPT * THREADS) {
         float log_sums[GROUPS_KEPT][MOST_ATTENTION_SPLITS];
         float4 parts[GROUPS_KEPT][MOST_ATTENTION_SPLITS];
@@ -563,7 +575,7 @@ typedef u32 Inputs[SCALES][8];
 #else
 // Where a lane finds the inputs of its tokens: those past the last one are the last one, and come to nothing.
 struct Inputs {
-    const u16 *of[TILES];
+    u32 of[TILES];
 };
 #endif
 
@@ -616,7 +628,7 @@ __device__ __forceinline__ void multiply_slice(
         for (int part = 0; part < 2; part++) {
             uint4 in[TILES];
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) in[tile] = ((const uint4 *)(x.of[tile] + 64 * first))[part];
+            for (int tile = 0; tile < TILES; tile++) in[tile] = shared_16(x.of[tile] + 128 * first + 16 * part);
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++)
                 multiply(unscaled[0][tile], a[0][0][4 * part], a[0][1][4 * part], a[0][0][4 * part + 1], a[0][1][4 * part + 1], in[tile].x, in[tile].y);
@@ -673,6 +685,7 @@ __device__ __forceinline__ LowRankUnit low_rank_unit(const Product &p, int unit)
     int pieces = p.inner / 64, tile = unit / pieces, part = 0;
     LowRankUnit found;
     found.column = unit % pieces * 64;
+#pragma unroll 1
     while (tile >= p.parts[part].rank / 16) tile -= p.parts[part++].rank / 16;
     found.part = part;
     found.row = 16 * tile;
@@ -697,6 +710,7 @@ __device__ __forceinline__ void load_low_rank(const Product &p, int number, Dens
 // Adds this warp's share of x A to what the others found; `a` is its first unit.
 __device__ __forceinline__ void multiply_low_rank(const Product &p, const Shared &s, bool here, int buffer, Dense &a) {
     int lane = (thread_number() & 31);
+#pragma unroll 1
     for (int number = first_low_rank_unit(); number < low_rank_units(p); number += WARPS * gridDim.x) {
         LowRankUnit unit = low_rank_unit(p, number);
         long long *to = step.low_rank + (size_t)buffer * step.most_low_rank + p.parts[unit.part].first_rank + unit.row + lane / 4;
@@ -733,6 +747,7 @@ __device__ __forceinline__ void gather_low_rank(const Product &p, const Shared &
 
 __device__ __forceinline__ void clear_low_rank(int buffer) {
     long long *to = step.low_rank + (size_t)buffer * step.most_low_rank;
+#pragma unroll 1
     for (int i = blockIdx.x * THREADS + thread_number(); i < step.most_low_rank; i += gridDim.x * THREADS) to[i] = 0;
 }
 
@@ -778,6 +793,7 @@ __device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, i
     Place place = place_of(p, tile, 0);
     int second = p.target == TO_ACTIVATED ? 1 : place.part;
     int ranks = max(p.parts[place.part].rank, p.parts[second].rank);
+#pragma unroll 1
     for (int rank = 0; rank < ranks; rank += 64) {
         if (rank) load_factors(p, tile, rank, b);
 #pragma unroll
@@ -854,12 +870,15 @@ __device__ __forceinline__ void take_product(const Shared &s, int op) {
 // Brings into the cache what a product needs besides packed weights.
 __device__ __forceinline__ void prefetch_product(const Product &p, int tiles, int tid, int threads) {
     if (p.source == FROM_RESIDUAL)
+#pragma unroll 1
         for (int i = tid; i < p.inner / 64; i += threads) prefetch(p.norm + 64 * i);
+#pragma unroll 1
     for (int i = tid; i < tiles * 16; i += threads) {
         Place place = place_of(p, blockIdx.x + i / 16 * gridDim.x, i / 8 % 2);
         const Part &part = p.parts[place.part];
         if (part.rank) prefetch(part.b + (size_t)(place.own + i % 8) * part.rank);
     }
+#pragma unroll 1
     for (int i = tid; i < WARPS * 16; i += threads) {
         int number = gridDim.x - 1 - blockIdx.x + i / 16 * gridDim.x;
         if (number >= low_rank_units(p)) break;
@@ -888,26 +907,21 @@ __device__ __forceinline__ const u16 *dense_row(const Product &p, int tile, int 
     return p.parts[place.part].dense + (size_t)(place.own + lane / 4) * p.inner + 16 * (lane % 4);
 }
 
-__device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream, int op) {
+// `a` is the first of this warp's units of the factors A; `here` says that the inputs are in shared memory.
+__device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream, int op, bool here, Dense &a) {
     const Product &p = s.products[op % 3];
     int lane = (thread_number() & 31), warp = warp_number(), tiles = s.tiles[op % 3];
     bool packed = p.parts[0].codes;
-    Dense a;
-    load_low_rank(p, first_low_rank_unit(), a);
-    bool here = BY_COLUMNS && (p.source == FROM_RESIDUAL || (p.source == FROM_ATTENTION && step.splits > 1));
-    if (here) {
-        if (p.source == FROM_RESIDUAL) normalise(p, s, true);
-        else join_attention(p, s);
-        __syncthreads();
-    }
     if (p.ranks) multiply_low_rank(p, s, here, op % 3, a);
     take_product(s, op + 2);
 #if BY_COLUMNS
     Inputs x = {};
     int area = step.n == 1 ? 16 : 16 * TOKENS, slots = slots_of(p), most = (p.inner / SLICE + WARPS - 1) / WARPS;
+#pragma unroll 1
     for (int first = 0, pass = 0; first < tiles; first += step.round, pass++) {
         int end = min(tiles, first + step.round);
         float *sums = s.work + (pass & 1) * step.round * WARPS * area;
+#pragma unroll 1
         for (int slot = 0; slot < slots; slot++) {
             int column = column_of(p, slot, 0);
             if (most > 1 || pass == 0) {
@@ -915,6 +929,7 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
                 for (int b = 0; b < SCALES; b++) load_input(p, s, here, min(lane / 4, step.n - 1), column + 64 * b, lane, x[b]);
             }
             if (here && pass == 0) __syncthreads();   // sums lie where the inputs were
+#pragma unroll 1
             for (int at = first; at < end; at++) {
                 float own[1][4] = {};
                 int tile = blockIdx.x + at * gridDim.x;
@@ -945,14 +960,15 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
     }
 #else
     int slots = slots_of(p), pitch = CHUNK + 8, team = warp / p.team;
-    u16 *inputs = (u16 *)s.work;
-    u32 place = (u32)__cvta_generic_to_shared(inputs);
+    u32 place = (u32)__cvta_generic_to_shared(s.work);   // of the inputs
     Inputs x;
 #pragma unroll
-    for (int t = 0; t < TILES; t++) x.of[t] = inputs + min(8 * t + lane / 4, step.n - 1) * pitch + 16 * (lane % 4);
+    for (int t = 0; t < TILES; t++) x.of[t] = place + 2 * (min(8 * t + lane / 4, step.n - 1) * pitch + 16 * (lane % 4));
+#pragma unroll 1
     for (int first = 0; first < tiles; first += WARPS / p.team) {
         float own[TILES][4] = {};
         int tile = blockIdx.x + (first + team) * gridDim.x;
+#pragma unroll 1
         for (int slot = 0; slot < slots; slot++) {
             int begin = slot * CHUNK, columns = min(CHUNK, p.inner - begin);
             __syncthreads();
@@ -964,11 +980,12 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
             wait_for_copies<0>();
             __syncthreads();
             int count = count_of(p, tiles, first, slot);
+#pragma unroll 1
             for (int at = 0; at < count; at++) {
                 int column = column_of(p, slot, at);
                 Inputs from = x;
 #pragma unroll
-                for (int t = 0; t < TILES; t++) from.of[t] += column - begin;
+                for (int t = 0; t < TILES; t++) from.of[t] += 2 * (column - begin);
                 if (packed) {
                     u32 stage = wait_for_slice(s, stream);
                     multiply_slice(s, stage, from, column / 64, offsets_of(p, s, op, tile), lane, own);
@@ -983,7 +1000,7 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
 #pragma unroll
                     for (int t = 0; t < TILES; t++) {
                         u32 in[8];
-                        load_shared(from.of[t] + 64 * b, in);
+                        unpack(shared_16(from.of[t] + 128 * b), shared_16(from.of[t] + 128 * b + 16), in);
                         multiply_dense(w, in, own[t]);
                     }
                 }
@@ -1029,23 +1046,6 @@ struct AttentionRoom {
     u16 new_key[WIDTH], new_value[WIDTH];
 };
 
-// A block's share of the places of a head of a sequence.
-struct Unit {
-    int head, row, split, position, first, end;
-};
-
-__device__ __forceinline__ Unit unit_of(const int *lengths, int number) {
-    Unit unit;
-    unit.head = number % step.heads;
-    unit.row = number / step.heads % step.n;
-    unit.split = number / step.heads / step.n;
-    int length = lengths[unit.row], share = (length + step.splits - 1) / step.splits;
-    unit.position = length - 1;
-    unit.first = unit.split * share;
-    unit.end = min(length, unit.first + share);
-    return unit;
-}
-
 // A lane's columns of a row in 16 bits, in pairs.
 struct Columns {
     u32 pairs[OWN / 2];
@@ -1063,41 +1063,44 @@ __device__ __forceinline__ Columns load_columns(const u16 *from) {
     return c;
 }
 
-__device__ __forceinline__ u32 place_in_pages(const Unit &unit, int at) {
-    u32 page = __ldg(step.tables + unit.row * step.table + (at >> step.page_shift));
+__device__ __forceinline__ u32 place_in_pages(int row, int at) {
+    u32 page = __ldg(step.tables + row * step.table + (at >> step.page_shift));
     return (page << step.page_shift) + (at & ((1 << step.page_shift) - 1));
 }
 
-// Where the columns of a place begin in the pages of keys or values.
-__device__ __forceinline__ size_t begin_of(const Unit &unit, u32 place) {
-    return ((size_t)place * step.key_heads + unit.head / (step.heads / step.key_heads)) * WIDTH;
+// Where the columns of a head begin at a place in the pages of keys or values.
+__device__ __forceinline__ size_t begin_of(int head, u32 place) {
+    return ((size_t)place * step.key_heads + head / (step.heads / step.key_heads)) * WIDTH;
 }
 
-// What a block reads at a time: PLACES * GROUPS places of a unit from `base` on.
+// What a block reads at a time: PLACES * GROUPS places from `base` on of those before `end` that are its share of a head of a sequence.
 struct Reading {
-    Unit unit;
-    int number, base;
+    int number, head, row, base, end;
 };
 
 __device__ __forceinline__ Reading first_reading(const int *lengths, int number) {
     Reading r;
+    int unit = min(number, step.heads * step.n * step.splits - 1), split = unit / step.heads / step.n;
     r.number = number;
-    r.unit = unit_of(lengths, min(number, step.heads * step.n * step.splits - 1));
-    r.base = r.unit.first;
+    r.head = unit % step.heads;
+    r.row = unit / step.heads % step.n;
+    int length = lengths[r.row], share = (length + step.splits - 1) / step.splits;
+    r.base = split * share;
+    r.end = min(length, r.base + share);
     return r;
 }
 
 __device__ __forceinline__ Reading reading_after(const int *lengths, const Reading &r) {
     Reading next = r;
     next.base += PLACES * GROUPS;
-    if (next.base >= r.unit.end) next = first_reading(lengths, r.number + gridDim.x);
+    if (next.base >= r.end) next = first_reading(lengths, r.number + gridDim.x);
     return next;
 }
 
 // A group's place number k of a reading. Where it is not in the pages yet, or past the end, the sequence's first: nothing is made of it.
-__device__ __forceinline__ u32 place_of_group(const Reading &r, int k, int tid) {
+__device__ __forceinline__ u32 place_of_group(const int *lengths, const Reading &r, int k, int tid) {
     int at = r.base + GROUPS * k + tid / LANES;
-    return place_in_pages(r.unit, at < min(r.unit.end, r.unit.position) ? at : 0);
+    return place_in_pages(r.row, at < min(r.end, lengths[r.row] - 1) ? at : 0);
 }
 
 // A lane's columns of the keys and values of its group's places.
@@ -1105,8 +1108,8 @@ struct Places {
     Columns keys[PLACES], values[PLACES];
 };
 
-__device__ __forceinline__ void load_place(const Product &p, const Unit &unit, u32 place, int tid, Columns &key, Columns &value) {
-    size_t from = begin_of(unit, place) + tid % LANES * OWN;
+__device__ __forceinline__ void load_place(const Product &p, int head, u32 place, int tid, Columns &key, Columns &value) {
+    size_t from = begin_of(head, place) + tid % LANES * OWN;
     key = load_columns(p.keys + from);
     value = load_columns(p.values + from);
 }
@@ -1119,25 +1122,26 @@ __device__ __forceinline__ float turned(const float *x, int i, int position) {
 }
 
 // The query, and the new key and value, which go into their page too.
-__device__ __forceinline__ void prepare(const Product &p, const Unit &unit, int tid, AttentionRoom &room) {
+__device__ __forceinline__ void prepare(const Product &p, const Reading &unit, int position, int tid, AttentionRoom &room) {
     int kind = tid / 128, i = tid % 128, shared_by = step.heads / step.key_heads;
-    if (i >= WIDTH || kind == 3 || (kind > 0 && unit.end <= unit.position)) return;
+    if (i >= WIDTH || kind == 3 || (kind > 0 && unit.end <= position)) return;
     const float *joined = step.joined + (size_t)unit.row * (step.heads + 2 * step.key_heads) * WIDTH;
     if (kind == 0) {
-        room.q[i] = turned(joined + unit.head * WIDTH, i, unit.position) * step.scale;
+        room.q[i] = turned(joined + unit.head * WIDTH, i, position) * step.scale;
         return;
     }
     const float *from = joined + (step.heads + unit.head / shared_by + (kind == 2 ? step.key_heads : 0)) * WIDTH;
-    u16 value = narrow(kind == 1 ? turned(from, i, unit.position) : __ldcg(from + i));
+    u16 value = narrow(kind == 1 ? turned(from, i, position) : __ldcg(from + i));
     (kind == 1 ? room.new_key : room.new_value)[i] = value;
     if (unit.head % shared_by == 0) {
-        u16 *to = (kind == 1 ? p.keys : p.values) + begin_of(unit, place_in_pages(unit, unit.position)) + i;
+        u16 *to = (kind == 1 ? p.keys : p.values) + begin_of(unit.head, place_in_pages(unit.row, position)) + i;
         asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(value) : "memory");
     }
 }
 
-__device__ __forceinline__ void write_unit(const Unit &unit, int i, const AttentionRoom &room) {
+__device__ __forceinline__ void write_unit(const Reading &unit, int i, const AttentionRoom &room) {
     if (i >= WIDTH) return;
+    int split = unit.number / step.heads / step.n;
     float highest = NOTHING, total = 0.0f, value = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, room.most[w]);
@@ -1153,8 +1157,8 @@ __device__ __forceinline__ void write_unit(const Unit &unit, int i, const Attent
         step.result[head * WIDTH + i] = narrow(value);
         return;
     }
-    step.attended[(head * step.splits + unit.split) * WIDTH + i] = value;
-    if (i == 0) step.log_sums[head * step.splits + unit.split] = total > 0.0f ? highest + logf(total) : NOTHING;
+    step.attended[(head * step.splits + split) * WIDTH + i] = value;
+    if (i == 0) step.log_sums[head * step.splits + split] = total > 0.0f ? highest + logf(total) : NOTHING;
 }
 
 // Groups of 16 lanes go over the places of a unit, each with a softmax of its own, which are joined in the end. Keys and values are on their
@@ -1167,15 +1171,17 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
     Places places;
     u32 numbers[PLACES];
 #pragma unroll
-    for (int k = 0; k < PLACES; k++) load_place(p, now.unit, place_of_group(now, k, tid), tid, places.keys[k], places.values[k]);
+    for (int k = 0; k < PLACES; k++) load_place(p, now.head, place_of_group(s.lengths, now, k, tid), tid, places.keys[k], places.values[k]);
 #pragma unroll
-    for (int k = 0; k < PLACES; k++) numbers[k] = place_of_group(next, k, tid);
+    for (int k = 0; k < PLACES; k++) numbers[k] = place_of_group(s.lengths, next, k, tid);
     meet(passed);
     float q[OWN] = {}, o[OWN] = {}, most = NOTHING, sum = 0.0f;
+    bool begins = true;
 #pragma unroll 1
     while (now.number < units) {
-        if (now.base == now.unit.first) {
-            prepare(p, now.unit, tid, room);
+        int position = s.lengths[now.row] - 1;
+        if (begins) {
+            prepare(p, now, position, tid, room);
             __syncthreads();
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
@@ -1189,7 +1195,7 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
 #pragma unroll
         for (int k = 0; k < PLACES; k++) {
             int at = now.base + GROUPS * k + tid / LANES;
-            bool there = at < now.unit.end, is_new = there && at == now.unit.position;
+            bool there = at < now.end, is_new = there && at == position;
             float score = 0.0f;
 #pragma unroll
             for (int i = 0; i < OWN / 2; i++) {
@@ -1208,14 +1214,14 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
                 o[2 * i] = o[2 * i] * fade + weight * widen(pair & 0xffff);
                 o[2 * i + 1] = o[2 * i + 1] * fade + weight * widen(pair >> 16);
             }
-            load_place(p, next.unit, numbers[k], tid, places.keys[k], places.values[k]);
-            numbers[k] = place_of_group(after, k, tid);
+            load_place(p, next.head, numbers[k], tid, places.keys[k], places.values[k]);
+            numbers[k] = place_of_group(s.lengths, after, k, tid);
         }
-        bool ends = next.number != now.number;
-        Unit unit = now.unit;
+        begins = next.number != now.number;
+        Reading unit = now;
         now = next;
         next = after;
-        if (!ends) continue;
+        if (!begins) continue;
         float higher = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, LANES)), fade = __expf(most - higher);
         sum *= fade;
         sum += __shfl_xor_sync(0xffffffffu, sum, LANES);
@@ -1241,6 +1247,7 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
 __device__ __forceinline__ void begin() {
     for (int row = blockIdx.x; row < step.n; row += gridDim.x) {
         const u16 *from = step.embedding + (size_t)step.ids[row] * step.d;
+#pragma unroll 1
         for (int i = thread_number(); i < step.d; i += THREADS) step.residual[(size_t)row * step.d + i] = widen(from[i]);
     }
 }
@@ -1255,7 +1262,7 @@ __device__ __forceinline__ void choose(const Shared &s) {
         float best = __ldcg(row);
         int place = 0;
         bool number = true;
-#pragma unroll 4
+#pragma unroll 16
         for (int i = tid; i < step.vocabulary; i += THREADS) {
             float x = __ldcg(row + i);
             number = number && x == x;
@@ -1293,21 +1300,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
     fetch_ahead(s, stream, 0, (thread_number() & 31));
     prefetch_product(s.products[0], s.tiles[0], thread_number(), THREADS);
     meet(passed);
+#pragma unroll 1
     for (int op = 0; op < step.count; op++) {
         Product &p = s.products[op % 3];
         if (op) {
             fetch_ahead(s, stream, op, (thread_number() & 31));
         }
-        if (p.source == FROM_RESIDUAL && (!BY_COLUMNS || p.inner > WARPS * SLICE)) {
-            normalise(p, s, false);
-            meet(passed);
-            if (thread_number() == 0) {
-                p.source = FROM_ROWS;
-                p.rows_in = step.normalised;
+        Dense a;
+        load_low_rank(p, first_low_rank_unit(), a);
+        bool here = BY_COLUMNS && p.source != FROM_ROWS && p.inner <= WARPS * SLICE && (p.source == FROM_RESIDUAL || step.splits > 1);
+        if (p.source == FROM_RESIDUAL) {
+            normalise(p, s, here);
+            if (!here) {
+                meet(passed);
+                if (thread_number() == 0) p.rows_in = step.normalised;
             }
             __syncthreads();
+        } else if (here) {
+            join_attention(p, s);
+            __syncthreads();
         }
-        multiply_product(s, stream, op);
+        multiply_product(s, stream, op, here, a);
         clear_low_rank((op + 1) % 3);
         const Product &next = s.products[(op + 1) % 3];
         if (op + 1 < step.count) {
