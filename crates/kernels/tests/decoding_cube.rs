@@ -142,7 +142,9 @@ impl<R: ProductRuntime> Runner<'_, R> {
         };
         let pages = 1 + sequences.iter().flat_map(|sequence| &sequence.pages).max().unwrap();
         let all = [pages as usize * PAGE, heads.keys * heads.width];
-        let mut pages = Pages { keys: tensor(all, 1), values: tensor(all, 2) };
+        // Without gaps between rows, as pages are made.
+        let full = |seed| tensor([1, all[0] * all[1]], seed).reshape(all);
+        let mut pages = Pages { keys: full(1), values: full(2) };
         let rows = tensor([index.rows(), (heads.queries + 2 * heads.keys) * heads.width], 3);
         let angles = RotaryAngles::new(index.positions(), heads.width, 10_000.0);
         let q = B::paged_store(rows, &angles, heads, &mut pages, &index);

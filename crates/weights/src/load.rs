@@ -162,12 +162,38 @@ impl<B: KernelBackend> Loader<'_, B> {
         let norm = |name: &str| block_tensor(layer, name);
         let attention_norm = self.norm(&norm("input_layernorm.weight"), config.hidden_size)?;
         let mlp_norm = self.norm(&norm("post_attention_layernorm.weight"), config.hidden_size)?;
+        let mut weights = self.linears(config, layer)?;
         Block::build(config, attention_norm, mlp_norm, |target| {
-            let name = block_tensor(layer, &format!("{}.weight", target.hf_path()));
-            self.linear(&name, config.linear_shape(target))
+            let found = weights.iter().position(|(other, _)| *other == target);
+            Ok(weights.swap_remove(found.unwrap_or_default()).1)
         })
     }
 
+    /// All linears of a block.
+    fn linears(
+        &mut self,
+        config: &LlamaConfig,
+        layer: usize,
+    ) -> Result<Vec<(Target, Weight<B>)>, WeightsError> {
+        let name = |target: Target| block_tensor(layer, &format!("{}.weight", target.hf_path()));
+        let load = |target| {
+            Ok::<_, WeightsError>((target, self.linear(&name(target), config.linear_shape(target))?))
+        };
+        let mut weights = Target::ALL.into_iter().map(load).collect::<Result<Vec<_>, _>>()?;
+        if self.quantization == Quantization::Nf4Double {
+            // What is stored packed keeps the scales that it has.
+            let fresh = weights
+                .iter_mut()
+                .filter(|(target, _)| !Nf4Stored::is_stored(self.checkpoint, &name(*target)));
+            Nf4Tensor::quantize_scales(fresh.filter_map(|(_, weight)| match weight {
+                Weight::Nf4(packed) => Some(packed),
+                _ => None,
+            }));
+        }
+        Ok(weights)
+    }
+
+    /// A linear; if it is packed here, its scales are plain.
     fn linear(&mut self, name: &str, shape: [usize; 2]) -> Result<Weight<B>, WeightsError> {
         if Nf4Stored::is_stored(self.checkpoint, name) {
             return stored_weight(Nf4Stored::read(self.checkpoint, name, shape)?, name, self);
@@ -175,14 +201,13 @@ impl<B: KernelBackend> Loader<'_, B> {
         if self.quantization == Quantization::None {
             return Ok(Weight::frozen(self.tensor(name, shape)?));
         }
-        let double = self.quantization == Quantization::Nf4Double;
         if B::PACKS_ON_DEVICE {
             let data = self.checkpoint.read_floats(name, &shape)?;
             let dtype = data.dtype;
-            return Ok(Weight::Nf4(B::nf4_quantize(Tensor::from_data(data, (self.device, dtype)), double)));
+            return Ok(Weight::Nf4(B::nf4_quantize(Tensor::from_data(data, (self.device, dtype)), false)));
         }
         self.checkpoint.read_f32_into(name, &shape, &mut self.buffer)?;
-        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, double, self.device)))
+        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, false, self.device)))
     }
 
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<B, 2>>, WeightsError> {

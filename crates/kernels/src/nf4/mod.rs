@@ -23,6 +23,7 @@ pub mod kernel;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use rayon::prelude::*;
 
 pub use codebook::{NF4_CODE, dynamic_code, unsigned_dynamic_code};
 pub use host::{DoubleQuant, Nf4Host, dequantize, double_quantize, quantize, restore_absmax};
@@ -94,6 +95,21 @@ impl<B: Backend> Nf4Tensor<B> {
             Scales::Plain(frozen(Tensor::from_data(floats(packed.absmax), device)))
         };
         Self { codes: words(&packed.codes, device), scales, out_features: dims[0], in_features: dims[1] }
+    }
+
+    /// Quantizes the scales of weights that have plain ones, by all cores at the same time; the others stay as they are.
+    ///
+    /// For weights on a device this waits for it once, where packing them one by one with double quantization waits each time.
+    pub fn quantize_scales<'a>(weights: impl IntoIterator<Item = &'a mut Self>)
+    where
+        B: 'a,
+    {
+        let weights: Vec<_> = weights.into_iter().filter(|weight| !weight.is_double()).collect();
+        let absmax: Vec<_> = weights.iter().map(|weight| weight.host_absmax()).collect();
+        let quantized: Vec<_> = absmax.par_iter().map(|absmax| double_quantize(absmax)).collect();
+        for (weight, scales) in weights.into_iter().zip(quantized) {
+            weight.scales = double_scales(&scales, &weight.codes.val().device());
+        }
     }
 
     /// Takes codes and scales as bitsandbytes stores them without double quantization.

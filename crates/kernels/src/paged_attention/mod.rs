@@ -251,7 +251,9 @@ impl<B: Backend> Pages<B> {
     /// So many places of g k columns, all zero.
     #[must_use]
     pub fn zeros(places: usize, heads: Heads, dtype: DType, device: &B::Device) -> Self {
-        let empty = || Tensor::zeros([places, heads.keys * heads.width], (device, dtype));
+        let width = heads.keys * heads.width;
+        // Made as one row: a device may leave gaps between short rows, and places follow each other without.
+        let empty = || Tensor::<B, 1>::zeros([places * width], (device, dtype)).reshape([places, width]);
         Self { keys: empty(), values: empty() }
     }
 

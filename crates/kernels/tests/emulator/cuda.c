@@ -31,6 +31,7 @@ R cuDeviceGetAttribute(int *v, int a, int d) {
   case 75: *v = arch() / 10; break;
   case 76: *v = arch() % 10; break;
   case 97: *v = arch() == 75 ? 65536 : arch() == 80 ? 166912 : 232448; break; // opt-in shared memory
+  case 111: *v = arch() == 75 ? 0 : 1024; break;             // shared memory before a block's
   case 115: *v = 1; break;                                   // memory pools
   default: *v = 1;
   }
@@ -71,16 +72,12 @@ R cuGetErrorName(R r, const char **s) { *s = "stub"; return 0; }
 R cuGetErrorString(R r, const char **s) { *s = "stub"; return 0; }
 
 
-// Events of a context, captures and graphs: nothing is submitted, so there is nothing to order or to keep.
+// Events of a context: nothing is submitted, so there is nothing to order.
 R cuCtxRecordEvent(void *c, void *e) { return 0; }
 R cuCtxWaitEvent(void *c, void *e) { return 0; }
-R cuStreamBeginCapture_v2(void *s, int mode) { return 0; }
-R cuStreamEndCapture(void *s, void **g) { *g = (void *)1; return 0; }
-R cuGraphInstantiateWithFlags(void **e, void *g, unsigned long long f) { *e = (void *)1; return 0; }
-R cuGraphDestroy(void *g) { return 0; }
-R cuGraphExecDestroy(void *e) { return 0; }
-R cuGraphLaunch(void *e, void *s) { return 0; }
-R cuLaunchKernelEx(const void *config, void *f, void **p, void **e) { return 0; }
+// Steps of answers are compiled, and never run.
+R cuLaunchCooperativeKernel(void *f, unsigned a, unsigned b, unsigned c, unsigned x, unsigned y, unsigned z, unsigned n, void *s, void **p) { return 0; }
+R cuModuleGetGlobal_v2(void **p, size_t *n, void *m, const char *name) { static char step[4096]; *p = step; return 0; }
 R cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, void *f, int units, size_t shared) { *n = 1; return 0; }
 
 typedef void Entry(void **, unsigned *, unsigned *);

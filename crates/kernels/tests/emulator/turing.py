@@ -14,6 +14,7 @@ nvidia/{cuda_nvrtc,cuda_nvcc,cuda_runtime,cuda_cccl}, the unpacked wheels of the
 """
 import collections
 import ctypes
+import itertools
 import os
 import pathlib
 import re
@@ -76,14 +77,15 @@ def run(binary, flags, libraries, nvidia, work, out):
 
 
 def compile_steps(nvidia, out):
-    """The kernels of steps for 8, 16 and 32 rows, as the crate compiles them for a T4. A bench wants those of its own rows only."""
+    """The kernel of steps for heads of both widths and both kinds of scales, as the crate compiles it for the 8 rows that a T4 has room for."""
     out.mkdir()
     nvrtc = ctypes.CDLL(str(nvidia / "cuda_nvrtc/lib/libnvrtc.so.12"))
     source = (SOURCES / "step/kernels.cu").read_bytes()
-    for tiles in (1, 2, 4):
+    for width, plain in itertools.product((64, 128), (0, 1)):
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
         nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, None, 0, None, None)
-        options = [f"--gpu-architecture=compute_{ARCH}", f"-DTILES={tiles}", "-DTABLE_ROW=128", "-DBF16=0"]
+        defines = dict(TILES=1, TABLE_ROW=128, SLICE=64, DEPTH=1, CHUNK=0, WIDTH=width, PLAIN=plain, BF16=0)
+        options = [f"--gpu-architecture=compute_{ARCH}", *(f"-D{name}={value}" for name, value in defines.items())]
         status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options)))
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
@@ -93,7 +95,7 @@ def compile_steps(nvidia, out):
         nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
         ptx = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetPTX(program, ptx)
-        (out / f"tiles{tiles}.ptx").write_bytes(ptx.value)
+        (out / f"{width}-{plain}.ptx").write_bytes(ptx.value)
 
 
 def translate(ptx, nvidia):
