@@ -148,18 +148,25 @@ impl Checkpoint {
         Ok((entry.shape.clone(), values))
     }
 
+    /// The dtype that a tensor of floats is stored in: F32, F16 or BF16.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or if it is stored as another type.
+    pub fn float_dtype(&self, name: &str) -> Result<DType, WeightsError> {
+        Ok(match self.float_entry(name)?.dtype {
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            _ => DType::F32,
+        })
+    }
+
     /// A tensor of F32, F16 or BF16 in the dtype that it is stored in.
     ///
     /// # Errors
     /// As [`Self::read_f32`].
     pub fn read_floats(&self, name: &str, expected_shape: &[usize]) -> Result<TensorData, WeightsError> {
         self.expect_shape(name, expected_shape)?;
-        let entry = self.float_entry(name)?;
-        let dtype = match entry.dtype {
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            _ => DType::F32,
-        };
+        let (entry, dtype) = (self.float_entry(name)?, self.float_dtype(name)?);
         let size = entry.dtype.bitsize() / 8;
         let mut values = vec![0; entry.elements() * size];
         let mut bad = None;

@@ -202,12 +202,21 @@ impl<B: KernelBackend> Loader<'_, B> {
             return Ok(Weight::frozen(self.tensor(name, shape)?));
         }
         if B::PACKS_ON_DEVICE {
-            let data = self.checkpoint.read_floats(name, &shape)?;
-            let dtype = data.dtype;
-            return Ok(Weight::Nf4(B::nf4_quantize(Tensor::from_data(data, (self.device, dtype)), false)));
+            return Ok(Weight::Nf4(B::nf4_quantize(self.stored(name, shape)?, false)));
         }
         self.checkpoint.read_f32_into(name, &shape, &mut self.buffer)?;
         Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, false, self.device)))
+    }
+
+    /// A matrix on the device in the dtype of the file, or in f32 if the device does not compute in that.
+    fn stored(&self, name: &str, shape: [usize; 2]) -> Result<Tensor<B, 2>, WeightsError> {
+        let stored = self.checkpoint.float_dtype(name)?;
+        let (data, dtype) = if B::supports_dtype(self.device, stored) {
+            (self.checkpoint.read_floats(name, &shape)?, stored)
+        } else {
+            (TensorData::new(self.checkpoint.read_f32(name, &shape)?, shape), DType::F32)
+        };
+        Ok(Tensor::from_data(data, (self.device, dtype)))
     }
 
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<B, 2>>, WeightsError> {
