@@ -246,8 +246,9 @@ fn forward_kernel<F: Float>(
         if code != SKIP {
             load(k, &mut far, batch, group, other * 16, width);
             sync_cube();
+            let seen = sees(queries, keys, code, batch, query, other * 16 + c);
             let mut score = hidden;
-            if sees(queries, keys, code, batch, query, other * 16 + c) {
+            if seen {
                 score = dot(&near, r, &far, c, width) * scale;
             }
             scores[r * 16 + c] = score;
@@ -258,9 +259,9 @@ fn forward_kernel<F: Float>(
                 top = max(top, scores[r * 16 + n]);
             }
             sync_cube();
-            // A hidden score is far below every seen one; where all are hidden, the difference is 0 and not -∞.
+            // Asked of the pair and not of its score, so that a score that is no number is not taken for a hidden one.
             let mut weight = f32::new(0.0);
-            if score > hidden {
+            if seen {
                 weight = (score - top).exp();
             }
             scores[r * 16 + c] = weight;
