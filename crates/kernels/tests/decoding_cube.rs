@@ -183,7 +183,9 @@ impl<R: ProductRuntime> Runner<'_, R> {
                 Tensor::<Cube<R>, 2>::from_data(values, (self.device, self.dtype))
             };
             let places = [7 * PAGE, heads.keys * heads.width];
-            let mut pages = Pages { keys: tensor(places, 1), values: tensor(places, 2) };
+            // Without gaps between rows, as pages are made.
+            let full = |seed| tensor([1, places[0] * places[1]], seed).reshape(places);
+            let mut pages = Pages { keys: full(1), values: full(2) };
             let mut rows = tensor([index.rows(), (heads.queries + 2 * heads.keys) * heads.width], 3);
             if let Some(value) = broken {
                 let one = Tensor::full([1, 1], value, (self.device, self.dtype));

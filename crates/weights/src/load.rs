@@ -1,7 +1,7 @@
 //! Files into models and models into files: the glue between plain host numbers and tensors on a device.
 //!
 //! A checkpoint is read one tensor at a time and quantized as it is read, so at most one dense linear exists at a time: on a device
-//! with kernels in the dtype of the file, else in f32 on the host. Both give the same codes and scales.
+//! with kernels, in the dtype of the file or in f32 if it does not compute in that; else in f32 on the host. All give the same codes and scales.
 //! What it refuses: a tensor that is missing, of another shape than the configuration says, with a value that is no
 //! number, or that has no place in Llama's blocks; and an adapter that belongs to another model.
 
@@ -164,8 +164,10 @@ impl<B: KernelBackend> Loader<'_, B> {
         let mlp_norm = self.norm(&norm("post_attention_layernorm.weight"), config.hidden_size)?;
         let mut weights = self.linears(config, layer)?;
         Block::build(config, attention_norm, mlp_norm, |target| {
-            let found = weights.iter().position(|(other, _)| *other == target);
-            Ok(weights.swap_remove(found.unwrap_or_default()).1)
+            let Some(place) = weights.iter().position(|(other, _)| *other == target) else {
+                unreachable!("each linear of a block is loaded, and asked for once");
+            };
+            Ok(weights.swap_remove(place).1)
         })
     }
 

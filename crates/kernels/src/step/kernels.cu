@@ -223,7 +223,7 @@ __device__ __forceinline__ u32 shared_4(u32 from) {
 
 struct Stream {
     int left;                    // slices that follow at the same distance, this one included
-    u32 stride, group, pitch;    // that distance and that of two rows in bytes of codes, and the number of this lane's first scale
+    u32 stride, group, pitch;    // that distance in bytes of codes, the number of this lane's first scale, and bytes of codes in a row
     const unsigned char *codes;  // this lane's first chunk of it
     const unsigned char *scales; // the scales' codes, or the scales of scales, of this lane's part
     int pending, head, tail;     // slices in shared memory or on their way
@@ -324,15 +324,15 @@ __device__ __forceinline__ int column_of(const Product &p, int slot, int at) {
 }
 #endif
 
-// Chunks of 16 bytes in a row of a slice, and rows of half a slice that half a warp copies at a time.
-#define CHUNKS (SLICE / 32)
-#define ROWS (16 / CHUNKS)
+// Copies of 16 bytes that a row of a slice takes, and rows of half a slice that half a warp copies at a time.
+#define ROW_COPIES (SLICE / 32)
+#define ROWS (16 / ROW_COPIES)
 
 // Where a lane's share of a slice begins: half of the warp has eight rows of the tile, and the other half the others.
 __device__ __forceinline__ void find_slice(const Product &p, int tile, int column, int lane, Stream &stream) {
     Place place = place_of(p, tile, lane / 16);
     const Part &part = p.parts[place.part];
-    stream.codes = part.codes + ((u32)(place.own + lane % 16 / CHUNKS) * (p.inner / 2) + column / 2 + 16 * (lane % CHUNKS));
+    stream.codes = part.codes + ((u32)(place.own + lane % 16 / ROW_COPIES) * (p.inner / 2) + column / 2 + 16 * (lane % ROW_COPIES));
     stream.group = (place.own + lane % 8) * (u32)(p.inner / 64) + column / 64;
     stream.scales = PLAIN || lane % 16 >= 8 ? (const unsigned char *)part.scales : part.scale_codes;
 }
@@ -378,7 +378,7 @@ __device__ __forceinline__ bool find_slices(const Shared &s, Stream &stream, int
 }
 
 __device__ __forceinline__ void fetch_slice(const Shared &s, Stream &stream, int lane) {
-    int half = lane / 16, row = lane % 16 / CHUNKS, chunk = lane % CHUNKS, own = lane % 8 + 8 * half;
+    int half = lane / 16, row = lane % 16 / ROW_COPIES, chunk = lane % ROW_COPIES, own = lane % 8 + 8 * half;
     u32 stage = s.ring + stream.tail * STAGE, to = stage + STAGE_CODES;
 #pragma unroll
     for (int i = 0; i < 8 / ROWS; i++) {

@@ -1,6 +1,7 @@
 //! What the kernel is given, byte for byte as `kernels.cu` declares it, and how its work and its shared memory are shared out.
 
 use super::driver::Limits;
+use crate::Heads;
 
 /// Columns that lie in one group of four scales.
 pub(super) const GROUP: usize = 256;
@@ -120,9 +121,7 @@ pub(super) struct Needs {
     pub(super) ranks: usize,
     /// Columns of the residual stream.
     pub(super) hidden: usize,
-    pub(super) heads: usize,
-    /// Columns of a head.
-    pub(super) width: usize,
+    pub(super) heads: Heads,
     /// Whether scales are stored as they are.
     pub(super) plain: bool,
 }
@@ -207,14 +206,15 @@ impl Share {
 
     fn of(variant: Variant, n: usize, needs: &Needs, limits: &Limits) -> Option<Self> {
         let tokens = 8 * variant.tiles;
-        let joined = needs.heads * needs.width;
+        let Heads { queries, width, .. } = needs.heads;
+        let joined = queries * width;
         // The splits are joined by all blocks, for themselves.
         let splits = match variant.normalises_here(joined) {
-            true => (limits.processors / (n * needs.heads)).clamp(1, MOST_ATTENTION_SPLITS),
+            true => (limits.processors / (n * queries)).clamp(1, MOST_ATTENTION_SPLITS),
             false => 1,
         };
         let rest = limits.shared_of_block.checked_sub(fixed_bytes(variant, n, needs, limits)?)?;
-        let mut work = attention_bytes(needs.width);
+        let mut work = attention_bytes(width);
         let mut round = 0;
         if variant.by_columns() {
             let here = [(needs.hidden, true), (joined, splits > 1)];
@@ -298,7 +298,8 @@ mod tests {
         Limits { compute_capability: 89, processors: 58, shared_of_block: 101_376, reserved_shared: 1024 };
     const T4: Limits =
         Limits { compute_capability: 75, processors: 40, shared_of_block: 65_536, reserved_shared: 0 };
-    const SEVEN_BILLION: Needs = Needs { ranks: 192, hidden: 4096, heads: 32, width: 128, plain: false };
+    const SEVEN_BILLION: Needs =
+        Needs { ranks: 192, hidden: 4096, heads: Heads { queries: 32, keys: 32, width: 128 }, plain: false };
 
     #[test]
     fn every_batch_of_seven_billion_has_a_share_on_large_and_small_cards() {

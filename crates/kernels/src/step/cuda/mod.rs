@@ -21,8 +21,8 @@ use self::driver::{Driver, Kernel, Limits};
 use self::layout::{Needs, Product, Share, Step, THREADS, Variant, words};
 use self::outline::{FROM_RESIDUAL, Outline};
 use super::{StepError, StepProgram, StepRow, StepRunner};
+use crate::Pages;
 use crate::device::{Cube, primitive};
-use crate::{Heads, Pages};
 
 /// Rows of a step that there are kernels for.
 const ROWS: [usize; 3] = [32, 16, 8];
@@ -69,7 +69,6 @@ struct Room {
 /// Shapes of a program.
 #[derive(Clone, Copy, Debug)]
 struct Shapes {
-    heads: Heads,
     needs: Needs,
     vocabulary: usize,
     /// Pages of a sequence at most.
@@ -81,10 +80,19 @@ struct Shapes {
     most_rows: usize,
 }
 
+/// What steps of so many rows need.
+#[derive(Clone, Copy, Debug)]
+struct Ready {
+    share: Share,
+    /// Times that the blocks meet.
+    meetings: u32,
+}
+
 #[derive(Debug)]
 struct CudaRunner {
     // Before the driver, whose context they are loaded into.
     kernels: BTreeMap<Variant, Kernel>,
+    ready: BTreeMap<usize, Ready>,
     driver: Driver,
     products: Vec<Product>,
     shapes: Shapes,
@@ -109,13 +117,8 @@ impl CudaRunner {
         let driver = Driver::open(primitive(program.embedding.clone()).device.index)?;
         let Built { products, shapes, room, tables, kept, bf16 } =
             build::build(program, pages, &driver.limits)?;
-        let kernels = BTreeMap::new();
-        Ok(Self { kernels, driver, products, shapes, room, tables, kept, bf16, passed: 0, rows: 0 })
-    }
-
-    fn share(&self, n: usize) -> Result<Share, StepError> {
-        Share::new(n, &self.shapes.needs, &self.driver.limits)
-            .ok_or_else(|| refused(format!("no room for {n} rows in shared memory")))
+        let (kernels, ready) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { kernels, ready, driver, products, shapes, room, tables, kept, bf16, passed: 0, rows: 0 })
     }
 
     /// Ids, lengths and pages of the rows, as `room.numbers` has them.
@@ -145,7 +148,8 @@ impl CudaRunner {
 
     /// What the kernel is told of a step of n rows.
     fn step(&self, n: usize, share: &Share) -> Step {
-        let (Shapes { heads, needs, most_rows, .. }, room, tables) = (self.shapes, self.room, self.tables);
+        let (Shapes { needs, most_rows, .. }, room, tables) = (self.shapes, self.room, self.tables);
+        let heads = needs.heads;
         Step {
             products: tables.products,
             barrier: room.barrier,
@@ -185,7 +189,7 @@ impl CudaRunner {
 
     /// Submits a step of n rows, whose numbers are there.
     fn submit(&mut self, n: usize) -> Result<(), StepError> {
-        let share = self.share(n)?;
+        let Ready { share, meetings } = self.ready[&n];
         let kernel = &self.kernels[&share.variant];
         let stream = self.driver.stream.raw();
         // SAFETY: a step has no gaps.
@@ -211,7 +215,6 @@ impl CudaRunner {
             )
             .result()?;
         }
-        let meetings = share.meetings(&self.products, FROM_RESIDUAL);
         self.passed = self.passed.wrapping_add(meetings.wrapping_mul(blocks));
         Ok(())
     }
@@ -230,17 +233,22 @@ impl StepRunner for CudaRunner {
         if rows == 0 || rows > self.shapes.most_rows {
             return Err(refused(format!("{rows} rows, where 1 to {} can be run", self.shapes.most_rows)));
         }
-        let share = self.share(rows)?;
-        if self.kernels.contains_key(&share.variant) {
+        if self.ready.contains_key(&rows) {
             return Ok(());
         }
+        let Needs { plain, heads, .. } = self.shapes.needs;
+        let share = Share::new(rows, &self.shapes.needs, &self.driver.limits)
+            .ok_or_else(|| refused(format!("no room for {rows} rows in shared memory")))?;
         self.driver.stream.bind()?;
-        let Needs { plain, width, .. } = self.shapes.needs;
-        let kernel = self.driver.compile(share.variant, self.bf16, plain, width)?;
-        if self.driver.resident(&kernel, share.shared)? == 0 {
+        if !self.kernels.contains_key(&share.variant) {
+            let kernel = self.driver.compile(share.variant, self.bf16, plain, heads.width)?;
+            self.kernels.insert(share.variant, kernel);
+        }
+        if self.driver.resident(&self.kernels[&share.variant], share.shared)? == 0 {
             return Err(refused(format!("no block with {} bytes of shared memory runs", share.shared)));
         }
-        self.kernels.insert(share.variant, kernel);
+        let meetings = share.meetings(&self.products, FROM_RESIDUAL);
+        self.ready.insert(rows, Ready { share, meetings });
         Ok(())
     }
 

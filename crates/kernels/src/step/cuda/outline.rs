@@ -55,8 +55,7 @@ impl Outline {
         let needs = Needs {
             ranks: most(&products, |product| product.ranks),
             hidden,
-            heads: program.heads.queries,
-            width: program.heads.width,
+            heads: program.heads,
             plain: plain(program)?,
         };
         let fits = |&n: &usize| (1..=n).all(|n| Share::new(n, &needs, limits).is_some());
@@ -65,7 +64,6 @@ impl Outline {
             .find(fits)
             .ok_or_else(|| unsupported("the card has too little shared memory"))?;
         let shapes = Shapes {
-            heads: program.heads,
             needs,
             vocabulary,
             table: program.context.div_ceil(program.page_tokens),
@@ -81,7 +79,7 @@ impl Outline {
     /// Bytes that the program takes besides what it names, but for what the allocator rounds up.
     pub(super) fn bytes(&self) -> usize {
         let Shapes { context, needs, .. } = self.shapes;
-        let tables = 4 * 2 * TABLE + 8 * context * needs.width / 2;
+        let tables = 4 * 2 * TABLE + 8 * context * needs.heads.width / 2;
         self.room.total() as usize + self.copies + tables + size_of_val(&self.products[..])
     }
 }
@@ -254,7 +252,8 @@ fn check(parts: &[LinearPart<Device>], dims: &[[usize; 2]], target: StepTarget) 
 
 /// Bytes for what a step computes.
 fn room(products: &[Product], targets: &[StepTarget], shapes: &Shapes, limits: &Limits) -> Room {
-    let Shapes { heads, needs, vocabulary, table, most_rows, .. } = *shapes;
+    let Shapes { needs, vocabulary, table, most_rows, .. } = *shapes;
+    let heads = needs.heads;
     let rows_to = |to: StepTarget| {
         let rows = products.iter().zip(targets).filter(|&(_, &target)| target == to);
         rows.map(|(product, _)| product.rows as usize).max().unwrap_or(0)
