@@ -1,11 +1,13 @@
 //! Files into models and models into files: the glue between plain host numbers and tensors on a device.
 //!
-//! A checkpoint is read one tensor at a time and quantized as it is read, so at most one dense linear exists at a time: on a device
-//! with kernels, in the dtype of the file or in f32 if it does not compute in that; else in f32 on the host. All give the same codes and scales.
+//! A checkpoint is read one tensor at a time and quantized as it is read. A device with kernels gets a linear in runs, in the dtype
+//! of the file or in f32 if it does not compute in that, and packs each run; else at most one linear is dense at a time, in f32 on
+//! the host. All give the same codes and scales.
 //! What it refuses: a tensor that is missing, of another shape than the configuration says, with a value that is no
 //! number, or that has no place in Llama's blocks; and an adapter that belongs to another model.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fs;
 use std::path::Path;
 
@@ -25,6 +27,11 @@ use crate::{
 
 /// The flag that names a model's folder.
 const FLAG: &str = "--model";
+
+/// Values that go to a device at a time. CubeCL copies what it is given into memory of its own, and fresh memory costs more than
+/// all the rest of loading, a page at a time: pieces of this size lie in memory that the allocator has had before. A multiple of
+/// the values that share a scale.
+pub(crate) const RUN: usize = 1 << 20;
 
 /// How the linears of the blocks are held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -162,21 +169,12 @@ impl<B: KernelBackend> Loader<'_, B> {
         let norm = |name: &str| block_tensor(layer, name);
         let attention_norm = self.norm(&norm("input_layernorm.weight"), config.hidden_size)?;
         let mlp_norm = self.norm(&norm("post_attention_layernorm.weight"), config.hidden_size)?;
-        let mut weights = self.linears(config, layer)?;
-        Block::build(config, attention_norm, mlp_norm, |target| {
-            let Some(place) = weights.iter().position(|(other, _)| *other == target) else {
-                unreachable!("each linear of a block is loaded, and asked for once");
-            };
-            Ok(weights.swap_remove(place).1)
-        })
+        let weights = self.linears(config, layer)?;
+        Ok(assemble(config, [attention_norm, mlp_norm], weights))
     }
 
     /// All linears of a block.
-    fn linears(
-        &mut self,
-        config: &LlamaConfig,
-        layer: usize,
-    ) -> Result<Vec<(Target, Weight<B>)>, WeightsError> {
+    fn linears(&mut self, config: &LlamaConfig, layer: usize) -> Result<Linears<B>, WeightsError> {
         let name = |target: Target| block_tensor(layer, &format!("{}.weight", target.hf_path()));
         let load = |target| {
             Ok::<_, WeightsError>((target, self.linear(&name(target), config.linear_shape(target))?))
@@ -187,10 +185,7 @@ impl<B: KernelBackend> Loader<'_, B> {
             let fresh = weights
                 .iter_mut()
                 .filter(|(target, _)| !Nf4Stored::is_stored(self.checkpoint, &name(*target)));
-            Nf4Tensor::quantize_scales(fresh.filter_map(|(_, weight)| match weight {
-                Weight::Nf4(packed) => Some(packed),
-                _ => None,
-            }));
+            quantize_scales(fresh);
         }
         Ok(weights)
     }
@@ -204,21 +199,24 @@ impl<B: KernelBackend> Loader<'_, B> {
             return Ok(Weight::frozen(self.tensor(name, shape)?));
         }
         if B::PACKS_ON_DEVICE {
-            return Ok(Weight::Nf4(B::nf4_quantize(self.stored(name, shape)?, false)));
+            let mut packed = Vec::new();
+            self.runs(name, &shape, |run| packed.push(B::nf4_quantize(run, false)))?;
+            return Ok(Weight::Nf4(Nf4Tensor::join(packed, shape)));
         }
         self.checkpoint.read_f32_into(name, &shape, &mut self.buffer)?;
         Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, false, self.device)))
     }
 
-    /// A matrix on the device in the dtype of the file, or in f32 if the device does not compute in that.
-    fn stored(&self, name: &str, shape: [usize; 2]) -> Result<Tensor<B, 2>, WeightsError> {
-        let stored = self.checkpoint.float_dtype(name)?;
-        let (data, dtype) = if B::supports_dtype(self.device, stored) {
-            (self.checkpoint.read_floats(name, &shape)?, stored)
-        } else {
-            (TensorData::new(self.checkpoint.read_f32(name, &shape)?, shape), DType::F32)
-        };
-        Ok(Tensor::from_data(data, (self.device, dtype)))
+    /// The values of a tensor on the device, in runs `[1, n]` of the dtype of the file, or of f32 if the device does not compute in
+    /// that.
+    fn runs(
+        &self,
+        name: &str,
+        shape: &[usize],
+        mut each: impl FnMut(Tensor<B, 2>),
+    ) -> Result<(), WeightsError> {
+        let as_f32 = !B::supports_dtype(self.device, self.checkpoint.float_dtype(name)?);
+        self.checkpoint.read_runs(name, shape, RUN, as_f32, |data| each(on_device(data, self.device)))
     }
 
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<B, 2>>, WeightsError> {
@@ -238,9 +236,49 @@ impl<B: KernelBackend> Loader<'_, B> {
         name: &str,
         shape: [usize; D],
     ) -> Result<Tensor<B, D>, WeightsError> {
+        if B::PACKS_ON_DEVICE {
+            let mut runs = Vec::new();
+            self.runs(name, &shape, |run| runs.push(run.cast(self.dtype)))?;
+            return Ok(Tensor::cat(runs, 1).reshape(shape));
+        }
         let values = self.checkpoint.read_f32(name, &shape)?;
         Ok(Tensor::from_data(TensorData::new(values, shape), (self.device, self.dtype)))
     }
+}
+
+/// The linears of a block.
+pub(crate) type Linears<B> = Vec<(Target, Weight<B>)>;
+
+/// A block of its parts; each linear is there once.
+pub(crate) fn assemble<B: KernelBackend>(
+    config: &LlamaConfig,
+    norms: [Param<Tensor<B, 1>>; 2],
+    mut linears: Linears<B>,
+) -> Block<B> {
+    let [attention_norm, mlp_norm] = norms;
+    let built = Block::build(config, attention_norm, mlp_norm, |target| {
+        let Some(place) = linears.iter().position(|(other, _)| *other == target) else {
+            unreachable!("each linear of a block is loaded, and asked for once");
+        };
+        Ok::<_, Infallible>(linears.swap_remove(place).1)
+    });
+    built.unwrap_or_else(|never| match never {})
+}
+
+/// Quantizes the scales of packed linears together.
+pub(crate) fn quantize_scales<'a, B: KernelBackend>(
+    linears: impl Iterator<Item = &'a mut (Target, Weight<B>)>,
+) {
+    Nf4Tensor::quantize_scales(linears.filter_map(|(_, weight)| match weight {
+        Weight::Nf4(packed) => Some(packed),
+        _ => None,
+    }));
+}
+
+/// A run of values `[1, n]` on a device.
+pub(crate) fn on_device<B: KernelBackend>(run: TensorData, device: &B::Device) -> Tensor<B, 2> {
+    let dtype = run.dtype;
+    Tensor::from_data(run, (device, dtype))
 }
 
 /// bitsandbytes' parts as a packed weight.

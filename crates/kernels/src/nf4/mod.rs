@@ -112,6 +112,32 @@ impl<B: Backend> Nf4Tensor<B> {
         }
     }
 
+    /// A weight of packed runs of its values, row by row; their scales are plain.
+    ///
+    /// # Panics
+    /// If there is no run, if one's scales are quantized, if one but the last has no whole number of blocks, or if they are not as
+    /// many values as the shape holds.
+    #[must_use]
+    pub fn join(runs: Vec<Self>, dims: [usize; 2]) -> Self {
+        let lengths: Vec<_> = runs.iter().map(|run| run.out_features * run.in_features).collect();
+        assert_eq!(lengths.iter().sum::<usize>(), dims[0] * dims[1], "as many values as the shape holds");
+        let [whole @ .., _] = &lengths[..] else { panic!("a weight of no run") };
+        assert!(whole.iter().all(|length| length.is_multiple_of(BLOCK)), "runs of whole blocks");
+        let (codes, scales): (Vec<_>, Vec<_>) = runs
+            .into_iter()
+            .map(|run| match run.scales {
+                Scales::Plain(absmax) => (run.codes.val(), absmax.val()),
+                Scales::Double(_) => panic!("a run with quantized scales"),
+            })
+            .unzip();
+        Self {
+            codes: Param::initialized(ParamId::new(), Tensor::cat(codes, 0)),
+            scales: Scales::Plain(frozen(Tensor::cat(scales, 0))),
+            out_features: dims[0],
+            in_features: dims[1],
+        }
+    }
+
     /// Takes codes and scales as bitsandbytes stores them without double quantization.
     ///
     /// # Errors
@@ -302,7 +328,8 @@ fn word_bytes<B: Backend>(words: Tensor<B, 1, Int>) -> Vec<u8> {
 }
 
 fn host_floats<B: Backend>(values: Tensor<B, 1>) -> Vec<f32> {
-    values.into_data().iter::<f32>().collect()
+    let data = values.into_data();
+    data.to_vec().unwrap_or_else(|_| data.iter().collect())
 }
 
 #[cfg(test)]
@@ -326,6 +353,21 @@ mod tests {
             assert_eq!(reference.iter::<f32>().collect::<Vec<_>>(), host.iter::<f32>().collect::<Vec<_>>());
             let worst = values.iter().zip(host.iter::<f32>()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 0.2 * values.iter().fold(0.0, |m: f32, v| m.max(v.abs())), "{dims:?}: {worst}");
+        }
+    }
+
+    #[test]
+    fn runs_join_to_the_weight_packed_whole() {
+        let (dims, device) = ([37, 70], Default::default());
+        let values = noise(dims[0] * dims[1], 5);
+        let whole = Nf4Tensor::<Flex>::quantize(&values, dims, false, &device);
+        for length in [BLOCK, 10 * BLOCK, 41 * BLOCK] {
+            let runs = values.chunks(length);
+            let runs = runs.map(|run| Nf4Tensor::quantize(run, [1, run.len()], false, &device)).collect();
+            let joined = Nf4Tensor::join(runs, dims);
+            assert_eq!(joined.dims(), dims);
+            assert_eq!(joined.host_codes(), whole.host_codes());
+            assert_eq!(joined.host_absmax(), whole.host_absmax());
         }
     }
 

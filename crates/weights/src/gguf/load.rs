@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use burn::module::Param;
 use burn::tensor::{DType, Tensor, TensorData};
 use buzzer_kernels::{KernelBackend, Nf4Tensor};
-use buzzer_model::{Block, Llama, LlamaConfig, Weight};
+use buzzer_model::{Block, Llama, LlamaConfig, Target, Weight};
 
 use super::{Gguf, Metadata, from_gguf_rows, reordered_heads};
 use crate::error::Place;
+use crate::load::{Linears, RUN, assemble, on_device, quantize_scales};
 use crate::open::WEIGHT_FILES;
 use crate::parts::Part;
 use crate::{Quantization, WeightsError, meta};
@@ -141,9 +142,7 @@ pub(crate) fn load_gguf<B: KernelBackend>(
         .map(|layer| {
             let attention_norm = loader.frozen(Part::AttentionNorm(layer))?;
             let mlp_norm = loader.frozen(Part::MlpNorm(layer))?;
-            Block::build(&config, attention_norm, mlp_norm, |target| {
-                loader.linear(Part::Linear(layer, target))
-            })
+            Ok(assemble(&config, [attention_norm, mlp_norm], loader.linears(layer)?))
         })
         .collect::<Result<Vec<Block<B>>, WeightsError>>()?;
     let norm = loader.frozen(Part::Norm)?;
@@ -193,21 +192,47 @@ impl<B: KernelBackend> Loader<'_, B> {
     fn tensor<const D: usize>(&mut self, part: Part) -> Result<Tensor<B, D>, WeightsError> {
         self.read(part)?;
         let shape = part.shape(self.config);
+        if B::PACKS_ON_DEVICE {
+            let runs = self.runs().map(|run| run.cast(self.dtype)).collect();
+            return Ok(Tensor::cat(runs, 1).reshape(shape));
+        }
         Ok(Tensor::from_data(TensorData::new(self.values.clone(), shape), (self.device, self.dtype)))
+    }
+
+    /// What was read last on the device, in runs `[1, n]`.
+    fn runs(&self) -> impl Iterator<Item = Tensor<B, 2>> {
+        let data = |run: &[f32]| TensorData::new(run.to_vec(), [1, run.len()]);
+        self.values.chunks(RUN).map(move |run| on_device(data(run), self.device))
     }
 
     fn frozen<const D: usize>(&mut self, part: Part) -> Result<Param<Tensor<B, D>>, WeightsError> {
         Ok(Param::from_tensor(self.tensor(part)?).set_require_grad(false))
     }
 
+    fn linears(&mut self, layer: usize) -> Result<Linears<B>, WeightsError> {
+        let load = |target| Ok((target, self.linear(Part::Linear(layer, target))?));
+        let mut linears = Target::ALL.into_iter().map(load).collect::<Result<Linears<B>, WeightsError>>()?;
+        if self.quantization == Quantization::Nf4Double {
+            quantize_scales(linears.iter_mut());
+        }
+        Ok(linears)
+    }
+
+    /// A linear; if it is packed, its scales are plain.
     fn linear(&mut self, part: Part) -> Result<Weight<B>, WeightsError> {
         if self.quantization == Quantization::None {
             return Ok(Weight::frozen(self.tensor(part)?));
         }
         self.read(part)?;
-        let shape = part.shape(self.config);
-        let double = self.quantization == Quantization::Nf4Double;
-        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.values, [shape[0], shape[1]], double, self.device)))
+        let [out, inner, ..] = part.shape(self.config)[..] else {
+            unreachable!("a linear is a matrix");
+        };
+        let packed = if B::PACKS_ON_DEVICE {
+            Nf4Tensor::join(self.runs().map(|run| B::nf4_quantize(run, false)).collect(), [out, inner])
+        } else {
+            Nf4Tensor::quantize(&self.values, [out, inner], false, self.device)
+        };
+        Ok(Weight::Nf4(packed))
     }
 }
 
