@@ -237,9 +237,9 @@ impl<B: KernelBackend> Loader<'_, B> {
         shape: [usize; D],
     ) -> Result<Tensor<B, D>, WeightsError> {
         if B::PACKS_ON_DEVICE {
-            let mut runs = Vec::new();
-            self.runs(name, &shape, |run| runs.push(run.cast(self.dtype)))?;
-            return Ok(Tensor::cat(runs, 1).reshape(shape));
+            let mut whole = Filling::new(shape.iter().product(), self.dtype, self.device);
+            self.runs(name, &shape, |run| whole.push(run))?;
+            return Ok(whole.tensor.reshape(shape));
         }
         let values = self.checkpoint.read_f32(name, &shape)?;
         Ok(Tensor::from_data(TensorData::new(values, shape), (self.device, self.dtype)))
@@ -273,6 +273,25 @@ pub(crate) fn quantize_scales<'a, B: KernelBackend>(
         Weight::Nf4(packed) => Some(packed),
         _ => None,
     }));
+}
+
+/// A tensor `[1, n]` that is filled with runs of its values as they come, so that one run exists beside it.
+pub(crate) struct Filling<B: Backend> {
+    pub(crate) tensor: Tensor<B, 2>,
+    filled: usize,
+}
+
+impl<B: Backend> Filling<B> {
+    pub(crate) fn new(length: usize, dtype: DType, device: &B::Device) -> Self {
+        Self { tensor: Tensor::empty([1, length], (device, dtype)), filled: 0 }
+    }
+
+    pub(crate) fn push(&mut self, run: Tensor<B, 2>) {
+        let (begin, run) = (self.filled, run.cast(self.tensor.dtype()));
+        self.filled += run.dims()[1];
+        let end = self.filled;
+        self.tensor.inplace(|tensor| tensor.slice_assign([0..1, begin..end], run));
+    }
 }
 
 /// A run of values `[1, n]` on a device.

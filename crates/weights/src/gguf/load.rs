@@ -7,13 +7,13 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use burn::module::Param;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Shape, Tensor, TensorData};
 use buzzer_kernels::{KernelBackend, Nf4Tensor};
 use buzzer_model::{Block, Llama, LlamaConfig, Target, Weight};
 
 use super::{Gguf, Metadata, from_gguf_rows, reordered_heads};
 use crate::error::Place;
-use crate::load::{Linears, RUN, assemble, on_device, quantize_scales};
+use crate::load::{Filling, Linears, RUN, assemble, on_device, quantize_scales};
 use crate::open::WEIGHT_FILES;
 use crate::parts::Part;
 use crate::{Quantization, WeightsError, meta};
@@ -193,8 +193,9 @@ impl<B: KernelBackend> Loader<'_, B> {
         self.read(part)?;
         let shape = part.shape(self.config);
         if B::PACKS_ON_DEVICE {
-            let runs = self.runs().map(|run| run.cast(self.dtype)).collect();
-            return Ok(Tensor::cat(runs, 1).reshape(shape));
+            let mut whole = Filling::new(self.values.len(), self.dtype, self.device);
+            self.runs().for_each(|run| whole.push(run));
+            return Ok(whole.tensor.reshape(Shape::from(shape)));
         }
         Ok(Tensor::from_data(TensorData::new(self.values.clone(), shape), (self.device, self.dtype)))
     }
