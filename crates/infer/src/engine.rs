@@ -19,6 +19,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use buzzer_kernels::{KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE, StepError, StepRow};
 use buzzer_model::{AdapterRows, Llama, LoraSet, PagedCache, PagedPass};
 use buzzer_text::Tokenizer;
+use rayon::prelude::*;
 
 use crate::pages::PagePool;
 use crate::sequence::{Choice, Sequence, pages_for};
@@ -514,7 +515,7 @@ impl<B: KernelBackend> Engine<B> {
         &mut self,
         places: &[usize],
         logits: &[f32],
-        likeliest: impl Fn(usize) -> Option<Option<u32>>,
+        likeliest: impl Fn(usize) -> Option<Option<u32>> + Sync,
     ) -> Result<(), InferError> {
         let vocabulary = self.model.config().vocab_size;
         let choice = |(row, &place): (usize, &usize)| {
@@ -524,7 +525,8 @@ impl<B: KernelBackend> Engine<B> {
                 None => sequence.choose(&logits[row * vocabulary..][..vocabulary]),
             }
         };
-        let choices: Vec<_> = places.iter().enumerate().map(choice).collect();
+        // By all cores: a choice that is no argmax walks over the whole vocabulary several times.
+        let choices: Vec<_> = places.par_iter().enumerate().map(choice).collect();
         self.advance(places, choices)
     }
 

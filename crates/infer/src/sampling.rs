@@ -92,7 +92,8 @@ impl Sampling {
                 return Some(id);
             }
         }
-        candidates.last().map(|&(id, _)| id)
+        // Rounding can leave a rest; a token of no weight is never drawn.
+        candidates.iter().rfind(|(_, weight)| *weight > 0.0).map(|&(id, _)| id)
     }
 
     /// Once a token, however often it stands there.
@@ -111,7 +112,7 @@ impl Sampling {
         }
     }
 
-    /// Tokens that remain, likeliest first, with weights relative to the first.
+    /// Tokens that remain, likeliest first or by their ids if no filter put them in order, with weights relative to the likeliest.
     fn candidates(&self, logits: &[f32]) -> Vec<(u32, f64)> {
         let best = f64::from(logits[argmax(logits) as usize]);
         let weight = |logit: f32| ((f64::from(logit) - best) / self.temperature).exp();
@@ -125,7 +126,10 @@ impl Sampling {
         if self.min_p > 0.0 {
             all.retain(|&(_, weight)| weight >= self.min_p);
         }
-        all.sort_unstable_by(likelier);
+        // Putting a whole vocabulary in order takes longer than all the rest, and a draw needs no order.
+        if self.top_k > 0 {
+            all.sort_unstable_by(likelier);
+        }
         all
     }
 
@@ -226,6 +230,16 @@ mod tests {
         );
         assert_eq!(all, draws(SAMPLED, &one_three_six()));
         assert_ne!(all, draws(Sampling { seed: 1, ..SAMPLED }, &one_three_six()));
+    }
+
+    #[test]
+    fn what_has_no_weight_is_never_drawn() {
+        // Far ids whose weights round to nothing stand behind the likely ones.
+        let mut logits = vec![-1e30_f32; 300];
+        logits[7] = 0.0;
+        logits[9] = 0.5;
+        assert!(draws(SAMPLED, &logits).iter().all(|id| [7, 9].contains(id)));
+        assert_eq!(Sampling { temperature: 1e-3, ..SAMPLED }.choose(&logits, &[], 0), Some(9));
     }
 
     #[test]

@@ -188,6 +188,22 @@ impl<R: ProductRuntime> Runner<'_, R> {
             self.same_bits(format!("whole words, {what}"), &words(found), &words(same));
         }
     }
+    /// Double quantization of so many scales.
+    fn scales(&mut self, count: usize) {
+        let mut absmax: Vec<f32> = noise(count, 8).iter().map(|x: &f32| 0.02 + 0.01 * x * x).collect();
+        absmax[count / 2] = 0.0;
+        let expected = nf4::double_quantize(&absmax);
+        let packed = nf4::Nf4Host { codes: vec![0; 32 * count], absmax };
+        let weight = Nf4Tensor::<Cube<R>>::from_parts(packed, [count, nf4::BLOCK], self.device).unwrap();
+        self.poison(count);
+        let found = weight.with_quantized_scales().host_double().unwrap();
+        let parts = |scales: nf4::DoubleQuant| {
+            let codes = scales.codes.into_iter().map(f32::from);
+            codes.chain(scales.nested_absmax).chain([scales.offset]).collect::<Vec<_>>()
+        };
+        self.same_bits(format!("{count} scales"), &parts(found), &parts(expected));
+    }
+
     fn ints(&self, values: &[i32]) -> CubeTensor<R> {
         let data = TensorData::new(values.to_vec(), [values.len()]);
         Tensor::<Cube<R>, 1, Int>::from_data(data, (self.device, DType::I32)).into_primitive()
@@ -490,6 +506,13 @@ fn weights<R: ProductRuntime>(runner: &mut Runner<R>) {
     }
 }
 
+/// On both sides of each change of how the mean is summed.
+fn scales<R: ProductRuntime>(runner: &mut Runner<R>) {
+    for count in [1, 3, 127, 128, 129, 1000, 2049, 8197, 130_561, 131_073, 140_001] {
+        runner.case(format!("{count} scales"), |runner| runner.scales(count));
+    }
+}
+
 fn losses<R: ProductRuntime>(runner: &mut Runner<R>, gradients: &[DType]) {
     for dims in [[1, 1], [3, 5], [4, 64], [7, 130], [9, 1000], [5, 2053], [6, 12], [2, 32_000], [2, 65_537]] {
         for dtype in gradients {
@@ -576,6 +599,11 @@ mod wgpu {
     }
 
     #[test]
+    fn wgpu_scales_are_the_hosts() {
+        with_runner(scales);
+    }
+
+    #[test]
     fn wgpu_losses_are_those_of_f64() {
         with_runner(|runner| losses(runner, &[DType::F32]));
     }
@@ -610,6 +638,14 @@ mod cuda {
                 None
             }
         }
+    }
+
+    #[test]
+    fn cuda_scales_are_the_hosts() {
+        let Some(device) = device() else { return };
+        let mut runner = Runner::<Cuda> { device: &device, dtype: DType::F32, failed: vec![] };
+        scales(&mut runner);
+        assert!(runner.failed.is_empty(), "{} failed, first: {}", runner.failed.len(), runner.failed[0]);
     }
 
     fn in_every_dtype(run: impl Fn(&mut Runner<Cuda>)) {
