@@ -16,7 +16,9 @@ use std::time::Instant;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
-use buzzer_kernels::{KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE, StepError, StepRow};
+use buzzer_kernels::{
+    KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE, StepError, StepRow, TokenChoice,
+};
 use buzzer_model::{AdapterRows, Llama, LoraSet, PagedCache, PagedPass};
 use buzzer_text::Tokenizer;
 use rayon::prelude::*;
@@ -101,7 +103,7 @@ pub struct Engine<B: Backend> {
     adapters: Vec<(String, LoraSet<B>)>,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
-    steps: Steps,
+    steps: Steps<B>,
     /// Events that are not given out yet.
     events: VecDeque<Event>,
     requests: u64,
@@ -459,8 +461,8 @@ impl<B: KernelBackend> Engine<B> {
             }
             None => hidden,
         };
-        let logits: Vec<f32> = self.model.logits(hidden).into_data().iter::<f32>().collect();
-        self.advance_by(&places, &logits, |_| None)
+        let choices = self.choices(&places, self.model.logits(hidden));
+        self.advance(&places, choices)
     }
 
     /// The adapter of a plan's rows, if a program can run them: one new token each for sequences with one adapter, none of
@@ -487,12 +489,13 @@ impl<B: KernelBackend> Engine<B> {
         let places: Vec<usize> = plan.iter().map(|planned| planned.place).collect();
         let row = |planned: Planned| StepRow { id: planned.ids[0], sequence: planned.sequence };
         let likeliest = runner.run(&plan.into_iter().map(row).collect::<Vec<_>>())?;
-        let logits = if places.iter().all(|&place| self.running[place].takes_likeliest()) {
-            Vec::new()
+        let choices = if places.iter().all(|&place| self.running[place].takes_likeliest()) {
+            likeliest.into_iter().map(|id| id.map(|token| Choice { token, log_prob: None })).collect()
         } else {
-            runner.logits()?
+            let logits = runner.logits();
+            self.choices(&places, logits)
         };
-        self.advance_by(&places, &logits, |row| Some(likeliest[row]))
+        self.advance(&places, choices)
     }
 
     /// Kernels that a step of single tokens launches where it runs as a program, for the model's own corrections.
@@ -510,24 +513,33 @@ impl<B: KernelBackend> Engine<B> {
         self.steps.refusal()
     }
 
-    /// Lets sequences choose their tokens from logits, or take the likeliest one where that is known and all they want.
-    fn advance_by(
-        &mut self,
-        places: &[usize],
-        logits: &[f32],
-        likeliest: impl Fn(usize) -> Option<Option<u32>> + Sync,
-    ) -> Result<(), InferError> {
-        let vocabulary = self.model.config().vocab_size;
-        let choice = |(row, &place): (usize, &usize)| {
-            let sequence = &self.running[place];
-            match likeliest(row).filter(|_| sequence.takes_likeliest()) {
-                Some(token) => token.map(|token| Choice { token, log_prob: None }),
-                None => sequence.choose(&logits[row * vocabulary..][..vocabulary]),
+    /// The next tokens of sequences, from the first of the rows of logits `[n, v]`. Only rows of which a request needs all
+    /// logits come to the host.
+    fn choices(&self, places: &[usize], logits: Tensor<B, 2>) -> Vec<Option<Choice>> {
+        let sequences: Vec<&Sequence> = places.iter().map(|&place| &self.running[place]).collect();
+        let [rows, vocabulary] = logits.dims();
+        let whole: Vec<usize> =
+            (0..sequences.len()).filter(|&row| sequences[row].needs_all_logits()).collect();
+        let mut found = vec![None; sequences.len()];
+        if !whole.is_empty() {
+            let ids = TensorData::new(whole.iter().map(|&row| row as i32).collect(), [whole.len()]);
+            let ids = Tensor::<B, 1, Int>::from_data(ids, &logits.device());
+            let here: Vec<f32> = logits.clone().select(0, ids).into_data().iter().collect();
+            let choose = |(&row, logits): (&usize, &[f32])| (row, sequences[row].choose(logits));
+            let chosen: Vec<_> = whole.par_iter().zip(here.par_chunks(vocabulary)).map(choose).collect();
+            chosen.into_iter().for_each(|(row, choice)| found[row] = choice);
+        }
+        if whole.len() < sequences.len() {
+            let mut choices: Vec<_> = sequences.iter().map(|sequence| sequence.token_choice()).collect();
+            choices.resize(rows, TokenChoice::default());
+            let chosen = B::choose_tokens(logits, &choices);
+            for (row, (sequence, chosen)) in sequences.iter().zip(chosen).enumerate() {
+                if !sequence.needs_all_logits() {
+                    found[row] = chosen.map(|chosen| sequence.take(chosen));
+                }
             }
-        };
-        // By all cores: a choice that is no argmax walks over the whole vocabulary several times.
-        let choices: Vec<_> = places.par_iter().enumerate().map(choice).collect();
-        self.advance(places, choices)
+        }
+        found
     }
 
     /// Lets sequences go on with their tokens, and those that end leave.

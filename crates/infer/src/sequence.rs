@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use buzzer_kernels::PagedSequence;
+use buzzer_kernels::{ChosenToken, PagedSequence, TokenChoice};
 
 use crate::pages::{Chapter, PagePool};
 use crate::sampling::log_probs;
@@ -34,7 +34,7 @@ pub(crate) struct Sequence {
 }
 
 /// A sequence's next token.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Choice {
     pub(crate) token: u32,
     pub(crate) log_prob: Option<LogProb>,
@@ -72,7 +72,7 @@ impl Sequence {
 
     pub(crate) fn usage(&self) -> Usage {
         let prompt_tokens = self.request.prompt.len();
-        Usage { prompt_tokens, cached_tokens: self.cached, new_tokens: self.tokens.len() - prompt_tokens }
+        Usage { prompt_tokens, cached_tokens: self.cached, new_tokens: self.new_tokens() }
     }
 
     pub(crate) fn is_late(&self, now: Instant) -> bool {
@@ -137,11 +137,30 @@ impl Sequence {
         self.request.sampling.is_argmax() && self.request.log_probs.is_none()
     }
 
+    /// Whether choosing its next token takes more of its logits than [`Self::token_choice`] says.
+    pub(crate) fn needs_all_logits(&self) -> bool {
+        self.request.sampling.penalizes() || self.request.log_probs.is_some_and(|top| top > 0)
+    }
+
+    /// How its next token is chosen where the logits lie.
+    pub(crate) fn token_choice(&self) -> TokenChoice {
+        self.request.sampling.token_choice(self.new_tokens())
+    }
+
+    /// What was chosen there, as this request wants it.
+    pub(crate) fn take(&self, chosen: ChosenToken) -> Choice {
+        let log_prob = |_| LogProb { chosen: chosen.log_prob, top: Vec::new() };
+        Choice { token: chosen.id, log_prob: self.request.log_probs.map(log_prob) }
+    }
+
     /// Chooses the next token from its logits `[v]`; `None` if one of them is no number.
     pub(crate) fn choose(&self, logits: &[f32]) -> Option<Choice> {
-        let new = self.tokens.len() - self.request.prompt.len();
-        let token = self.request.sampling.choose(logits, &self.tokens, new)?;
+        let token = self.request.sampling.choose(logits, &self.tokens, self.new_tokens())?;
         Some(Choice { token, log_prob: self.request.log_probs.map(|top| log_probs(logits, token, top)) })
+    }
+
+    fn new_tokens(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
     }
 
     /// Takes its next token; gives the reason if that was the end.

@@ -5,21 +5,28 @@
 
 use std::collections::BTreeMap;
 
+use burn::tensor::backend::Backend;
 use buzzer_kernels::{StepError, StepRunner};
 
 /// The programs of an engine, or why there are none.
-#[derive(Debug, Default)]
-pub(crate) struct Steps {
-    by_adapter: BTreeMap<usize, Result<Box<dyn StepRunner>, StepError>>,
+#[derive(Debug)]
+pub(crate) struct Steps<B: Backend> {
+    by_adapter: BTreeMap<usize, Result<Box<dyn StepRunner<B>>, StepError>>,
 }
 
-impl Steps {
+impl<B: Backend> Default for Steps<B> {
+    fn default() -> Self {
+        Self { by_adapter: BTreeMap::new() }
+    }
+}
+
+impl<B: Backend> Steps<B> {
     /// Whether an adapter's program is ready for so many rows; `make` makes it if that has not been tried.
     pub(crate) fn prepare(
         &mut self,
         adapter: usize,
         rows: usize,
-        make: impl FnOnce() -> Result<Box<dyn StepRunner>, StepError>,
+        make: impl FnOnce() -> Result<Box<dyn StepRunner<B>>, StepError>,
     ) -> bool {
         let program = self.by_adapter.entry(adapter).or_insert_with(make);
         let prepared = match program {
@@ -34,7 +41,7 @@ impl Steps {
     }
 
     /// An adapter's program, if there is one.
-    pub(crate) fn get(&mut self, adapter: usize) -> Option<&mut dyn StepRunner> {
+    pub(crate) fn get(&mut self, adapter: usize) -> Option<&mut dyn StepRunner<B>> {
         match self.by_adapter.get_mut(&adapter) {
             Some(Ok(runner)) => Some(runner.as_mut()),
             _ => None,
@@ -63,6 +70,8 @@ impl Steps {
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::Tensor;
+    use burn_flex::Flex;
     use buzzer_kernels::StepRow;
 
     use super::*;
@@ -71,7 +80,7 @@ mod tests {
     #[derive(Debug)]
     struct Fake;
 
-    impl StepRunner for Fake {
+    impl StepRunner<Flex> for Fake {
         fn most_rows(&self) -> usize {
             8
         }
@@ -88,16 +97,16 @@ mod tests {
             Ok(vec![None; rows.len()])
         }
 
-        fn logits(&mut self) -> Result<Vec<f32>, StepError> {
-            Ok(Vec::new())
+        fn logits(&self) -> Tensor<Flex, 2> {
+            Tensor::zeros([0, 1], &Default::default())
         }
     }
 
-    fn fake() -> Result<Box<dyn StepRunner>, StepError> {
+    fn fake() -> Result<Box<dyn StepRunner<Flex>>, StepError> {
         Ok(Box::new(Fake))
     }
 
-    fn not_again() -> Result<Box<dyn StepRunner>, StepError> {
+    fn not_again() -> Result<Box<dyn StepRunner<Flex>>, StepError> {
         panic!("a program is made once")
     }
 
@@ -129,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_device_without_programs_has_refused_nothing() {
-        let mut steps = Steps::default();
+        let mut steps = Steps::<Flex>::default();
         assert!(!steps.prepare(0, 1, || Err(StepError::Unsupported("one by one".into()))));
         assert_eq!(steps.refusal(), None);
         assert!(steps.launches(0).is_err());

@@ -6,14 +6,22 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_flex::Flex;
+use rayon::prelude::*;
 
 use crate::nf4::{DoubleScales, Nf4Tensor};
 use crate::{
-    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
+    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card, ChosenToken,
     CrossEntropyGradient, Dropout, FrozenWeight, Heads, InputGradient, LinearPart, PagedIndex, Pages,
-    Projection, RotaryAngles, RowGroup, SpaciousRows, Spent, StepError, StepProgram, StepRunner, adamw,
-    attention, cross_entropy, grouped_linear, nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
+    Projection, RotaryAngles, RowGroup, SpaciousRows, Spent, StepError, StepProgram, StepRunner, TokenChoice,
+    adamw, attention, choice, cross_entropy, grouped_linear, nf4, paged_attention, qlora_linear, rms_norm,
+    rotary, swiglu,
 };
+
+/// A tensor's elements in f32, row by row.
+pub(crate) fn host_floats<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+    let data = tensor.into_data();
+    data.to_vec().unwrap_or_else(|_| data.iter().collect())
+}
 
 /// Burn's `Backend` and the operations of QLoRA training.
 ///
@@ -43,14 +51,13 @@ pub trait KernelBackend: Backend {
     /// A dense weight `[out, in]` packed, by the rule of [`nf4::quantize`]; the default goes through the host.
     fn nf4_quantize(dense: Tensor<Self, 2>, double: bool) -> Nf4Tensor<Self> {
         let (dims, device) = (dense.dims(), dense.device());
-        let values = dense.cast(DType::F32).into_data().iter::<f32>().collect::<Vec<_>>();
-        Nf4Tensor::quantize(&values, dims, double, &device)
+        Nf4Tensor::quantize(&host_floats(dense), dims, double, &device)
     }
 
     /// Scales `[m]` in 8 bits, by the rule of [`nf4::double_quantize`]; the default goes through the host.
     fn nf4_quantize_scales(absmax: Tensor<Self, 1>) -> DoubleScales<Self> {
         let device = absmax.device();
-        DoubleScales::of_host(&nf4::double_quantize(&nf4::host_floats(absmax)), &device)
+        DoubleScales::of_host(&nf4::double_quantize(&host_floats(absmax)), &device)
     }
 
     /// `drop(x)` of rows `[n, d]`; see [`Dropout`].
@@ -212,6 +219,15 @@ pub trait KernelBackend: Backend {
         paged_attention::reference(q, heads, pages, index)
     }
 
+    /// The next token of each row of logits `[n, v]`, a choice each; see [`choice`]. `None` where a logit is no number.
+    fn choose_tokens(logits: Tensor<Self, 2>, choices: &[TokenChoice]) -> Vec<Option<ChosenToken>> {
+        let [_, vocabulary] = logits.dims();
+        let logits = host_floats(logits);
+        // By all cores: a choice walks over the whole vocabulary several times.
+        let rows = logits.par_chunks(vocabulary).zip(choices);
+        rows.map(|(logits, how)| choice::choose(logits, how)).collect()
+    }
+
     /// A pass of one token a sequence, ready to run as a whole on these pages; see [`step`](crate::step).
     ///
     /// # Errors
@@ -219,7 +235,7 @@ pub trait KernelBackend: Backend {
     fn step_runner(
         program: &StepProgram<Self>,
         pages: &[Pages<Self>],
-    ) -> Result<Box<dyn StepRunner>, StepError> {
+    ) -> Result<Box<dyn StepRunner<Self>>, StepError> {
         let _ = (program, pages);
         Err(StepError::Unsupported("this device runs operations one by one".into()))
     }

@@ -9,10 +9,11 @@ use crate::device::{Cube, int_primitive, primitive, tensor};
 use crate::nf4::DoubleScales;
 use crate::product::ProductRuntime;
 use crate::{
-    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
+    AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card, ChosenToken,
     CrossEntropyGradient, Dropout, Heads, InputGradient, KernelBackend, LinearPart, Nf4Tensor, PagedIndex,
-    Pages, Projection, RotaryAngles, SpaciousRows, Spent, StepError, StepProgram, StepRunner, adamw,
-    attention, cross_entropy, dropout, nf4, paged_attention, qlora_linear, rms_norm, rotary, swiglu,
+    Pages, Projection, RotaryAngles, SpaciousRows, Spent, StepError, StepProgram, StepRunner, TokenChoice,
+    adamw, attention, choice, cross_entropy, dropout, nf4, paged_attention, qlora_linear, rms_norm, rotary,
+    swiglu,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
@@ -162,10 +163,14 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
         paged_attention::cube::attend(q, heads, pages, index)
     }
 
+    fn choose_tokens(logits: Tensor<Self, 2>, choices: &[TokenChoice]) -> Vec<Option<ChosenToken>> {
+        choice::kernel::choose(logits, choices)
+    }
+
     fn step_runner(
         program: &StepProgram<Self>,
         pages: &[Pages<Self>],
-    ) -> Result<Box<dyn StepRunner>, StepError> {
+    ) -> Result<Box<dyn StepRunner<Self>>, StepError> {
         R::step_runner(program, pages)
     }
 

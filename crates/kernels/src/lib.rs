@@ -22,6 +22,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod choice;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod grouped_linear;
@@ -55,6 +56,7 @@ mod testing;
 
 pub use adamw::{AdamW, AdamWState, AdamWState8};
 pub use attention::{Attended, AttentionIndex, AttentionRanges, Heads, SEPARATE};
+pub use choice::{ChosenToken, TokenChoice};
 pub use cross_entropy::{CrossEntropyGradient, IGNORED};
 pub use dropout::Dropout;
 pub use grouped_linear::RowGroup;

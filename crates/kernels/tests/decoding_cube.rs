@@ -8,7 +8,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::Flex;
 use buzzer_kernels::{
     Cube, FrozenWeight, Heads, KernelBackend, LoraTerm, Nf4Tensor, PagedIndex, PagedSequence, Pages,
-    ProductRuntime, RotaryAngles, RowGroup,
+    ProductRuntime, RotaryAngles, RowGroup, TokenChoice, choice,
 };
 use common::{Device, noise};
 
@@ -45,7 +45,70 @@ struct Case<'a> {
     added: bool,
 }
 
+/// Every kind of choice, at several draws.
+fn choices() -> Vec<TokenChoice> {
+    let sampled = TokenChoice { temperature: 0.8, ..TokenChoice::default() };
+    let kinds = [
+        TokenChoice::default(),
+        sampled,
+        TokenChoice { temperature: 3.0, ..sampled },
+        TokenChoice { top_k: 5, ..sampled },
+        TokenChoice { top_k: 300, temperature: 2.0, ..sampled },
+        TokenChoice { top_p: 0.3, ..sampled },
+        TokenChoice { top_p: 0.95, temperature: 2.0, ..sampled },
+        TokenChoice { min_p: 0.2, ..sampled },
+        TokenChoice { top_k: 40, top_p: 0.7, min_p: 0.05, temperature: 1.5, draw: 0.0 },
+    ];
+    let draws = [0.0, 0.37, 0.911, 1.0_f32.next_down()];
+    kinds.iter().flat_map(|kind| draws.map(|draw| TokenChoice { draw, ..*kind })).collect()
+}
+
+/// What the host chooses when its sums differ a little from those of the device.
+fn possible(logits: &[f32], how: &TokenChoice) -> Vec<Option<u32>> {
+    let near = |x: f32| [x, (x - 2e-5).max(0.0), (x + 2e-5).min(1.0)];
+    let draws = near(how.draw);
+    let shares = if how.top_p < 1.0 { near(how.top_p).to_vec() } else { vec![1.0] };
+    let all = draws.iter().flat_map(|&draw| shares.iter().map(move |&top_p| (draw, top_p)));
+    let choose = |(draw, top_p)| choice::choose(logits, &TokenChoice { draw, top_p, ..*how });
+    all.map(|pair| choose(pair).map(|chosen| chosen.id)).collect()
+}
+
 impl<R: ProductRuntime> Runner<'_, R> {
+    /// Logits of a vocabulary: noise, with equal ones, with ones that weigh nothing, and with one that is no number.
+    fn logits(&self, vocabulary: usize) -> [Vec<f32>; 4] {
+        let plain = self.values(vocabulary, 3, 6.0);
+        let equal = plain.iter().map(|x| x.round()).collect();
+        let light = plain.iter().enumerate().map(|(i, &x)| if i % 7 == 3 { f32::NEG_INFINITY } else { x });
+        let mut wrong = plain.clone();
+        wrong[vocabulary / 2] = f32::NAN;
+        [plain.clone(), equal, light.collect(), wrong]
+    }
+
+    fn tokens(&self) {
+        let choices = choices();
+        for vocabulary in [1, 7, 255, 1000, 32_000] {
+            for (kind, logits) in self.logits(vocabulary).into_iter().enumerate() {
+                let rows = logits.repeat(choices.len());
+                let rows = TensorData::new(rows, [choices.len(), vocabulary]);
+                let rows = Tensor::<Cube<R>, 2>::from_data(rows, (self.device, self.dtype));
+                let found = Cube::<R>::choose_tokens(rows, &choices);
+                for (how, found) in choices.iter().zip(found) {
+                    let what = format!("{vocabulary} logits of kind {kind}, {how:?}");
+                    let possible = possible(&logits, how);
+                    assert!(
+                        possible.contains(&found.map(|found| found.id)),
+                        "{what}: {found:?}, not {possible:?}"
+                    );
+                    let Some(found) = found else { continue };
+                    let greatest = logits.iter().copied().fold(f32::MIN, f32::max);
+                    let sum: f64 = logits.iter().map(|x| f64::from(x - greatest).exp()).sum();
+                    let expected = f64::from(logits[found.id as usize] - greatest) - sum.ln();
+                    assert!((f64::from(found.log_prob) - expected).abs() < 1e-4, "{what}: {found:?}");
+                }
+            }
+        }
+    }
+
     /// Noise as the dtype holds it, on both sides.
     fn values(&self, count: usize, seed: u64, scale: f32) -> Vec<f32> {
         let values: Vec<f32> = noise(count, seed).iter().map(|x| x * scale).collect();
@@ -231,6 +294,12 @@ fn grouped_layers_on_wgpu() {
 
 #[cfg(feature = "wgpu")]
 #[test]
+fn tokens_on_wgpu() {
+    vulkan().tokens();
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
 fn pages_on_wgpu() {
     vulkan().attentions();
     vulkan().containment(false);
@@ -254,6 +323,12 @@ fn on_cuda(run: impl Fn(Runner<'_, cubecl::cuda::CudaRuntime>)) {
 #[test]
 fn grouped_layers_on_cuda() {
     on_cuda(|runner| runner.linears());
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn tokens_on_cuda() {
+    on_cuda(|runner| runner.tokens());
 }
 
 #[cfg(feature = "cuda")]

@@ -27,6 +27,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::KernelBackend;
+use crate::backend::host_floats;
 
 pub use codebook::{NF4_CODE, dynamic_code, unsigned_dynamic_code};
 pub use host::{DoubleQuant, Nf4Host, dequantize, double_quantize, quantize, restore_absmax};
@@ -327,11 +328,6 @@ fn words<B: Backend>(bytes: &[u8], device: &B::Device) -> Param<Tensor<B, 1, Int
 
 fn word_bytes<B: Backend>(words: Tensor<B, 1, Int>) -> Vec<u8> {
     words.into_data().iter::<i32>().flat_map(i32::to_le_bytes).collect()
-}
-
-pub(crate) fn host_floats<B: Backend>(values: Tensor<B, 1>) -> Vec<f32> {
-    let data = values.into_data();
-    data.to_vec().unwrap_or_else(|_| data.iter().collect())
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ pub trait ProductRuntime: CubeRuntime {
     fn step_runner(
         program: &StepProgram<Cube<Self>>,
         pages: &[Pages<Cube<Self>>],
-    ) -> Result<Box<dyn StepRunner>, StepError>;
+    ) -> Result<Box<dyn StepRunner<Cube<Self>>>, StepError>;
 
     /// See [`KernelBackend::step_bytes`](crate::KernelBackend::step_bytes).
     #[doc(hidden)]
@@ -88,7 +88,7 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
     fn step_runner(
         _: &StepProgram<Cube<Self>>,
         _: &[Pages<Cube<Self>>],
-    ) -> Result<Box<dyn StepRunner>, StepError> {
+    ) -> Result<Box<dyn StepRunner<Cube<Self>>>, StepError> {
         Err(StepError::Unsupported("there are kernels for CUDA only".into()))
     }
 
@@ -121,7 +121,7 @@ impl ProductRuntime for cubecl::cuda::CudaRuntime {
     fn step_runner(
         program: &StepProgram<Cube<Self>>,
         pages: &[Pages<Cube<Self>>],
-    ) -> Result<Box<dyn StepRunner>, StepError> {
+    ) -> Result<Box<dyn StepRunner<Cube<Self>>>, StepError> {
         crate::step::cuda::runner(program, pages)
     }
 

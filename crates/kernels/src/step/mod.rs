@@ -102,7 +102,7 @@ pub enum StepError {
 }
 
 /// A program that is ready to run.
-pub trait StepRunner: std::fmt::Debug + Send {
+pub trait StepRunner<B: Backend>: std::fmt::Debug + Send {
     /// Rows of a step at most.
     fn most_rows(&self) -> usize;
 
@@ -123,9 +123,6 @@ pub trait StepRunner: std::fmt::Debug + Send {
     /// If the device refuses; nothing can be said of the pages of these rows then.
     fn run(&mut self, rows: &[StepRow]) -> Result<Vec<Option<u32>>, StepError>;
 
-    /// The logits `[n, v]` of the last step.
-    ///
-    /// # Errors
-    /// If the device refuses.
-    fn logits(&mut self) -> Result<Vec<f32>, StepError>;
+    /// The logits `[n, v]` of the last step, f32, until the next one.
+    fn logits(&self) -> Tensor<B, 2>;
 }

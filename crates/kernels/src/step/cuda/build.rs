@@ -23,6 +23,8 @@ pub(super) struct Built {
     pub(super) products: Vec<Product>,
     pub(super) shapes: Shapes,
     pub(super) room: Room,
+    /// The memory of `room.logits`.
+    pub(super) logits: Memory,
     pub(super) tables: Tables,
     pub(super) kept: Kept,
     pub(super) bf16: bool,
@@ -74,7 +76,7 @@ impl Kept {
 
     /// New memory; its values are what it held.
     fn room(&mut self, like: &Memory, bytes: u64) -> Result<u64, StepError> {
-        self.address(uninitialized(like, [(bytes as usize).div_ceil(4).max(4)], DType::F32))
+        self.address(memory(like, bytes))
     }
 
     /// New memory of zeros.
@@ -100,6 +102,11 @@ impl Kept {
     }
 }
 
+/// Memory of so many bytes.
+fn memory(like: &Memory, bytes: u64) -> Memory {
+    uninitialized(like, [(bytes as usize).div_ceil(4).max(4)], DType::F32)
+}
+
 fn address(tensor: &Memory) -> Result<u64, StepError> {
     let found = tensor.client.get_resource(tensor.handle.clone());
     Ok(found.map_err(|error| refused(format!("a tensor has no address: {error:?}")))?.resource().ptr)
@@ -115,7 +122,8 @@ pub(super) fn build(
     let embedding = primitive(program.embedding.clone());
     let dtype = embedding.dtype;
     let mut builder = Builder { kept: Kept::default(), dtype };
-    let room = builder.room(&room, &embedding)?;
+    let logits = memory(&embedding, room.logits);
+    let room = builder.room(&room, &embedding, &logits)?;
     let layers = program.operations.iter().filter_map(|operation| match operation {
         StepOperation::Linear { source, parts, .. } => Some((source, parts)),
         StepOperation::Attention => None,
@@ -130,7 +138,7 @@ pub(super) fn build(
         settle_in(product, target, &room);
     }
     let tables = builder.tables(program, &products, embedding)?;
-    Ok(Built { products, shapes, room, tables, kept: builder.kept, bf16: dtype == DType::BF16 })
+    Ok(Built { products, shapes, room, logits, tables, kept: builder.kept, bf16: dtype == DType::BF16 })
 }
 
 struct Builder {
@@ -205,13 +213,14 @@ impl Builder {
         Ok(())
     }
 
-    /// Takes memory of so many bytes.
-    fn room(&mut self, bytes: &Room, like: &Memory) -> Result<Room, StepError> {
+    /// Takes memory of so many bytes, but for that of the logits, which is there.
+    fn room(&mut self, bytes: &Room, like: &Memory, logits: &Memory) -> Result<Room, StepError> {
+        let logits = self.kept.address(logits.clone())?;
         let mut room = |bytes| self.kept.room(like, bytes);
         Ok(Room {
             residual: room(bytes.residual)?,
             joined: room(bytes.joined)?,
-            logits: room(bytes.logits)?,
+            logits,
             attended: room(bytes.attended)?,
             log_sums: room(bytes.log_sums)?,
             heads_result: room(bytes.heads_result)?,

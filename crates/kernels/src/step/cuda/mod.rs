@@ -13,6 +13,8 @@ mod outline;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 
+use burn::tensor::{Shape, Tensor};
+use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
 use cudarc::driver::{CudaContext, result as cuda, sys};
 
@@ -22,7 +24,7 @@ use self::layout::{Needs, Product, Share, Step, THREADS, Variant, words};
 use self::outline::{FROM_RESIDUAL, Outline};
 use super::{StepError, StepProgram, StepRow, StepRunner};
 use crate::Pages;
-use crate::device::{Cube, primitive};
+use crate::device::{Cube, primitive, tensor};
 
 /// Rows of a step that there are kernels for.
 const ROWS: [usize; 3] = [32, 16, 8];
@@ -39,7 +41,7 @@ fn refused(what: impl Into<String>) -> StepError {
 pub(crate) fn runner(
     program: &StepProgram<Cube<CudaRuntime>>,
     pages: &[Pages<Cube<CudaRuntime>>],
-) -> Result<Box<dyn StepRunner>, StepError> {
+) -> Result<Box<dyn StepRunner<Cube<CudaRuntime>>>, StepError> {
     Ok(Box::new(CudaRunner::new(program, pages)?))
 }
 
@@ -97,6 +99,8 @@ struct CudaRunner {
     products: Vec<Product>,
     shapes: Shapes,
     room: Room,
+    /// The memory of `room.logits`.
+    logits: CubeTensor<CudaRuntime>,
     tables: Tables,
     kept: Kept,
     bf16: bool,
@@ -115,10 +119,23 @@ impl CudaRunner {
         pages: &[Pages<Cube<CudaRuntime>>],
     ) -> Result<Self, StepError> {
         let driver = Driver::open(primitive(program.embedding.clone()).device.index)?;
-        let Built { products, shapes, room, tables, kept, bf16 } =
+        let Built { products, shapes, room, logits, tables, kept, bf16 } =
             build::build(program, pages, &driver.limits)?;
         let (kernels, ready) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { kernels, ready, driver, products, shapes, room, tables, kept, bf16, passed: 0, rows: 0 })
+        Ok(Self {
+            kernels,
+            ready,
+            driver,
+            products,
+            shapes,
+            room,
+            logits,
+            tables,
+            kept,
+            bf16,
+            passed: 0,
+            rows: 0,
+        })
     }
 
     /// Ids, lengths and pages of the rows, as `room.numbers` has them.
@@ -220,7 +237,7 @@ impl CudaRunner {
     }
 }
 
-impl StepRunner for CudaRunner {
+impl StepRunner<Cube<CudaRuntime>> for CudaRunner {
     fn most_rows(&self) -> usize {
         self.shapes.most_rows
     }
@@ -271,12 +288,11 @@ impl StepRunner for CudaRunner {
         Ok(choices.into_iter().map(|choice| u32::try_from(choice).ok()).collect())
     }
 
-    fn logits(&mut self) -> Result<Vec<f32>, StepError> {
-        self.driver.stream.bind()?;
-        let mut logits = vec![0.0; self.rows * self.shapes.vocabulary];
-        // SAFETY: the last step wrote as many, and the vector lives until the stream is done.
-        unsafe { cuda::memcpy_dtoh_async(&mut logits, self.room.logits, self.driver.stream.raw()) }?;
-        self.driver.stream.finish()?;
-        Ok(logits)
+    fn logits(&self) -> Tensor<Cube<CudaRuntime>, 2> {
+        let (rows, vocabulary) = (self.rows, self.shapes.vocabulary);
+        let CubeTensor { client, device, handle, dtype, .. } = self.logits.clone();
+        let behind = handle.size_in_used() - (rows * vocabulary * dtype.size()) as u64;
+        let handle = handle.offset_end(behind);
+        tensor(CubeTensor::new_contiguous(client, device, Shape::from([rows, vocabulary]), handle, dtype))
     }
 }
