@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::Flex;
 use buzzer_infer::{
-    Answer, Engine, EngineSettings, Event, FinishReason, InferError, Request, RequestId, Sampling, Usage,
+    Answer, CacheDtype, Engine, EngineSettings, Event, FinishReason, InferError, Request, RequestId,
+    Sampling, Usage,
 };
-use buzzer_model::{BlockContext, Llama, LlamaConfig, LoraSet, LoraSettings, Target};
+use buzzer_kernels::KernelBackend;
+use buzzer_model::{BlockContext, Llama, LlamaConfig, LoraSet, LoraSettings, Target, Weight};
 use buzzer_text::Tokenizer;
 use buzzer_weights::{Quantization, load_llama};
 use rand_chacha::ChaCha8Rng;
@@ -23,11 +25,15 @@ const VOCAB: usize = 259;
 /// Small pages, batches and chunks, so that every border is crossed.
 const SMALL: EngineSettings = EngineSettings {
     budget_bytes: 1 << 20,
+    cache_dtype: CacheDtype::Compute,
     page_tokens: 4,
     max_batch: 5,
     prefill_chunk: 7,
     step_programs: true,
 };
+
+/// The same, and the same with keys and values in 8 bits.
+const BOTH: [EngineSettings; 2] = [SMALL, EngineSettings { cache_dtype: CacheDtype::Int8, ..SMALL }];
 
 /// Larger weights than the initial ones, so that the likeliest token is not a matter of rounding.
 fn model() -> Llama<Flex> {
@@ -40,15 +46,14 @@ fn engine(settings: EngineSettings) -> Engine<Flex> {
     Engine::new(model(), settings).unwrap()
 }
 
-fn bytes_of_pages(pages: usize) -> usize {
+/// Bytes of so many pages: a head of a token has 8 numbers of 4 bytes, or 8 of one byte and a scale of 4.
+fn bytes_of_pages(pages: usize, cache_dtype: CacheDtype) -> usize {
     let config = LlamaConfig::tiny_test(VOCAB);
-    pages
-        * 2
-        * config.num_hidden_layers
-        * SMALL.page_tokens
-        * config.num_key_value_heads
-        * config.head_dim
-        * 4
+    let head = match cache_dtype {
+        CacheDtype::Compute => config.head_dim * 4,
+        CacheDtype::Int8 => config.head_dim + 4,
+    };
+    pages * 2 * config.num_hidden_layers * SMALL.page_tokens * config.num_key_value_heads * head
 }
 
 /// Logits of the token after a text, from the training forward pass.
@@ -167,7 +172,13 @@ fn take_in(engine: &mut Engine<Flex>, visitors: &mut BTreeMap<RequestId, Visitor
 
 #[test]
 fn a_crowd_is_served_from_little_memory() {
-    let settings = EngineSettings { budget_bytes: bytes_of_pages(33), ..SMALL };
+    for settings in BOTH {
+        let budget_bytes = bytes_of_pages(33, settings.cache_dtype);
+        serve_a_crowd(EngineSettings { budget_bytes, ..settings });
+    }
+}
+
+fn serve_a_crowd(settings: EngineSettings) {
     let mut random = ChaCha8Rng::seed_from_u64(11);
     let mut crowd = engine(settings);
     assert_eq!(crowd.load().pages, 32);
@@ -212,26 +223,123 @@ fn a_crowd_is_served_from_little_memory() {
     assert!(shared > 10, "{shared} shared pages");
 }
 
+/// What an engine of its own answers, for each prompt.
+fn alone(settings: EngineSettings, prompts: &[Vec<u32>], new: usize) -> Vec<Vec<u32>> {
+    let answer = |prompt: &Vec<u32>| {
+        let request = Request::new(prompt.clone()).with_max_new_tokens(new);
+        engine(settings).complete([request], |_, _| {}).unwrap().remove(0).tokens
+    };
+    prompts.iter().map(answer).collect()
+}
+
 #[test]
 fn a_common_beginning_is_computed_once_even_in_one_step() {
-    let mut engine = engine(EngineSettings { prefill_chunk: 64, ..SMALL });
-    let beginning = prompt(1, 13);
-    let with = |end: u32| [&beginning[..], &[end]].concat();
-    let requests = [with(20), with(30), with(20), beginning[..8].to_vec()];
-    let expected: Vec<_> = requests.iter().map(|prompt| without_cache(engine.model(), prompt, 6)).collect();
-    let requests = requests.map(|prompt| Request::new(prompt).with_max_new_tokens(6));
-    let answers = engine.complete(requests.clone(), |_, _| {}).unwrap();
-    assert_eq!(tokens(&answers), expected);
-    // Three whole pages of four; of eight tokens one page, since the last token is always computed.
-    let cached: Vec<_> = answers.iter().map(|answer| answer.usage.cached_tokens).collect();
-    assert_eq!(cached, [0, 12, 12, 4]);
-    assert_eq!(answers[1].usage, Usage { prompt_tokens: 14, cached_tokens: 12, new_tokens: 6 });
-    // Later too, when nobody holds the pages any more; and what was answered can be built on.
-    assert_empty(&engine);
-    let longer = [requests[0].prompt.clone(), answers[0].tokens.clone()].concat();
-    let expected = without_cache(engine.model(), &longer, 3);
-    let again = engine.complete([Request::new(longer).with_max_new_tokens(3)], |_, _| {}).unwrap();
-    assert_eq!((again[0].usage.cached_tokens, &again[0].tokens), (16, &expected));
+    for settings in BOTH {
+        let settings = EngineSettings { prefill_chunk: 64, ..settings };
+        let mut engine = engine(settings);
+        let beginning = prompt(1, 13);
+        let with = |end: u32| [&beginning[..], &[end]].concat();
+        let prompts = [with(20), with(30), with(20), beginning[..8].to_vec()];
+        let expected = alone(settings, &prompts, 6);
+        let requests = prompts.map(|prompt| Request::new(prompt).with_max_new_tokens(6));
+        let answers = engine.complete(requests.clone(), |_, _| {}).unwrap();
+        assert_eq!(tokens(&answers), expected);
+        // Three whole pages of four; of eight tokens one page, since the last token is always computed.
+        let cached: Vec<_> = answers.iter().map(|answer| answer.usage.cached_tokens).collect();
+        assert_eq!(cached, [0, 12, 12, 4]);
+        assert_eq!(answers[1].usage, Usage { prompt_tokens: 14, cached_tokens: 12, new_tokens: 6 });
+        // Later too, when nobody holds the pages any more; and what was answered can be built on.
+        assert_empty(&engine);
+        let longer = [requests[0].prompt.clone(), answers[0].tokens.clone()].concat();
+        let expected = alone(settings, std::slice::from_ref(&longer), 3).remove(0);
+        let again = engine.complete([Request::new(longer).with_max_new_tokens(3)], |_, _| {}).unwrap();
+        assert_eq!((again[0].usage.cached_tokens, &again[0].tokens), (16, &expected));
+    }
+}
+
+/// A model of one block whose MLP gives nothing, so that what its attention may differ by goes straight to the last norm.
+fn attention_alone() -> Llama<Flex> {
+    let config = LlamaConfig::new(VOCAB, 32, 48, 1, 4, 2, 8).with_max_position_embeddings(256);
+    let mut model = Llama::<Flex>::init(&config, 3, &Default::default());
+    for target in [Target::Q, Target::K, Target::V, Target::O] {
+        let linear = model.blocks[0].linear_mut(target);
+        linear.weight = Weight::frozen(linear.weight.dense(DType::F32).mul_scalar(4.0));
+    }
+    let nothing = Tensor::zeros([32, 48], &Default::default());
+    model.blocks[0].linear_mut(Target::Down).weight = Weight::frozen(nothing);
+    model
+}
+
+fn numbers<const D: usize>(x: Tensor<Flex, D>) -> Vec<f64> {
+    x.into_data().iter::<f64>().collect()
+}
+
+fn length(x: &[f64]) -> f64 {
+    x.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+fn largest(x: &[f64]) -> f64 {
+    x.iter().fold(0.0, |most, x| most.max(x.abs()))
+}
+
+/// What the log-probabilities after a text may differ by if keys and values are off by half a step of 1 / 127 of their head's largest.
+///
+/// A score is off by ε = |q|₁ max |k| / (254 √k), all weights of a head together by e²ᵋ - 1, and its result by δ, max |v| times
+/// that and 1 / 254. The residual stream is off by |Δx|, Δxᵢ = Σ |Oᵢⱼ| δⱼ, and of length |x| before; the norm makes
+/// √d |Δx| / (|x| - |Δx|) of that, a logit the length of its row of the head times that, and a log-probability twice the largest.
+fn log_prob_bound(model: &Llama<Flex>, ids: &[u32]) -> f64 {
+    let (t, heads, block) = (ids.len(), model.config().heads(), &model.blocks[0]);
+    let row = |values: Vec<i32>| Tensor::from_data(TensorData::new(values, [1, t]), &Default::default());
+    let context = BlockContext::rows(model.config(), row(vec![0; t]), row((0..t as i32).collect()));
+    let x = model.embed(row(ids.iter().map(|&id| id as i32).collect()));
+    let normed = Flex::rms_norm(x.clone(), block.norms()[0].clone(), model.config().rms_norm_eps);
+    let weight = |target| block.linear(target).weight.dense(DType::F32).transpose();
+    let rows = Tensor::cat([Target::Q, Target::K, Target::V].map(weight).to_vec(), 1);
+    let rows = Flex::rotary(normed.matmul(rows), &context.angles, heads.queries + heads.keys);
+    let attended = Flex::attention_of_rows(rows.clone(), heads, &context.index);
+    let x = x + attended.matmul(weight(Target::O));
+    let of_head = |row: usize, head: usize| {
+        let k = heads.width;
+        numbers(rows.clone().slice([row..row + 1, head * k..(head + 1) * k]))
+    };
+    let all = |head: usize| (0..t).map(|row| largest(&of_head(row, head))).fold(0.0, f64::max);
+    let moved = |head: usize| {
+        let group = heads.queries + head / (heads.queries / heads.keys);
+        let sum: f64 = of_head(t - 1, head).iter().map(|x| x.abs()).sum();
+        let epsilon = sum * all(group) / (254.0 * (heads.width as f64).sqrt());
+        all(group + heads.keys) * (1.0 / 254.0 + (2.0 * epsilon).exp_m1())
+    };
+    let delta: Vec<f64> = (0..heads.queries).flat_map(|head| vec![moved(head); heads.width]).collect();
+    let out = numbers(block.linear(Target::O).weight.dense(DType::F32).abs());
+    let sums = out.chunks_exact(delta.len()).map(|o| o.iter().zip(&delta).map(|(o, delta)| o * delta).sum());
+    let off = length(&sums.collect::<Vec<f64>>());
+    let d = model.config().hidden_size;
+    let normed = (d as f64).sqrt() * off / (length(&numbers(x.narrow(0, t - 1, 1))) - off);
+    let logit =
+        numbers(model.head_weight()).chunks_exact(d).map(|row| normed * length(row)).fold(0.0, f64::max);
+    2.0 * logit
+}
+
+#[test]
+fn log_probabilities_in_8_bits_differ_by_no_more_than_half_a_step_lets_them() {
+    let model = attention_alone();
+    for (seed, length) in [(1, 5), (2, 33), (3, 90)] {
+        let ids = prompt(seed, length);
+        let [exact, found] = BOTH.map(|settings| {
+            let request =
+                Request { log_probs: Some(VOCAB), ..Request::new(ids.clone()).with_max_new_tokens(1) };
+            let mut engine = Engine::new(model.clone(), settings).unwrap();
+            let answer = engine.complete([request], |_, _| {}).unwrap().remove(0);
+            BTreeMap::from_iter(answer.log_probs[0].top.iter().copied())
+        });
+        let bound = log_prob_bound(&model, &ids);
+        let differences = exact.iter().map(|(token, exact)| f64::from((exact - found[token]).abs()));
+        let furthest = differences.fold(0.0, f64::max);
+        println!("{length} tokens: {furthest} of {bound}");
+        assert_eq!(exact.len(), VOCAB);
+        assert!(furthest > 1e-6, "nothing was in 8 bits");
+        assert!(furthest <= bound + 1e-5, "{furthest} of {bound}");
+    }
 }
 
 /// A model with corrections that matter, by seed.
@@ -367,19 +475,34 @@ fn no_new_tokens_are_an_answer_too() {
 
 #[test]
 fn a_budget_is_kept_and_one_that_is_too_small_is_named() {
-    let with =
-        |pages: usize| Engine::new(model(), EngineSettings { budget_bytes: bytes_of_pages(pages), ..SMALL });
-    let none = with(1).unwrap_err().to_string();
-    assert!(none.contains(&bytes_of_pages(1).to_string()), "{none}");
-    // Three pages of four tokens; the answer's last token needs no place.
-    let mut engine = with(4).unwrap();
-    let fits = Request::new(vec![5; 6]).with_max_new_tokens(7);
-    let large = engine.submit(fits.clone().with_max_new_tokens(8)).unwrap_err();
-    assert!(matches!(large, InferError::TooLarge { prompt: 6, new: 8, needed: 4, pages: 3 }), "{large}");
-    let answers = engine.complete([fits.clone(), fits], |_, _| {}).unwrap();
-    assert!(answers.iter().all(|answer| answer.tokens.len() == 7));
+    for settings in BOTH {
+        let bytes = |pages: usize| bytes_of_pages(pages, settings.cache_dtype);
+        let with = |budget_bytes| Engine::new(model(), EngineSettings { budget_bytes, ..settings });
+        let none = with(bytes(1)).unwrap_err().to_string();
+        assert!(none.contains(&bytes(1).to_string()), "{none}");
+        assert_eq!(with(bytes(5) - 1).unwrap().load().pages, 3);
+        // Three pages of four tokens; the answer's last token needs no place.
+        let mut engine = with(bytes(4)).unwrap();
+        let fits = Request::new(vec![5; 6]).with_max_new_tokens(7);
+        let large = engine.submit(fits.clone().with_max_new_tokens(8)).unwrap_err();
+        assert!(matches!(large, InferError::TooLarge { prompt: 6, new: 8, needed: 4, pages: 3 }), "{large}");
+        let answers = engine.complete([fits.clone(), fits], |_, _| {}).unwrap();
+        assert!(answers.iter().all(|answer| answer.tokens.len() == 7));
+    }
     let zero = Engine::new(model(), EngineSettings { max_batch: 0, ..SMALL }).unwrap_err().to_string();
     assert!(zero.contains("max_batch"), "{zero}");
+}
+
+#[test]
+fn a_budget_holds_more_pages_in_8_bits() {
+    let budget_bytes = bytes_of_pages(12, CacheDtype::Compute);
+    let pages = BOTH.map(|settings| {
+        let settings = EngineSettings { budget_bytes, ..settings };
+        // One page belongs to nobody.
+        1 + engine(settings).load().pages
+    });
+    // 32 bytes to 12 for a head of a token.
+    assert_eq!(pages, [12, 32]);
 }
 
 #[test]
@@ -462,20 +585,22 @@ fn a_request_that_gives_nan_ends_alone() {
     // Token 10 has an embedding that is no number, and is never the likeliest, since the head is another table.
     let nan = Tensor::<Flex, 2>::full([1, 32], f32::NAN, &Default::default());
     model.embedding = model.embedding.map(|table| table.slice_assign([10..11, 0..32], nan));
-    let small = EngineSettings { budget_bytes: bytes_of_pages(9), ..SMALL };
-    let mut engine = Engine::new(model, small).unwrap();
-    let good = Request::new(vec![5, 6, 7, 8, 9]).with_max_new_tokens(6);
-    let bad = Request::new(vec![5, 6, 7, 8, 9, 10, 11, 12]).with_max_new_tokens(6);
-    let alone = engine.complete([good.clone()], |_, _| {}).unwrap().remove(0);
-    for _ in 0..3 {
-        let answers = engine.complete([bad.clone(), good.clone(), bad.clone()], |_, _| {}).unwrap();
-        assert_eq!(
-            answers.iter().map(|answer| answer.reason).collect::<Vec<_>>(),
-            [FinishReason::NotANumber, FinishReason::Length, FinishReason::NotANumber]
-        );
-        assert_eq!(answers[1].tokens, alone.tokens);
+    for settings in BOTH {
+        let budget_bytes = bytes_of_pages(9, settings.cache_dtype);
+        let mut engine = Engine::new(model.clone(), EngineSettings { budget_bytes, ..settings }).unwrap();
+        let good = Request::new(vec![5, 6, 7, 8, 9]).with_max_new_tokens(6);
+        let bad = Request::new(vec![5, 6, 7, 8, 9, 10, 11, 12]).with_max_new_tokens(6);
+        let alone = engine.complete([good.clone()], |_, _| {}).unwrap().remove(0);
+        for _ in 0..3 {
+            let answers = engine.complete([bad.clone(), good.clone(), bad.clone()], |_, _| {}).unwrap();
+            assert_eq!(
+                answers.iter().map(|answer| answer.reason).collect::<Vec<_>>(),
+                [FinishReason::NotANumber, FinishReason::Length, FinishReason::NotANumber]
+            );
+            assert_eq!(answers[1].tokens, alone.tokens);
+        }
+        assert_empty(&engine);
     }
-    assert_empty(&engine);
 }
 
 #[test]
