@@ -68,7 +68,7 @@ pub enum CacheDtypeArg {
     /// In the dtype to compute in
     #[default]
     Compute,
-    /// In 8 bits: more answers at a time for the same memory
+    /// In 8 bits: more answers at a time for the same memory; on CUDA one operation at a time, which is slower
     Int8,
 }
 

@@ -57,7 +57,7 @@ pub(super) fn store<R: ProductRuntime>(
     // SAFETY: cubes past the last row take the last one; units past a head's end neither read nor write. The index's places
     // lie in the pages, and no two rows but those of the scratch page have the same.
     unsafe {
-        store_kernel::launch_unchecked::<R>(
+        store_int8_kernel::launch_unchecked::<R>(
             &q.client,
             cubes,
             CubeDim::new_1d(units as u32),
@@ -88,7 +88,7 @@ pub(super) fn store<R: ProductRuntime>(
 /// One head of one row. A unit has one word.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments, reason = "a kernel has no other way to take them")]
-fn store_kernel<F: Float>(
+fn store_int8_kernel<F: Float>(
     rows: &Tensor<F>,
     cos: &Tensor<f32>,
     sin: &Tensor<f32>,
@@ -224,7 +224,7 @@ pub(super) fn gather<R: ProductRuntime>(
         // SAFETY: units past the last word do nothing; the others read places of the pages, which are there, and write the
         // numbers of their word.
         unsafe {
-            restore_kernel::launch_unchecked::<R>(
+            restore_int8_kernel::launch_unchecked::<R>(
                 &out.client,
                 cubes(count.div_ceil(RESTORING)),
                 CubeDim::new_1d(RESTORING as u32),
@@ -247,7 +247,7 @@ pub(super) fn gather<R: ProductRuntime>(
 
 /// A unit has a word of the result.
 #[cube(launch_unchecked)]
-fn restore_kernel<F: Float>(
+fn restore_int8_kernel<F: Float>(
     codes: &Tensor<i32>,
     scales: &Tensor<f32>,
     pages: &Tensor<i32>,
@@ -289,7 +289,7 @@ pub(super) fn split<R: ProductRuntime>(
     // SAFETY: a cube reads places below its sequence's length, which its pages hold; it writes the sums or the
     // result of its own row, head and split.
     unsafe {
-        split_kernel::launch_unchecked::<R>(
+        split_int8_kernel::launch_unchecked::<R>(
             &q.client,
             cubes,
             units,
@@ -321,7 +321,7 @@ pub(super) fn split<R: ProductRuntime>(
 /// One row, one head, 128 keys. `numbers` are those of [`Tables`](super::Tables); `vectors` of words are a head of `width` numbers.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments, reason = "a kernel has no other way to take them")]
-fn split_kernel<F: Float, N: Size>(
+fn split_int8_kernel<F: Float, N: Size>(
     q: &Tensor<F>,
     key_codes: &Tensor<Vector<i32, N>>,
     key_scales: &Tensor<f32>,
