@@ -5,6 +5,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_flex::Flex;
@@ -64,6 +65,57 @@ fn sequences(lengths: &[(usize, usize)]) -> Vec<PagedSequence> {
 fn places_of(sequences: &[PagedSequence]) -> usize {
     let pages = 1 + sequences.iter().flat_map(|sequence| &sequence.pages).max().unwrap();
     pages as usize * PAGE
+}
+
+/// The places of some positions of each sequence.
+fn places(
+    sequences: &[PagedSequence],
+    positions: impl Fn(&PagedSequence) -> Range<usize>,
+) -> BTreeSet<usize> {
+    let of_sequence = |sequence| positions(sequence).map(|at| PagedSequence::place(sequence, at, PAGE));
+    sequences.iter().flat_map(of_sequence).collect()
+}
+
+/// Words, and the bits of scales.
+fn bits(rows: &Int8Rows<Flex>) -> (Vec<i32>, Vec<u32>) {
+    let scales = host(rows.scales.clone()).iter().map(|scale| scale.to_bits()).collect();
+    (rows.codes.to_data().to_vec().unwrap(), scales)
+}
+
+/// Heads that were stored have the scale of their largest number and are restored to half a step of what they exactly are `[places,
+/// g k]`; others are as they were before. Angles are off by their own roundings, as they are for floats.
+fn stored_to_half_a_step(
+    what: &str,
+    heads: Heads,
+    [found, before]: [&Int8Rows<Flex>; 2],
+    exact: &[f32],
+    stored: &BTreeSet<usize>,
+) {
+    let ((codes, scales), (codes_before, scales_before)) = (bits(found), bits(before));
+    let (words, restored) = (heads.width.div_ceil(4), host(found.restored(heads)));
+    for (head, (&scale, &scale_before)) in scales.iter().zip(&scales_before).enumerate() {
+        let own = head * words..(head + 1) * words;
+        let scale = f32::from_bits(scale);
+        if !stored.contains(&(head / heads.keys)) {
+            assert_eq!(codes[own.clone()], codes_before[own], "codes of head {head}, {what}");
+            let before = f32::from_bits(scale_before);
+            let kept = scale == before || (scale.is_nan() && before.is_nan());
+            assert!(kept, "{scale} for {before} of head {head}, {what}");
+            continue;
+        }
+        let exact = &exact[head * heads.width..][..heads.width];
+        let most = exact.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+        let rounding = 2e-5 * (1.0 + most);
+        assert!((scale * 127.0 - most).abs() <= rounding, "{scale} for {most} of head {head}, {what}");
+        for (found, exact) in restored[head * heads.width..].iter().zip(exact) {
+            let error = (found - exact).abs();
+            assert!(error <= scale / 2.0 + rounding, "{found} for {exact} in head {head}, {what}");
+        }
+    }
+    // Bytes behind the end of a head are zero.
+    let spare = words * 4 - heads.width;
+    let mut last = codes.iter().skip(words - 1).step_by(words);
+    assert!(spare == 0 || last.all(|word| word.cast_unsigned() >> (32 - 8 * spare) == 0), "{what}");
 }
 
 /// The same codes and scales on another backend, without gaps between rows.
@@ -202,59 +254,52 @@ impl<R: ProductRuntime> Runner<'_, R> {
         self.attention_in_8_bits(heads, &sequences);
     }
 
-    /// What is stored against half a step, and what is attended for against the reference on the same pages. Places that no
-    /// sequence sees are poisoned: a scale that is no number, as the key of a broken row has it.
+    /// What is stored against half a step, and what is attended for against the reference on the same pages.
     fn attention_in_8_bits(&self, heads: Heads, sequences: &[PagedSequence]) {
         let what = format!("8 bits, {heads:?} {sequences:?}");
+        let before = self.poisoned(heads, sequences);
+        let rows = sequences.iter().map(|sequence| sequence.rows).sum();
+        let rows = self.special_rows([rows, (heads.queries + 2 * heads.keys) * heads.width], heads);
+
         let index = PagedIndex::<Cube<R>>::new(sequences.to_vec(), PAGE, self.device);
-        let all = [places_of(sequences), heads.keys * heads.width];
-        let [mut keys, values] = [1, 2].map(|seed| {
-            let rows = self.tensor::<Flex>(all, seed, (&Default::default(), DType::F32));
-            Int8Rows::of(rows, heads)
-        });
-        let seen: BTreeSet<usize> = sequences
-            .iter()
-            .flat_map(|sequence| (0..sequence.length).map(|at| sequence.place(at, PAGE)))
-            .collect();
-        for place in (0..all[0]).filter(|place| !seen.contains(place)) {
-            let poison = Tensor::full([1, heads.keys], f32::NAN, &Default::default());
-            let scales = keys.scales.clone();
-            keys.scales = scales.slice_assign([place..place + 1, 0..heads.keys], poison);
-        }
-        let rows = self.special_rows([index.rows(), (heads.queries + 2 * heads.keys) * heads.width], heads);
-        let on_device = [&keys, &values].map(|rows| moved(rows, self.device));
-        let [device_keys, device_values] = on_device;
-        let mut pages = Pages::Int8(Int8Pages { keys: device_keys, values: device_values });
         let angles = RotaryAngles::new(index.positions(), heads.width, 10_000.0);
+        let [keys, values] = before.each_ref().map(|rows| moved(rows, self.device));
+        let mut pages = Pages::Int8(Int8Pages { keys, values });
         let own = Tensor::from_data(rows.to_data(), (self.device, self.dtype));
         let q = Cube::<R>::paged_store(own, &angles, heads, &mut pages, &index);
         let o = Cube::<R>::paged_attention(q.clone(), heads, &pages, &index);
-        let Pages::Int8(Int8Pages { keys: found_keys, values: found_values }) = pages else {
-            unreachable!("as they were made")
-        };
-        let found = [&found_keys, &found_values].map(|rows| moved::<_, Flex>(rows, &Default::default()));
+        let Pages::Int8(Int8Pages { keys, values }) = pages else { unreachable!("as they were made") };
+        let found = [&keys, &values].map(|rows| moved::<_, Flex>(rows, &Default::default()));
 
         let index = PagedIndex::<Flex>::new(sequences.to_vec(), PAGE, &Default::default());
         let angles = RotaryAngles::new(index.positions(), heads.width, 10_000.0);
-        let mut exact =
-            Pages::<Flex>::zeros(all[0], heads, PageFormat::Float(DType::F32), &Default::default());
+        let format = PageFormat::Float(DType::F32);
+        let mut exact = Pages::<Flex>::zeros(places_of(sequences), heads, format, &Default::default());
         let exact_q = Flex::paged_store(rows, &angles, heads, &mut exact, &index);
+        let Pages::Float(FloatPages { keys, values }) = exact else { unreachable!("as they were made") };
         self.close(&format!("q, {what}"), &host(q.clone()), &host(exact_q));
-        let Pages::Float(FloatPages { keys: exact_keys, values: exact_values }) = exact else {
-            unreachable!("as they were made")
-        };
-        let stored: BTreeSet<usize> = sequences
-            .iter()
-            .flat_map(|sequence| sequence.positions().map(|at| sequence.place(at, PAGE)))
-            .collect();
-        for (found, (before, exact)) in found.iter().zip([(&keys, exact_keys), (&values, exact_values)]) {
-            self.stored_to_half_a_step(&what, heads, found, before, &host(exact), &stored);
+        let stored = places(sequences, PagedSequence::positions);
+        for (found, (before, exact)) in found.iter().zip(before.iter().zip([keys, values])) {
+            stored_to_half_a_step(&what, heads, [found, before], &host(exact), &stored);
         }
-        let [found_keys, found_values] = found;
-        let pages = Pages::Int8(Int8Pages { keys: found_keys, values: found_values });
+        let [keys, values] = found;
+        let pages = Pages::Int8(Int8Pages { keys, values });
         let q = Tensor::from_data(q.cast(DType::F32).into_data(), &Default::default());
-        let expected = Flex::paged_attention(q, heads, &pages, &index);
-        self.close(&format!("o, {what}"), &host(o), &host(expected));
+        self.close(&format!("o, {what}"), &host(o), &host(Flex::paged_attention(q, heads, &pages, &index)));
+    }
+
+    /// Keys and values of all places: noise, and where no sequence sees them keys whose scale is no number, as that of a broken row.
+    fn poisoned(&self, heads: Heads, sequences: &[PagedSequence]) -> [Int8Rows<Flex>; 2] {
+        let all = [places_of(sequences), heads.keys * heads.width];
+        let [mut keys, values] = [1, 2].map(|seed| {
+            Int8Rows::of(self.tensor::<Flex>(all, seed, (&Default::default(), DType::F32)), heads)
+        });
+        let seen = places(sequences, |sequence| 0..sequence.length);
+        for place in (0..all[0]).filter(|place| !seen.contains(place)) {
+            let poison = Tensor::full([1, heads.keys], f32::NAN, &Default::default());
+            keys.scales = keys.scales.slice_assign([place..place + 1, 0..heads.keys], poison);
+        }
+        [keys, values]
     }
 
     /// Noise in which the first row has a head of values that are all zero, and the last one, if there are two, a key and a value
@@ -268,49 +313,6 @@ impl<R: ProductRuntime> Runner<'_, R> {
             rows[(n - 1) * width + values + 1] = 1024.0;
         }
         Tensor::from_data(TensorData::new(rows, [n, width]), &Default::default())
-    }
-
-    /// Stored heads have the scale of their largest number and are restored to half a step; others are as they were.
-    fn stored_to_half_a_step(
-        &self,
-        what: &str,
-        heads: Heads,
-        found: &Int8Rows<Flex>,
-        before: &Int8Rows<Flex>,
-        exact: &[f32],
-        stored: &BTreeSet<usize>,
-    ) {
-        let bits = |rows: &Int8Rows<Flex>| {
-            let codes: Vec<i32> = rows.codes.to_data().to_vec().unwrap();
-            let scales = host(rows.scales.clone()).iter().map(|scale| scale.to_bits()).collect::<Vec<u32>>();
-            (codes, scales)
-        };
-        let ((codes, scales), (codes_before, scales_before)) = (bits(found), bits(before));
-        let (words, restored) = (heads.width.div_ceil(4), host(found.restored(heads)));
-        for head in 0..scales.len() {
-            let own = head * words..(head + 1) * words;
-            if !stored.contains(&(head / heads.keys)) {
-                assert_eq!(codes[own.clone()], codes_before[own], "codes of head {head}, {what}");
-                let is_nan = f32::from_bits(scales_before[head]).is_nan();
-                assert!(scales[head] == scales_before[head] || is_nan, "scale of head {head}, {what}");
-                continue;
-            }
-            let exact = &exact[head * heads.width..][..heads.width];
-            let most = exact.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
-            let scale = f32::from_bits(scales[head]);
-            assert!((scale * 127.0 - most).abs() <= 1e-5 * most, "{scale} for {most} of head {head}, {what}");
-            for (found, exact) in restored[head * heads.width..].iter().zip(exact) {
-                let bound = scale / 2.0 + 1e-5 * most;
-                assert!((found - exact).abs() <= bound, "{found} for {exact} in head {head}, {what}");
-            }
-        }
-        // Bytes behind the end of a head are zero.
-        let spare = words * 4 - heads.width;
-        let last = codes.iter().skip(words - 1).step_by(words);
-        assert!(
-            spare == 0 || last.copied().all(|word| word.cast_unsigned() >> (32 - 8 * spare) == 0),
-            "{what}"
-        );
     }
 
     /// A number that is none among the rows of one of three sequences that are stored and attended for together, in a value, or
