@@ -161,6 +161,7 @@ fn visitor(random: &mut ChaCha8Rng) -> Visitor {
     let length = 1 + draw(40) as usize;
     let prompt = if draw(3) == 0 { prompt(7, length) } else { prompt(u64::from(draw(1000)), length) };
     let request = Request::new(prompt).with_max_new_tokens(1 + draw(20) as usize);
+    let request = Request { log_probs: Some(2), ..request };
     Visitor { request, cancelled: draw(6) == 0, answer: Answer::default(), ended: false }
 }
 
@@ -178,6 +179,16 @@ fn a_crowd_is_served_from_little_memory() {
         let budget_bytes = bytes_of_pages(33, settings.cache_dtype);
         serve_a_crowd(EngineSettings { budget_bytes, ..settings });
     }
+}
+
+/// The tokens of an answer are those that are expected. In 8 bits a sum that is rounded otherwise in another batch may move a key
+/// or a value to the next code, so there an answer may go another way where two tokens are about as likely.
+fn assert_same(answer: &Answer, expected: &Answer, cache_dtype: CacheDtype) {
+    let mut pairs = answer.tokens.iter().zip(&expected.tokens);
+    let Some(place) = pairs.position(|(token, expected)| token != expected) else { return };
+    let [(_, first), (_, second)] = expected.log_probs[place].top[..] else { panic!("the two likeliest") };
+    let near = cache_dtype == CacheDtype::Int8 && first - second < 0.02;
+    assert!(near, "{:?} for {:?}, ahead by {}", answer.tokens, expected.tokens, first - second);
 }
 
 fn serve_a_crowd(settings: EngineSettings) {
@@ -213,11 +224,13 @@ fn serve_a_crowd(settings: EngineSettings) {
         assert!(visitor.ended);
         let expected = alone.complete([visitor.request.clone()], |_, _| {}).unwrap().remove(0);
         let answer = &visitor.answer;
+        assert_same(answer, &expected, settings.cache_dtype);
         if answer.reason == FinishReason::Cancelled {
             cancelled += 1;
-            assert!(visitor.cancelled && expected.tokens.starts_with(&answer.tokens));
+            assert!(visitor.cancelled && answer.tokens.len() <= expected.tokens.len());
         } else {
-            assert_eq!((&answer.tokens, answer.reason), (&expected.tokens, FinishReason::Length));
+            assert_eq!(answer.reason, FinishReason::Length);
+            assert_eq!(answer.tokens.len(), expected.tokens.len());
         }
     }
     assert!(cancelled > 10, "{cancelled} were cancelled");
