@@ -114,12 +114,15 @@ pub(super) fn quantize_head(x: &[f32], words: &mut [i32]) -> f32 {
     scale
 }
 
-/// The numbers of one head, on the host.
+/// The numbers of one head, on the host. Whole words are taken apart by themselves, so that they are vector instructions.
 pub(super) fn restore_head(words: &[i32], scale: f32, x: &mut [f32]) {
-    for (word, numbers) in words.iter().zip(x.chunks_mut(PER_WORD)) {
-        for (byte, number) in word.to_le_bytes().into_iter().zip(numbers) {
-            *number = scale * f32::from(byte.cast_signed());
-        }
+    let restored = |word: i32| word.to_le_bytes().map(|byte| scale * f32::from(byte.cast_signed()));
+    let (whole, rest) = x.as_chunks_mut::<PER_WORD>();
+    for (numbers, &word) in whole.iter_mut().zip(words) {
+        *numbers = restored(word);
+    }
+    if let Some(&word) = words.get(whole.len()) {
+        rest.copy_from_slice(&restored(word)[..rest.len()]);
     }
 }
 
