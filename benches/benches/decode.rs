@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use buzzer::DeviceJob;
 use buzzer::burn::tensor::DType;
-use buzzer::infer::{Engine, EngineSettings, Event, Request};
+use buzzer::infer::{CacheDtype, Engine, EngineSettings, Event, Request};
 use buzzer::kernels::{Card, KernelBackend};
 use buzzer::model::{Llama, LlamaConfig, LoraSettings, PagedCache, Target};
 use buzzer_benches::{
@@ -58,6 +58,9 @@ struct Arguments {
     /// Submit the operations of a step one by one, also where the device can run them as one program.
     #[arg(long)]
     one_by_one: bool,
+    /// Keep keys and values in 8 bits, for which there is no such program.
+    #[arg(long)]
+    int8_cache: bool,
     /// Dtype to compute in [default: what the device has].
     #[arg(long, value_enum)]
     dtype: Option<Compute>,
@@ -112,6 +115,10 @@ impl Arguments {
         let layers = self.layers.map_or(config.num_hidden_layers, |layers| layers as usize);
         LlamaConfig { num_hidden_layers: layers, ..config }
     }
+
+    fn cache_dtype(&self) -> CacheDtype {
+        if self.int8_cache { CacheDtype::Int8 } else { CacheDtype::Compute }
+    }
 }
 
 struct Setup<'a, B: KernelBackend> {
@@ -147,12 +154,19 @@ impl<B: KernelBackend> Setup<'_, B> {
         });
     }
 
+    /// Bytes of a page of so many tokens.
+    fn page_bytes(&self, tokens: usize) -> usize {
+        let format = self.arguments.cache_dtype().format(self.dtype);
+        PagedCache::<B>::page_bytes(self.model.config(), tokens, format)
+    }
+
     fn measure(&mut self, batch: usize) -> Result<(), BenchError> {
         let (prompt, new) = (self.arguments.prompt as usize, self.arguments.new as usize);
         let pages = batch * (prompt + new).div_ceil(PAGE_TOKENS) + 1;
         let settings = EngineSettings {
-            budget_bytes: pages * PagedCache::<B>::page_bytes(self.model.config(), PAGE_TOKENS, self.dtype)
-                + Engine::step_bytes(&self.model, PAGE_TOKENS),
+            budget_bytes: pages * self.page_bytes(PAGE_TOKENS)
+                + Engine::step_bytes(&self.model, PAGE_TOKENS, self.arguments.cache_dtype()),
+            cache_dtype: self.arguments.cache_dtype(),
             page_tokens: PAGE_TOKENS,
             max_batch: batch,
             prefill_chunk: self.arguments.chunk as usize,
@@ -162,7 +176,8 @@ impl<B: KernelBackend> Setup<'_, B> {
         // Kernels are compiled in the first run.
         self.answer(&mut engine, batch, 0)?;
         let measured = self.answer(&mut engine, batch, 1)?;
-        let shape = format!("{batch} x {prompt} + {new} r{}", self.arguments.adapter_rank);
+        let cache = if self.arguments.int8_cache { " int8" } else { "" };
+        let shape = format!("{batch} x {prompt} + {new} r{}{cache}", self.arguments.adapter_rank);
         let last = measured.first.iter().copied().fold(0.0, f64::max);
         let mean = measured.first.iter().sum::<f64>() / batch as f64;
         let steps = measured.rate / batch as f64;
@@ -218,7 +233,7 @@ impl<B: KernelBackend> Setup<'_, B> {
         let table = config.vocab_size * config.hidden_size * size;
         let tables = if config.tie_word_embeddings { 1 } else { 2 };
         let weights = self.model.weight_bytes() - (tables - 1) * table;
-        let cache = batch * PagedCache::<B>::page_bytes(config, tokens, self.dtype);
+        let cache = batch * self.page_bytes(tokens);
         (weights + self.model.lora_parameters() * size + cache) as f64
     }
 }

@@ -27,7 +27,9 @@ mod writing;
 
 pub mod programs;
 
-pub use answer::{AnswerArgs, Answered, answer_clues, answer_text, fields, judge_answers, tell_step_refusal};
+pub use answer::{
+    AnswerArgs, Answered, CacheDtypeArg, answer_clues, answer_text, fields, judge_answers, tell_step_refusal,
+};
 pub use compare::{Answers, Comparison, Probe, Record, Spread};
 pub use corpus::{Corpus, CorpusReport, DataArgs, HeldOut, Packing, SplitArg, build as build_corpus};
 pub use dashboard::Dashboard;

@@ -198,6 +198,16 @@ fn an_evaluation_says_how_sure_it_is_and_compares_itself() {
     let compared = &json(&second.join("report.json"))["compared"][0];
     assert_eq!((&compared["n"], &compared["only_first"]), (&Value::from(40), &Value::from(0)));
     assert_eq!(compared["both"].as_u64().unwrap(), right as u64);
+
+    let third = dir.path().join("third");
+    evaluate(&third, &["--cache-dtype", "int8"]);
+    let log_probs = [&first, &third].map(|run| {
+        let lines = fs::read_to_string(run.join("predictions.jsonl")).unwrap();
+        let log_prob = |line| serde_json::from_str::<Value>(line).unwrap()["log_prob"].as_f64().unwrap();
+        lines.lines().map(log_prob).collect::<Vec<f64>>()
+    });
+    assert_eq!(log_probs[1].len(), 40);
+    assert!(log_probs[0] != log_probs[1], "keys and values were not in 8 bits");
 }
 
 #[test]
@@ -687,6 +697,7 @@ fn flags_that_make_no_sense_are_named() {
     refuses("generate", &["--min-p", "2", "clue"], &["--min-p"]);
     refuses("generate", &["--repetition-penalty", "0", "clue"], &["--repetition-penalty"]);
     refuses("generate", &["--device", "cpu", "--cache-limit", "0", "clue"], &["--cache-limit", "bytes"]);
+    refuses("generate", &["--cache-dtype", "int4", "clue"], &["--cache-dtype", "int4", "compute", "int8"]);
     refuses("generate", &["--adapter", "no/such/adapter", "clue"], &["no/such/adapter", "--adapter"]);
     refuses("generate", &["--file", "no/such/file", "x"], &["--file"]);
 }

@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use buzzer::burn::tensor::DType;
-use buzzer::infer::Engine;
-use buzzer::kernels::{Cuda, CudaDevice, KernelBackend, cuda_cards};
+use buzzer::infer::{CacheDtype, Engine};
+use buzzer::kernels::{Cuda, CudaDevice, KernelBackend, PageFormat, StepError, cuda_cards};
 use buzzer::model::{Llama, LlamaConfig, LoraSettings, PagedCache, Target};
 
 const PAGE_TOKENS: usize = 16;
@@ -27,14 +27,27 @@ fn a_program_takes_what_is_planned() {
         let mut model = Llama::<Cuda>::random_frozen(&config, DType::F16, &device);
         let targets = Target::ALL.to_vec();
         model.add_lora(&LoraSettings { rank, alpha: 16.0, rslora: false, targets }, 7);
-        let cache = PagedCache::<Cuda>::new(&config, 4, PAGE_TOKENS, DType::F16, &device);
+        let format = PageFormat::Float(DType::F16);
+        let cache = PagedCache::<Cuda>::new(&config, 4, PAGE_TOKENS, format, &device);
         let loras = model.lora_set().cast(DType::F16);
-        let program = model.step_program(&loras, PAGE_TOKENS);
+        let program = model.step_program(&loras, PAGE_TOKENS, format);
         let in_use = || Cuda::allocated(&device).unwrap().in_use as usize;
         let before = in_use();
         let runner = Cuda::step_runner(&program, cache.pages()).unwrap();
-        let (taken, planned) = (in_use() - before, Engine::step_bytes(&model, PAGE_TOKENS));
+        let (taken, planned) =
+            (in_use() - before, Engine::step_bytes(&model, PAGE_TOKENS, CacheDtype::Compute));
         println!("rank {rank}: {taken} bytes taken, {planned} planned, {} rows", runner.most_rows());
         assert!(taken >= planned && taken <= planned + MOST_TENSORS * ROUNDED_BYTES, "{taken}, {planned}");
     }
+    there_is_no_program_for_a_cache_in_8_bits(&config, &device);
+}
+
+/// Not a test of its own, because what it allocates would be counted in the other one.
+fn there_is_no_program_for_a_cache_in_8_bits(config: &LlamaConfig, device: &CudaDevice) {
+    let model = Llama::<Cuda>::random_frozen(config, DType::F16, device);
+    let cache = PagedCache::<Cuda>::new(config, 4, PAGE_TOKENS, PageFormat::Int8, device);
+    let program = model.step_program(&model.lora_set(), PAGE_TOKENS, cache.format());
+    let refused = Cuda::step_runner(&program, cache.pages()).unwrap_err();
+    assert!(matches!(&refused, StepError::Unsupported(why) if why.contains("8 bits")), "{refused}");
+    assert_eq!(Engine::step_bytes(&model, PAGE_TOKENS, CacheDtype::Int8), 0);
 }

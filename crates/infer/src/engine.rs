@@ -28,51 +28,7 @@ use crate::sequence::{Choice, Sequence, pages_for};
 use crate::steps::Steps;
 use crate::stream::Stream;
 use crate::text::AnswerText;
-use crate::{Answer, Event, FinishReason, InferError, Request, RequestId, Usage};
-
-/// What an engine may use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EngineSettings {
-    /// Bytes for keys and values, and for the program of single tokens with the model's own corrections, at most. Less is
-    /// taken where `max_batch` requests of the model's whole context need less. Programs for other adapters, which are made
-    /// when they are first wanted, take as much each beside it.
-    pub budget_bytes: usize,
-    /// Tokens a page holds. Smaller pages waste less at an answer's end and share more; larger ones are read faster.
-    pub page_tokens: usize,
-    /// Answers in progress at most.
-    pub max_batch: usize,
-    /// Tokens of prompts in one pass at most. Fewer delay answers in progress less; more prompts run faster.
-    pub prefill_chunk: usize,
-    /// Run passes of nothing but single tokens as one program, where the device can: see [`buzzer_kernels::step`].
-    pub step_programs: bool,
-}
-
-impl Default for EngineSettings {
-    /// A GiB, pages of 16, 64 answers, 512 tokens, and step programs.
-    fn default() -> Self {
-        Self {
-            budget_bytes: 1 << 30,
-            page_tokens: 16,
-            max_batch: 64,
-            prefill_chunk: 512,
-            step_programs: true,
-        }
-    }
-}
-
-impl EngineSettings {
-    fn check(&self) -> Result<(), InferError> {
-        let sizes = [
-            ("page_tokens", self.page_tokens),
-            ("max_batch", self.max_batch),
-            ("prefill_chunk", self.prefill_chunk),
-        ];
-        match sizes.into_iter().find(|(_, size)| *size == 0) {
-            Some((flag, _)) => Err(InferError::Setting { flag, found: "0".into(), choose: "1 or more" }),
-            None => Ok(()),
-        }
-    }
-}
+use crate::{Answer, CacheDtype, EngineSettings, Event, FinishReason, InferError, Request, RequestId, Usage};
 
 /// How full an engine is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,10 +86,11 @@ impl<B: KernelBackend> Engine<B> {
     pub fn new(model: Llama<B>, mut settings: EngineSettings) -> Result<Self, InferError> {
         settings.check()?;
         let config = model.config();
-        let page = PagedCache::<B>::page_bytes(config, settings.page_tokens, model.dtype());
+        let format = settings.cache_dtype.format(model.dtype());
+        let page = PagedCache::<B>::page_bytes(config, settings.page_tokens, format);
         let budget = settings.budget_bytes;
         let own = model.lora_set().cast(model.dtype());
-        let program = || B::step_bytes(&model.step_program(&own, settings.page_tokens));
+        let program = || B::step_bytes(&model.step_program(&own, settings.page_tokens, format));
         let program = if settings.step_programs { program() } else { 0 };
         // Pages come first: without a program answers are slower, and without pages there are none.
         settings.step_programs &= budget.saturating_sub(program) >= 2 * page;
@@ -143,7 +100,7 @@ impl<B: KernelBackend> Engine<B> {
         if pages < 2 {
             return Err(InferError::BudgetTooSmall { budget, page });
         }
-        let cache = PagedCache::new(config, pages, settings.page_tokens, model.dtype(), &model.device());
+        let cache = PagedCache::new(config, pages, settings.page_tokens, format, &model.device());
         Ok(Self {
             adapters: vec![(String::new(), own)],
             few_sizes: B::card(&model.device()).is_some(),
@@ -163,8 +120,9 @@ impl<B: KernelBackend> Engine<B> {
     /// Bytes of the device that a program of single tokens with a model's own corrections takes, so that a budget can hold
     /// it beside the pages; 0 where there is none.
     #[must_use]
-    pub fn step_bytes(model: &Llama<B>, page_tokens: usize) -> usize {
-        B::step_bytes(&model.step_program(&model.lora_set().cast(model.dtype()), page_tokens))
+    pub fn step_bytes(model: &Llama<B>, page_tokens: usize, cache_dtype: CacheDtype) -> usize {
+        let (loras, format) = (model.lora_set().cast(model.dtype()), cache_dtype.format(model.dtype()));
+        B::step_bytes(&model.step_program(&loras, page_tokens, format))
     }
 
     /// The same with text; answers end at the tokenizer's end token.
@@ -477,7 +435,7 @@ impl<B: KernelBackend> Engine<B> {
         }
         let Self { steps, model, adapters, cache, .. } = self;
         let make = || {
-            let program = model.step_program(&adapters[adapter].1, cache.page_tokens());
+            let program = model.step_program(&adapters[adapter].1, cache.page_tokens(), cache.format());
             B::step_runner(&program, cache.pages())
         };
         steps.prepare(adapter, plan.len(), make).then_some(adapter)

@@ -39,12 +39,14 @@ mod pages;
 mod request;
 mod sampling;
 mod sequence;
+mod settings;
 mod steps;
 mod stream;
 mod text;
 
-pub use engine::{Engine, EngineSettings, Load};
+pub use engine::{Engine, Load};
 pub use error::InferError;
 pub use request::{Answer, Event, FinishReason, LogProb, Request, RequestId, Usage};
 pub use sampling::Sampling;
+pub use settings::{CacheDtype, EngineSettings};
 pub use stream::Stream;

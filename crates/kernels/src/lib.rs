@@ -61,7 +61,10 @@ pub use cross_entropy::{CrossEntropyGradient, IGNORED};
 pub use dropout::Dropout;
 pub use grouped_linear::RowGroup;
 pub use nf4::{Nf4Error, Nf4Tensor};
-pub use paged_attention::{PagedIndex, PagedSequence, Pages, SCRATCH_PAGE};
+pub use paged_attention::int8::Int8Rows;
+pub use paged_attention::{
+    FloatPages, Int8Pages, PageFormat, PagedIndex, PagedSequence, Pages, SCRATCH_PAGE,
+};
 pub use qlora_linear::{FrozenWeight, InputGradient, LinearPart, LoraTerm, Projection, SpaciousRows, Spent};
 pub use rotary::RotaryAngles;
 pub use step::{StepError, StepOperation, StepProgram, StepRow, StepRunner, StepSource, StepTarget};

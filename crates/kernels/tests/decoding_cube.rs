@@ -4,11 +4,15 @@
 
 mod common;
 
-use burn::tensor::{DType, Tensor, TensorData};
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_flex::Flex;
 use buzzer_kernels::{
-    Cube, FrozenWeight, Heads, KernelBackend, LoraTerm, Nf4Tensor, PagedIndex, PagedSequence, Pages,
-    ProductRuntime, RotaryAngles, RowGroup, TokenChoice, choice,
+    Cube, FloatPages, FrozenWeight, Heads, Int8Pages, Int8Rows, KernelBackend, LoraTerm, Nf4Tensor,
+    PageFormat, PagedIndex, PagedSequence, Pages, ProductRuntime, RotaryAngles, RowGroup, TokenChoice,
+    choice,
 };
 use common::{Device, noise};
 
@@ -71,6 +75,88 @@ fn possible(logits: &[f32], how: &TokenChoice) -> Vec<Option<u32>> {
     let all = draws.iter().flat_map(|&draw| shares.iter().map(move |&top_p| (draw, top_p)));
     let choose = |(draw, top_p)| choice::choose(logits, &TokenChoice { draw, top_p, ..*how });
     all.map(|pair| choose(pair).map(|chosen| chosen.id)).collect()
+}
+
+/// Sequences of these lengths and rows, in pages in an order that is not theirs in memory; the first one is the scratch page.
+fn sequences(lengths: &[(usize, usize)]) -> Vec<PagedSequence> {
+    let (mut next, mut sequences) = (0, Vec::new());
+    let total: u32 = lengths.iter().map(|(length, _)| length.div_ceil(PAGE) as u32).sum();
+    for &(length, rows) in lengths {
+        let count = length.div_ceil(PAGE) as u32;
+        let pages = (next..next + count).map(|page| 1 + (total - 1 - page)).collect();
+        next += count;
+        sequences.push(PagedSequence { pages, length, rows });
+    }
+    sequences
+}
+
+/// Places of all pages up to the last one that a sequence has.
+fn places_of(sequences: &[PagedSequence]) -> usize {
+    let pages = 1 + sequences.iter().flat_map(|sequence| &sequence.pages).max().unwrap();
+    pages as usize * PAGE
+}
+
+/// The places of some positions of each sequence.
+fn places(
+    sequences: &[PagedSequence],
+    positions: impl Fn(&PagedSequence) -> Range<usize>,
+) -> BTreeSet<usize> {
+    let of_sequence = |sequence| positions(sequence).map(|at| PagedSequence::place(sequence, at, PAGE));
+    sequences.iter().flat_map(of_sequence).collect()
+}
+
+/// Words, and the bits of scales.
+fn bits(rows: &Int8Rows<Flex>) -> (Vec<i32>, Vec<u32>) {
+    let scales = host(rows.scales.clone()).iter().map(|scale| scale.to_bits()).collect();
+    (rows.codes.to_data().to_vec().unwrap(), scales)
+}
+
+/// Heads that were stored have the scale of their largest number and are restored to half a step of what they exactly are `[places,
+/// g k]`; others are as they were before. Angles are off by their own roundings, as they are for floats.
+fn stored_to_half_a_step(
+    what: &str,
+    heads: Heads,
+    [found, before]: [&Int8Rows<Flex>; 2],
+    exact: &[f32],
+    stored: &BTreeSet<usize>,
+) {
+    let ((codes, scales), (codes_before, scales_before)) = (bits(found), bits(before));
+    let (words, restored) = (heads.width.div_ceil(4), host(found.restored(heads)));
+    for (head, (&scale, &scale_before)) in scales.iter().zip(&scales_before).enumerate() {
+        let own = head * words..(head + 1) * words;
+        let scale = f32::from_bits(scale);
+        if !stored.contains(&(head / heads.keys)) {
+            assert_eq!(codes[own.clone()], codes_before[own], "codes of head {head}, {what}");
+            let before = f32::from_bits(scale_before);
+            let kept = scale == before || (scale.is_nan() && before.is_nan());
+            assert!(kept, "{scale} for {before} of head {head}, {what}");
+            continue;
+        }
+        let exact = &exact[head * heads.width..][..heads.width];
+        let most = exact.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+        let rounding = 2e-5 * (1.0 + most);
+        assert!((scale * 127.0 - most).abs() <= rounding, "{scale} for {most} of head {head}, {what}");
+        for (found, exact) in restored[head * heads.width..].iter().zip(exact) {
+            let error = (found - exact).abs();
+            assert!(error <= scale / 2.0 + rounding, "{found} for {exact} in head {head}, {what}");
+        }
+    }
+    // Bytes behind the end of a head are zero.
+    let spare = words * 4 - heads.width;
+    let mut last = codes.iter().skip(words - 1).step_by(words);
+    assert!(spare == 0 || last.all(|word| word.cast_unsigned() >> (32 - 8 * spare) == 0), "{what}");
+}
+
+/// The same codes and scales on another backend, without gaps between rows.
+fn moved<A: KernelBackend, B: KernelBackend>(rows: &Int8Rows<A>, device: &B::Device) -> Int8Rows<B> {
+    let (codes, scales) = (rows.codes.to_data(), rows.scales.to_data());
+    let ([places, words], [_, heads]) = (rows.codes.dims(), rows.scales.dims());
+    let codes = TensorData::new(codes.to_vec::<i32>().unwrap(), [places * words]);
+    let scales = TensorData::new(scales.to_vec::<f32>().unwrap(), [places * heads]);
+    Int8Rows {
+        codes: Tensor::<B, 1, Int>::from_data(codes, (device, DType::I32)).reshape([places, words]),
+        scales: Tensor::<B, 1>::from_data(scales, (device, DType::F32)).reshape([places, heads]),
+    }
 }
 
 impl<R: ProductRuntime> Runner<'_, R> {
@@ -190,6 +276,17 @@ impl<R: ProductRuntime> Runner<'_, R> {
         self.linear(Case { outs: &[12], inner: 96, groups: &[(2, 2)], ..case });
     }
 
+    /// Noise on a backend; rows lie side by side without gaps, as places do.
+    fn tensor<B: KernelBackend>(
+        &self,
+        dims: [usize; 2],
+        seed: u64,
+        (device, dtype): (&B::Device, DType),
+    ) -> Tensor<B, 2> {
+        let values = self.values(dims[0] * dims[1], seed, 1.0);
+        Tensor::<B, 1>::from_data(TensorData::new(values, [dims[0] * dims[1]]), (device, dtype)).reshape(dims)
+    }
+
     /// Rows stored and attended for, on a backend.
     fn paged<B: KernelBackend>(
         &self,
@@ -199,60 +296,111 @@ impl<R: ProductRuntime> Runner<'_, R> {
         dtype: DType,
     ) -> [Vec<f32>; 3] {
         let index = PagedIndex::<B>::new(sequences.to_vec(), PAGE, device);
-        let tensor = |dims: [usize; 2], seed: u64| {
-            let values = self.values(dims[0] * dims[1], seed, 1.0);
-            Tensor::<B, 2>::from_data(TensorData::new(values, dims), (device, dtype))
-        };
-        let pages = 1 + sequences.iter().flat_map(|sequence| &sequence.pages).max().unwrap();
-        let all = [pages as usize * PAGE, heads.keys * heads.width];
-        // Without gaps between rows, as pages are made.
-        let full = |seed| tensor([1, all[0] * all[1]], seed).reshape(all);
-        let mut pages = Pages { keys: full(1), values: full(2) };
-        let rows = tensor([index.rows(), (heads.queries + 2 * heads.keys) * heads.width], 3);
+        let all = [places_of(sequences), heads.keys * heads.width];
+        let full = |seed| self.tensor::<B>(all, seed, (device, dtype));
+        let mut pages = Pages::Float(FloatPages { keys: full(1), values: full(2) });
+        let rows = [index.rows(), (heads.queries + 2 * heads.keys) * heads.width];
+        let rows = self.tensor(rows, 3, (device, dtype));
         let angles = RotaryAngles::new(index.positions(), heads.width, 10_000.0);
         let q = B::paged_store(rows, &angles, heads, &mut pages, &index);
         let o = B::paged_attention(q, heads, &pages, &index);
-        [host(o), host(pages.keys), host(pages.values)]
+        let Pages::Float(FloatPages { keys, values }) = pages else { unreachable!("as they were made") };
+        [host(o), host(keys), host(values)]
     }
 
     fn attention(&self, heads: Heads, lengths: &[(usize, usize)]) {
-        // Pages in an order that is not theirs in memory; the first one is the scratch page.
-        let (mut next, mut sequences) = (0, Vec::new());
-        let total: u32 = lengths.iter().map(|(length, _)| length.div_ceil(PAGE) as u32).sum();
-        for &(length, rows) in lengths {
-            let count = length.div_ceil(PAGE) as u32;
-            let pages = (next..next + count).map(|page| 1 + (total - 1 - page)).collect();
-            next += count;
-            sequences.push(PagedSequence { pages, length, rows });
-        }
+        let sequences = sequences(lengths);
         let found = self.paged::<Cube<R>>(heads, &sequences, self.device, self.dtype);
         let expected = self.paged::<Flex>(heads, &sequences, &Default::default(), DType::F32);
         for (what, (found, expected)) in ["o", "keys", "values"].iter().zip(found.iter().zip(&expected)) {
             self.close(&format!("{what} of {heads:?} {lengths:?}"), found, expected);
         }
+        self.attention_in_8_bits(heads, &sequences);
     }
 
-    /// A value that is no number among the rows of one of three sequences that are stored and attended for together. `keeps_nan`
-    /// says whether the device promises that NaN stays NaN, which Vulkan does not.
+    /// What is stored against half a step, and what is attended for against the reference on the same pages.
+    fn attention_in_8_bits(&self, heads: Heads, sequences: &[PagedSequence]) {
+        let what = format!("8 bits, {heads:?} {sequences:?}");
+        let before = self.poisoned(heads, sequences);
+        let rows = sequences.iter().map(|sequence| sequence.rows).sum();
+        let rows = self.special_rows([rows, (heads.queries + 2 * heads.keys) * heads.width], heads);
+
+        let index = PagedIndex::<Cube<R>>::new(sequences.to_vec(), PAGE, self.device);
+        let angles = RotaryAngles::new(index.positions(), heads.width, 10_000.0);
+        let [keys, values] = before.each_ref().map(|rows| moved(rows, self.device));
+        let mut pages = Pages::Int8(Int8Pages { keys, values });
+        let own = Tensor::from_data(rows.to_data(), (self.device, self.dtype));
+        let q = Cube::<R>::paged_store(own, &angles, heads, &mut pages, &index);
+        let o = Cube::<R>::paged_attention(q.clone(), heads, &pages, &index);
+        let Pages::Int8(Int8Pages { keys, values }) = pages else { unreachable!("as they were made") };
+        let found = [&keys, &values].map(|rows| moved::<_, Flex>(rows, &Default::default()));
+
+        let index = PagedIndex::<Flex>::new(sequences.to_vec(), PAGE, &Default::default());
+        let angles = RotaryAngles::new(index.positions(), heads.width, 10_000.0);
+        let format = PageFormat::Float(DType::F32);
+        let mut exact = Pages::<Flex>::zeros(places_of(sequences), heads, format, &Default::default());
+        let exact_q = Flex::paged_store(rows, &angles, heads, &mut exact, &index);
+        let Pages::Float(FloatPages { keys, values }) = exact else { unreachable!("as they were made") };
+        self.close(&format!("q, {what}"), &host(q.clone()), &host(exact_q));
+        let stored = places(sequences, PagedSequence::positions);
+        for (found, (before, exact)) in found.iter().zip(before.iter().zip([keys, values])) {
+            stored_to_half_a_step(&what, heads, [found, before], &host(exact), &stored);
+        }
+        let [keys, values] = found;
+        let pages = Pages::Int8(Int8Pages { keys, values });
+        let q = Tensor::from_data(q.cast(DType::F32).into_data(), &Default::default());
+        self.close(&format!("o, {what}"), &host(o), &host(Flex::paged_attention(q, heads, &pages, &index)));
+    }
+
+    /// Keys and values of all places: noise, and where no sequence sees them keys whose scale is no number, as that of a broken row.
+    fn poisoned(&self, heads: Heads, sequences: &[PagedSequence]) -> [Int8Rows<Flex>; 2] {
+        let all = [places_of(sequences), heads.keys * heads.width];
+        let [mut keys, values] = [1, 2].map(|seed| {
+            Int8Rows::of(self.tensor::<Flex>(all, seed, (&Default::default(), DType::F32)), heads)
+        });
+        let seen = places(sequences, |sequence| 0..sequence.length);
+        for place in (0..all[0]).filter(|place| !seen.contains(place)) {
+            let poison = Tensor::full([1, heads.keys], f32::NAN, &Default::default());
+            keys.scales = keys.scales.slice_assign([place..place + 1, 0..heads.keys], poison);
+        }
+        [keys, values]
+    }
+
+    /// Noise in which the first row has a head of values that are all zero, and the last one, if there are two, a key and a value
+    /// that are large.
+    fn special_rows(&self, [n, width]: [usize; 2], heads: Heads) -> Tensor<Flex, 2> {
+        let mut rows = self.values(n * width, 3, 1.0);
+        let (keys, values) = (heads.queries * heads.width, (heads.queries + heads.keys) * heads.width);
+        rows[values..][..heads.width].fill(0.0);
+        if n > 1 {
+            rows[(n - 1) * width + keys] = 4.0;
+            rows[(n - 1) * width + values + 1] = 1024.0;
+        }
+        Tensor::from_data(TensorData::new(rows, [n, width]), &Default::default())
+    }
+
+    /// A number that is none among the rows of one of three sequences that are stored and attended for together, in a value, or
+    /// in a key where pages are in 8 bits. `keeps_nan` says whether the device promises that NaN stays NaN, which Vulkan does not.
     fn containment(&self, keeps_nan: bool) {
+        let value = 7 * 32 + 5;
+        self.contained(PageFormat::Float(self.dtype), value, keeps_nan);
+        self.contained(PageFormat::Int8, value, keeps_nan);
+        self.contained(PageFormat::Int8, 5 * 32 + 5, keeps_nan);
+    }
+
+    fn contained(&self, format: PageFormat, column: usize, keeps_nan: bool) {
         let heads = Heads { queries: 4, keys: 2, width: 32 };
         let sequences: Vec<_> = [(1..3, 20), (3..6, 33), (6..7, 9)]
             .map(|(pages, length)| PagedSequence { pages: pages.collect(), length, rows: length })
             .into();
         let all = |broken: Option<f32>| {
             let index = PagedIndex::<Cube<R>>::new(sequences.clone(), PAGE, self.device);
-            let tensor = |dims: [usize; 2], seed| {
-                let values = TensorData::new(self.values(dims[0] * dims[1], seed, 1.0), dims);
-                Tensor::<Cube<R>, 2>::from_data(values, (self.device, self.dtype))
-            };
-            let places = [7 * PAGE, heads.keys * heads.width];
-            // Without gaps between rows, as pages are made.
-            let full = |seed| tensor([1, places[0] * places[1]], seed).reshape(places);
-            let mut pages = Pages { keys: full(1), values: full(2) };
-            let mut rows = tensor([index.rows(), (heads.queries + 2 * heads.keys) * heads.width], 3);
+            let mut pages = Pages::zeros(7 * PAGE, heads, format, self.device);
+            let rows = [index.rows(), (heads.queries + 2 * heads.keys) * heads.width];
+            let mut rows = self.tensor::<Cube<R>>(rows, 3, (self.device, self.dtype));
             if let Some(value) = broken {
                 let one = Tensor::full([1, 1], value, (self.device, self.dtype));
-                rows = rows.slice_assign([BROKEN..BROKEN + 1, 7 * 32 + 5..7 * 32 + 6], one);
+                rows = rows.slice_assign([BROKEN..BROKEN + 1, column..column + 1], one);
             }
             let angles = RotaryAngles::new(index.positions(), heads.width, 10_000.0);
             let q = Cube::<R>::paged_store(rows, &angles, heads, &mut pages, &index);
@@ -261,11 +409,12 @@ impl<R: ProductRuntime> Runner<'_, R> {
         let whole = all(None);
         for endless in [f32::NAN, f32::INFINITY] {
             for (at, (found, whole)) in all(Some(endless)).iter().zip(&whole).enumerate() {
+                let what = format!("{endless} in column {column}, {format:?}, at {at}");
                 let (row, column) = (at / 128, at % 128);
                 let sees = (BROKEN..53).contains(&row) && column >= 64;
-                assert!(found.is_nan() || !(sees && keeps_nan), "{endless} at {at}: {found}");
+                assert!(found.is_nan() || !(sees && keeps_nan), "{what}: {found}");
                 let near = (found - whole).abs() <= self.bound * (1.0 + whole.abs());
-                assert!(sees || near, "{endless} at {at}: {found} for {whole}");
+                assert!(sees || near, "{what}: {found} for {whole}");
             }
         }
     }
@@ -278,6 +427,9 @@ impl<R: ProductRuntime> Runner<'_, R> {
         self.attention(Heads { queries: 6, keys: 1, width: 20 }, &[(40, 1)]);
         self.attention(heads, &[(20, 1), (33, 1), (50, 17), (16, 16), (9, 2)]);
         self.attention(heads, &[(30, 30)]);
+        // Words of a head that make no whole vector, and numbers that make no whole word.
+        self.attention(Heads { queries: 2, keys: 2, width: 6 }, &[(50, 1), (140, 1), (20, 4)]);
+        self.attention(Heads { queries: 2, keys: 1, width: 34 }, &[(17, 1), (3, 3)]);
     }
 }
 

@@ -3,9 +3,9 @@
 //! Which page belongs to which sequence is not known here: a pass comes with its [`PagedIndex`]. What it trades:
 //! the whole memory is taken at the start. What it refuses: to grow, and to forget by itself.
 
+use burn::tensor::DType;
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
-use buzzer_kernels::{PagedIndex, Pages};
+use buzzer_kernels::{PageFormat, PagedIndex, Pages};
 
 use crate::{LlamaConfig, Lora, Target};
 
@@ -14,6 +14,7 @@ use crate::{LlamaConfig, Lora, Target};
 pub struct PagedCache<B: Backend> {
     pub(crate) layers: Vec<Pages<B>>,
     page_tokens: usize,
+    format: PageFormat,
 }
 
 /// The corrections of a block's linears in the order of [`Target::ALL`].
@@ -52,12 +53,18 @@ impl<B: Backend> PagedCache<B> {
         config: &LlamaConfig,
         pages: usize,
         page_tokens: usize,
-        dtype: DType,
+        format: PageFormat,
         device: &B::Device,
     ) -> Self {
         let heads = config.heads();
-        let layer = |_| Pages::zeros(pages * page_tokens, heads, dtype, device);
-        Self { layers: (0..config.num_hidden_layers).map(layer).collect(), page_tokens }
+        let layer = |_| Pages::zeros(pages * page_tokens, heads, format, device);
+        Self { layers: (0..config.num_hidden_layers).map(layer).collect(), page_tokens, format }
+    }
+
+    /// How keys and values are stored.
+    #[must_use]
+    pub fn format(&self) -> PageFormat {
+        self.format
     }
 
     /// Tokens a page holds.
@@ -74,22 +81,16 @@ impl<B: Backend> PagedCache<B> {
 
     /// Bytes of a page in all blocks.
     #[must_use]
-    pub fn page_bytes(config: &LlamaConfig, page_tokens: usize, dtype: DType) -> usize {
-        let row = config.num_key_value_heads * config.head_dim * dtype.size();
-        2 * config.num_hidden_layers * page_tokens * row
+    pub fn page_bytes(config: &LlamaConfig, page_tokens: usize, format: PageFormat) -> usize {
+        config.num_hidden_layers * page_tokens * format.place_bytes(config.heads())
     }
 
     /// Makes pages zero, so that what was computed wrongly there cannot spread: a weight of zero times NaN is NaN.
     pub fn clear(&mut self, pages: &[u32]) {
         for layer in &mut self.layers {
-            for all in [&mut layer.keys, &mut layer.values] {
-                let [_, width] = all.dims();
-                let (dtype, device) = (all.dtype(), all.device());
-                for &page in pages {
-                    let first = page as usize * self.page_tokens;
-                    let zeros = Tensor::zeros([self.page_tokens, width], (&device, dtype));
-                    all.inplace(|all| all.slice_assign([first..first + self.page_tokens, 0..width], zeros));
-                }
+            for &page in pages {
+                let first = page as usize * self.page_tokens;
+                layer.clear(first..first + self.page_tokens);
             }
         }
     }

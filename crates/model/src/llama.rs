@@ -6,8 +6,8 @@ use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData};
 use buzzer_kernels::{
-    Dropout, FrozenWeight, KernelBackend, LinearPart, RotaryAngles, StepOperation, StepProgram, StepSource,
-    StepTarget,
+    Dropout, FrozenWeight, KernelBackend, LinearPart, PageFormat, RotaryAngles, StepOperation, StepProgram,
+    StepSource, StepTarget,
 };
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -235,7 +235,12 @@ impl<B: KernelBackend> Llama<B> {
     /// [`Self::hidden_paged`] and [`Self::logits`] for one new token a sequence, as a program for
     /// [`KernelBackend::step_runner`]: the corrections are part of it. It goes with the pages of a cache of this model.
     #[must_use]
-    pub fn step_program(&self, loras: &LoraSet<B>, page_tokens: usize) -> StepProgram<B> {
+    pub fn step_program(
+        &self,
+        loras: &LoraSet<B>,
+        page_tokens: usize,
+        page_format: PageFormat,
+    ) -> StepProgram<B> {
         let blocks = self.blocks.iter().zip(&loras.layers);
         let mut operations: Vec<_> = blocks.flat_map(|(block, loras)| block.step_operations(loras)).collect();
         let head = LinearPart { weight: FrozenWeight::Dense(self.head_weight()), lora: None };
@@ -250,6 +255,7 @@ impl<B: KernelBackend> Llama<B> {
             heads: self.config.heads(),
             theta: self.config.rope_theta,
             page_tokens,
+            page_format,
             context: self.config.max_position_embeddings,
         }
     }

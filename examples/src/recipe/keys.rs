@@ -9,7 +9,7 @@ use super::layers::{Node, Place, Value};
 use crate::Failure;
 
 /// A flag, as clap calls it, and the setting that it makes.
-const FLAGS: [(&str, &str); 50] = [
+const FLAGS: [(&str, &str); 51] = [
     ("device", "device"),
     ("template", "template"),
     ("steps", "steps"),
@@ -57,6 +57,7 @@ const FLAGS: [(&str, &str); 50] = [
     ("repetition_penalty", "answer.repetition_penalty"),
     ("sample_seed", "answer.sample_seed"),
     ("cache_limit", "answer.cache_limit"),
+    ("cache_dtype", "answer.cache_dtype"),
     ("answer_batch", "answer.answer_batch"),
     ("memory_limit", "limits.memory_limit"),
     ("preset", "preset"),

@@ -515,6 +515,11 @@ mod tests {
         );
         refused("[train.optimizer]\nbeta_2 = 1.5\n", &[], &["a.toml line 2: train.optimizer.beta_2", "1.5"]);
         refused("[packing]\nrow_len = 1\n", &[], &["a.toml line 2: packing.row_len", "two tokens"]);
+        refused(
+            "[answer]\ncache_dtype = \"int4\"\n",
+            &[],
+            &["a.toml line 2: answer.cache_dtype", "`int4`", "compute", "int8"],
+        );
         refused("[answer]\ntop_p = 0\n", &[], &["a.toml line 2: answer.top_p"]);
         refused("[limits]\nmemory_limit = 0\n", &[], &["a.toml line 2: limits.memory_limit"]);
         refused("[data]\neval_fraction = 1\n", &[], &["a.toml line 2: data.eval_fraction"]);

@@ -10,10 +10,10 @@
 //! and block sizes.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, ElementConversion, Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use super::AdamW;
-use crate::nf4::{dynamic_code, unpack, unsigned_dynamic_code};
+use crate::nf4::{dynamic_code, pack_bytes, unpack, unsigned_dynamic_code};
 
 /// Values that share one scale.
 pub const BLOCK_8BIT: usize = 256;
@@ -99,9 +99,7 @@ fn quantize<B: Backend>(values: Tensor<B, 1>, map: &[f32; 256]) -> (Tensor<B, 1,
     let divisor = scales.clone().mask_fill(scales.clone().equal_elem(0.0), 1.0);
     let codes = nearest((values / divisor).reshape([blocks * BLOCK_8BIT]), map, &device);
     let codes = codes.reshape([blocks * BLOCK_8BIT / 4, 4]);
-    let byte = |i: usize| codes.clone().narrow(1, i, 1).bitwise_left_shift_scalar((8 * i as i32).elem());
-    let words = byte(0).bitwise_or(byte(1)).bitwise_or(byte(2)).bitwise_or(byte(3));
-    (words.reshape([blocks * BLOCK_8BIT / 4]), scales.reshape([blocks]))
+    (pack_bytes(codes), scales.reshape([blocks]))
 }
 
 /// As many as there are midpoints of neighbouring levels below x, found by bisection.

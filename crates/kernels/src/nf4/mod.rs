@@ -255,6 +255,14 @@ pub(crate) fn unpack<B: Backend>(words: Tensor<B, 1, Int>, shifts: &[i32], mask:
     Tensor::stack::<2>(shifts.iter().map(field).collect(), 1).reshape([total])
 }
 
+/// Words `[m]` of bytes `[m, 4]`, lowest byte first.
+pub(crate) fn pack_bytes<B: Backend>(bytes: Tensor<B, 2, Int>) -> Tensor<B, 1, Int> {
+    use burn::tensor::ElementConversion;
+    let [words, _] = bytes.dims();
+    let byte = |i: usize| bytes.clone().narrow(1, i, 1).bitwise_left_shift_scalar((8 * i as i32).elem());
+    byte(0).bitwise_or(byte(1)).bitwise_or(byte(2)).bitwise_or(byte(3)).reshape([words])
+}
+
 /// Zeros after the values.
 pub(crate) fn pad<B: Backend>(values: Tensor<B, 1>, to: usize) -> Tensor<B, 1> {
     let [length] = values.dims();

@@ -6,13 +6,14 @@
 //! keys than one cube has. So a single long sequence keeps many cubes busy. Bytes moved: keys and values once for
 //! each of the heads that share them, of which all but the first find them in the device's cache; k + 2 numbers for
 //! 128 keys. Sequences of more rows, and heads wider than 256, are gathered and go through
-//! [`attention`](crate::attention).
+//! [`attention`](crate::attention). Pages in 8 bits have kernels of their own for what touches places.
 
 use burn::tensor::{DType, Tensor as DenseTensor};
 use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{PagedIndex, Pages, after};
+use super::{FloatPages, PagedIndex, Pages, after, cube_int8};
 use crate::device::{Cube, int_primitive, primitive, side_by_side, tensor, uninitialized, vector_width};
 use crate::product::ProductRuntime;
 use crate::reduce::{has_planes, over_cube};
@@ -20,11 +21,11 @@ use crate::rows::{column, dims, launch_shape, row, row_stride};
 use crate::{Heads, RotaryAngles};
 
 /// Keys of a cube, and its units.
-const KEYS: usize = 128;
+pub(super) const KEYS: usize = 128;
 /// Widest head.
 const WIDEST: usize = 256;
 /// Below every score.
-const NOTHING: f32 = -1e30;
+pub(super) const NOTHING: f32 = -1e30;
 
 /// Counts are vectors: `half` of half a head, `queries` and `keys` of the first halves of all heads, `values` of
 /// all values.
@@ -89,7 +90,7 @@ fn store_kernel<F: Float, N: Size>(
 
 /// Whether a number is infinite or none. By its bits, since a compiler may take for granted that there are no such numbers.
 #[cube]
-fn is_endless(x: f32) -> bool {
+pub(super) fn is_endless(x: f32) -> bool {
     u32::reinterpret(x) & 0x7f80_0000u32 == 0x7f80_0000u32
 }
 
@@ -113,7 +114,7 @@ fn has_endless<F: Float, N: Size>(
 
 /// NaN, or the number.
 #[cube]
-fn none_if(none: bool, x: f32) -> f32 {
+pub(super) fn none_if(none: bool, x: f32) -> f32 {
     f32::reinterpret(select(none, 0x7fc0_0000u32.runtime(), u32::reinterpret(x)))
 }
 
@@ -123,6 +124,22 @@ pub(crate) fn store<R: ProductRuntime>(
     angles: &RotaryAngles<Cube<R>>,
     heads: Heads,
     pages: &mut Pages<Cube<R>>,
+    index: &PagedIndex<Cube<R>>,
+) -> DenseTensor<Cube<R>, 2> {
+    match pages {
+        Pages::Float(pages) => store_floats(rows, angles, heads, pages, index),
+        Pages::Int8(own) if heads.width <= cube_int8::WIDEST => {
+            cube_int8::store(rows, angles, heads, own, index)
+        }
+        Pages::Int8(_) => super::store(rows, angles, heads, pages, index),
+    }
+}
+
+fn store_floats<R: ProductRuntime>(
+    rows: DenseTensor<Cube<R>, 2>,
+    angles: &RotaryAngles<Cube<R>>,
+    heads: Heads,
+    pages: &FloatPages<Cube<R>>,
     index: &PagedIndex<Cube<R>>,
 ) -> DenseTensor<Cube<R>, 2> {
     let rows = side_by_side(primitive(rows));
@@ -174,16 +191,32 @@ pub(crate) fn attend<R: ProductRuntime>(
     let [n, width] = q.dims();
     let singles = index.tables().singles;
     if singles == 0 || heads.width > WIDEST {
-        return after(0, q, heads, pages, index);
+        return gathered(0, q, heads, pages, index);
     }
     if singles == n {
         return attend_singles(q, heads, pages, index);
     }
     let o = attend_singles(q.clone().slice([0..singles, 0..width]), heads, pages, index);
-    let rest = after(singles, q.slice([singles..n, 0..width]), heads, pages, index);
+    let rest = gathered(singles, q.slice([singles..n, 0..width]), heads, pages, index);
     DenseTensor::cat(vec![o, rest], 0)
 }
 
+/// Attention of the rows of all sequences but the first so many, whose pages are copied.
+fn gathered<R: ProductRuntime>(
+    sequences: usize,
+    q: DenseTensor<Cube<R>, 2>,
+    heads: Heads,
+    pages: &Pages<Cube<R>>,
+    index: &PagedIndex<Cube<R>>,
+) -> DenseTensor<Cube<R>, 2> {
+    let (page_tokens, dtype) = (index.page_tokens(), q.dtype());
+    after(sequences, q, heads, index, |some| match pages {
+        Pages::Float(_) => pages.gather(some, heads, page_tokens, dtype),
+        Pages::Int8(own) => cube_int8::gather(own, some, heads, page_tokens, dtype),
+    })
+}
+
+/// Attention of rows that are a sequence's only ones.
 fn attend_singles<R: ProductRuntime>(
     q: DenseTensor<Cube<R>, 2>,
     heads: Heads,
@@ -193,21 +226,79 @@ fn attend_singles<R: ProductRuntime>(
     let q = into_contiguous(primitive(q));
     let [m, _] = dims(&q);
     let tables = index.tables();
-    let [keys, values] = [&pages.keys, &pages.values].map(|all| primitive(all.clone()));
     let splits = tables.longest.div_ceil(KEYS).next_power_of_two();
     let o = uninitialized(&q, [m, heads.queries * heads.width], q.dtype);
     // The sums of several cubes, which otherwise nobody writes.
     let joined = if splits > 1 { m * heads.queries * splits * (heads.width + 2) } else { 1 };
     let sums = uninitialized(&q, [joined], DType::F32);
-    let width = vector_width(heads.width, &[&q, &keys, &values]);
-    let client = q.client.clone();
+    let singles = Singles { q, heads, splits, sums, o };
+    match pages {
+        Pages::Float(pages) => split_floats(&singles, pages, index),
+        Pages::Int8(pages) => cube_int8::split(&singles, pages, index),
+    }
+    let Singles { sums, o, .. } = singles;
+    if splits > 1 {
+        // SAFETY: a cube reads the sums of its row and head, and writes its result.
+        unsafe {
+            join_kernel::launch_unchecked::<R>(
+                &o.client.clone(),
+                CubeCount::Static(heads.queries as u32, m as u32, 1),
+                CubeDim::new_1d(heads.width.next_multiple_of(32) as u32),
+                sums.into_tensor_arg(),
+                o.clone().into_tensor_arg(),
+                splits,
+                heads.width,
+                o.dtype.into(),
+            );
+        }
+    }
+    tensor(o)
+}
+
+/// Rows to attend for, each of a sequence of its own.
+pub(super) struct Singles<R: ProductRuntime> {
+    /// `[m, h k]`.
+    pub(super) q: CubeTensor<R>,
+    pub(super) heads: Heads,
+    /// Cubes that share out the keys of a row.
+    pub(super) splits: usize,
+    /// Where they write if there are several: `[m, h, splits, k + 2]`.
+    pub(super) sums: CubeTensor<R>,
+    /// Where one alone writes: `[m, h k]`.
+    pub(super) o: CubeTensor<R>,
+}
+
+impl<R: ProductRuntime> Singles<R> {
+    /// A cube for each split, head and row.
+    pub(super) fn launch(&self) -> (CubeCount, CubeDim) {
+        let [m, _] = dims(&self.q);
+        let count = CubeCount::Static(self.splits as u32, self.heads.queries as u32, m as u32);
+        (count, CubeDim::new_1d(KEYS as u32))
+    }
+
+    /// What a product of query and key is multiplied by.
+    pub(super) fn scale(&self) -> f32 {
+        1.0 / (self.heads.width as f32).sqrt()
+    }
+}
+
+fn split_floats<R: ProductRuntime>(
+    singles: &Singles<R>,
+    pages: &FloatPages<Cube<R>>,
+    index: &PagedIndex<Cube<R>>,
+) {
+    let Singles { q, heads, splits, sums, o } = singles;
+    let ([m, _], tables) = (dims(q), index.tables());
+    let [keys, values] = [&pages.keys, &pages.values].map(|all| primitive(all.clone()));
+    let width = vector_width(heads.width, &[q, &keys, &values]);
+    let (cubes, units) = singles.launch();
     // SAFETY: a cube reads places below its sequence's length, which its pages hold; it writes the sums or the
-    // result of its own row, head and split. The second kernel reads the sums of its row and head.
+    // result of its own row, head and split.
     unsafe {
         split_kernel::launch_unchecked::<R>(
-            &client,
-            CubeCount::Static(splits as u32, heads.queries as u32, m as u32),
-            CubeDim::new_1d(KEYS as u32),
+            &q.client,
+            cubes,
+            units,
             width,
             q.clone().into_tensor_arg(),
             keys.into_tensor_arg(),
@@ -219,36 +310,18 @@ fn attend_singles<R: ProductRuntime>(
             m,
             tables.pages,
             index.page_tokens(),
-            1.0 / (heads.width as f32).sqrt(),
+            singles.scale(),
             heads.width / width,
             heads.queries,
             heads.queries / heads.keys,
-            splits > 1,
-            has_planes(&q),
+            *splits > 1,
+            has_planes(q),
             q.dtype.into(),
         );
-        if splits > 1 {
-            join_kernel::launch_unchecked::<R>(
-                &client,
-                CubeCount::Static(heads.queries as u32, m as u32, 1),
-                CubeDim::new_1d(heads.width.next_multiple_of(32) as u32),
-                sums.into_tensor_arg(),
-                o.clone().into_tensor_arg(),
-                splits,
-                heads.width,
-                q.dtype.into(),
-            );
-        }
     }
-    tensor(o)
 }
 
 /// One row, one head, 128 keys. `numbers` are those of [`Tables`](super::Tables).
-#[allow(
-    clippy::collapsible_if,
-    clippy::too_many_lines,
-    reason = "one branch is taken when the kernel is built; one kernel"
-)]
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments, reason = "a kernel has no other way to take them")]
 fn split_kernel<F: Float, N: Size>(
@@ -274,8 +347,6 @@ fn split_kernel<F: Float, N: Size>(
     let (part, head, row) = (CUBE_POS_X as usize, CUBE_POS_Y as usize, CUBE_POS_Z as usize);
     let per_vector = N::value().comptime();
     let width = comptime!(vectors * per_vector);
-    let stride = comptime!(heads / shared * vectors);
-    let column = head / shared * vectors;
     let length = numbers[n + row] as usize;
     let mut query = SharedMemory::<f32>::new(width);
     let mut places = SharedMemory::<u32>::new(KEYS);
@@ -290,8 +361,8 @@ fn split_kernel<F: Float, N: Size>(
     let at = part * KEYS + unit;
     let mut place = 0usize;
     if at < length {
-        let page = numbers[n + m + row * pages + at / page_tokens] as usize;
-        place = (page * page_tokens + at % page_tokens) * stride + column;
+        let table = n + m + row * pages;
+        place = vectors * key_head(numbers, table, page_tokens, at, head / shared, comptime!(heads / shared));
     }
     places[unit] = place as u32;
     sync_cube();
@@ -300,13 +371,7 @@ fn split_kernel<F: Float, N: Size>(
         score = product::<F, N>(keys, &query, place, vectors);
     }
     let largest = over_cube(score, KEYS, planes, true);
-    let mut weight = f32::new(0.0);
-    if at < length {
-        weight = (score - largest).exp();
-    }
-    weights[unit] = weight;
-    let total = over_cube(weight, KEYS, planes, false);
-    sync_cube();
+    let total = weigh(&mut weights, score, largest, at < length, planes);
     // So many rows of values at a time, a vector for each unit.
     let lines = comptime!(KEYS / vectors);
     let (line, vector) = (unit / vectors, unit % vectors);
@@ -323,22 +388,74 @@ fn split_kernel<F: Float, N: Size>(
         }
     }
     sync_cube();
-    let start = ((row * heads + head) * CUBE_COUNT_X as usize + part) * comptime!(width + 2);
-    let mut d = unit;
+    write_sums::<F>(sums, o, &parts, largest, total, lines, width, width, split);
+}
+
+/// The number of a key's head among those of all places. `table` is where the row's pages begin.
+#[cube]
+pub(super) fn key_head(
+    numbers: &Tensor<i32>,
+    table: usize,
+    page_tokens: usize,
+    at: usize,
+    group: usize,
+    #[comptime] groups: usize,
+) -> usize {
+    let page = numbers[table + at / page_tokens] as usize;
+    (page * page_tokens + at % page_tokens) * groups + group
+}
+
+/// Puts the weight of each unit's key, if it has one, into shared memory; gives the sum of all.
+#[cube]
+pub(super) fn weigh(
+    weights: &mut SharedMemory<f32>,
+    score: f32,
+    largest: f32,
+    has_key: bool,
+    #[comptime] planes: bool,
+) -> f32 {
+    let mut weight = f32::new(0.0);
+    if has_key {
+        weight = (score - largest).exp();
+    }
+    weights[UNIT_POS as usize] = weight;
+    let total = over_cube(weight, KEYS, planes, false);
+    sync_cube();
+    total
+}
+
+/// Adds the lines of weighted values, `apart` numbers each, and writes the cube's sums, or the result if it has all keys.
+#[allow(clippy::collapsible_if, reason = "one branch is taken when the kernel is built")]
+#[cube]
+#[allow(clippy::too_many_arguments, reason = "the end of two kernels")]
+pub(super) fn write_sums<F: Float>(
+    sums: &mut Tensor<f32>,
+    o: &mut Tensor<F>,
+    parts: &SharedMemory<f32>,
+    largest: f32,
+    total: f32,
+    #[comptime] lines: usize,
+    #[comptime] apart: usize,
+    #[comptime] width: usize,
+    #[comptime] split: bool,
+) {
+    let place = (CUBE_POS_Z * CUBE_COUNT_Y + CUBE_POS_Y) as usize;
+    let start = (place * CUBE_COUNT_X as usize + CUBE_POS_X as usize) * comptime!(width + 2);
+    let mut d = UNIT_POS as usize;
     while d < width {
         let mut value = f32::new(0.0);
         for line in 0..lines {
-            value += parts[line * width + d];
+            value += parts[line * apart + d];
         }
         if comptime!(split) {
             sums[start + d] = value;
         } else {
-            o[(row * heads + head) * width + d] = F::cast_from(value / total);
+            o[place * width + d] = F::cast_from(value / total);
         }
         d += KEYS;
     }
     if comptime!(split) {
-        if unit == 0 {
+        if UNIT_POS == 0 {
             sums[start + width] = largest;
             sums[start + comptime!(width + 1)] = total;
         }

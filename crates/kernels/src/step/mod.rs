@@ -10,8 +10,8 @@
 //! ```
 //!
 //! for n of at most [`StepRunner::most_rows`], with the sums in f32. The residual stream is kept in f32. What it trades: memory for
-//! intermediate results of its own. What it refuses: f32 weights, shapes whose inner dimension is no multiple of 256, and
-//! more than one new token a sequence; the operations one by one are there for those, and are the reference.
+//! intermediate results of its own. What it refuses: f32 weights, pages in 8 bits, shapes whose inner dimension is no multiple of
+//! 256, and more than one new token a sequence; the operations one by one are there for those, and are the reference.
 //!
 //! Bytes moved for one step: all weights and factors once, keys and values of the sequences once.
 
@@ -21,7 +21,7 @@ pub(crate) mod cuda;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 
-use crate::{Heads, LinearPart, PagedSequence};
+use crate::{Heads, LinearPart, PageFormat, PagedSequence};
 
 /// Where the rows come from that linear layers multiply.
 #[derive(Clone, Debug)]
@@ -77,6 +77,8 @@ pub struct StepProgram<B: Backend> {
     pub theta: f64,
     /// Tokens of a page.
     pub page_tokens: usize,
+    /// How keys and values are stored in the pages that it runs on.
+    pub page_format: PageFormat,
     /// Tokens of a sequence at most.
     pub context: usize,
 }

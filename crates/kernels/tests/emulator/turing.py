@@ -36,6 +36,7 @@ RUNS = [
     ("training", False, ["--model", "tiny", "--warmup", "0", "--steps", "1"]),
     ("decode", True, [*LARGE, "--layers", "2", "--adapter-rank", "64", "--batch", "1,8", "--prompt", "200", "--new", "16"]),
     ("decode", True, [*LARGE, "--layers", "2", "--adapter-rank", "64", "--prompt", "200", "--new", "16", "--one-by-one"]),
+    ("decode", True, [*LARGE, "--layers", "2", "--prompt", "200", "--new", "16", "--int8-cache"]),
     ("kernels", True, ["--rows", "64"]),
 ]
 UNFIT = re.compile(r"bf16|cp\.async|m16n8k16|wgmma|\btf32\b")

@@ -7,7 +7,7 @@ use std::path::Path;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_flex::Flex;
-use buzzer_kernels::{PagedIndex, PagedSequence};
+use buzzer_kernels::{PageFormat, PagedIndex, PagedSequence};
 use buzzer_model::{
     AdapterRows, BlockContext, Llama, LlamaConfig, LoraSettings, PagedCache, PagedPass, Target, Weight,
     block_tensor,
@@ -159,7 +159,8 @@ fn real_greedy_tokens_are_those_of_hugging_face() {
     assert_eq!(cases.len(), 3);
     for case in cases {
         let (prompt, expected) = (ids(&case["prompt_ids"]), ids(&case["generated_ids"]));
-        let mut cache = PagedCache::new(model.config(), 2, 512, DType::F32, &Default::default());
+        let mut cache =
+            PagedCache::new(model.config(), 2, 512, PageFormat::Float(DType::F32), &Default::default());
         let (mut next, mut found, mut length) = (prompt, Vec::<i32>::new(), 0);
         while found.len() < expected.len() {
             let rows = next.len();

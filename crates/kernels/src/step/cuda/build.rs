@@ -13,7 +13,7 @@ use crate::device::{Cube, primitive, uninitialized};
 use crate::nf4::kernel::DeviceScales;
 use crate::nf4::{NF4_CODE, dynamic_code};
 use crate::step::{StepError, StepOperation, StepProgram, StepSource, StepTarget};
-use crate::{FrozenWeight, LinearPart, LoraTerm, Nf4Tensor, Pages, rotary};
+use crate::{FloatPages, FrozenWeight, LinearPart, LoraTerm, Nf4Tensor, Pages, rotary};
 
 type Device = Cube<CudaRuntime>;
 type Memory = CubeTensor<CudaRuntime>;
@@ -208,8 +208,11 @@ impl Builder {
     }
 
     fn attend(&mut self, product: &mut Product, pages: &Pages<Device>) -> Result<(), StepError> {
-        product.keys = self.kept.shared(primitive(pages.keys.clone()), self.dtype)?;
-        product.values = self.kept.shared(primitive(pages.values.clone()), self.dtype)?;
+        let Pages::Float(FloatPages { keys, values }) = pages else {
+            return Err(unsupported("pages in 8 bits"));
+        };
+        product.keys = self.kept.shared(primitive(keys.clone()), self.dtype)?;
+        product.values = self.kept.shared(primitive(values.clone()), self.dtype)?;
         Ok(())
     }
 

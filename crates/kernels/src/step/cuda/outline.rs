@@ -8,7 +8,7 @@ use super::layout::{COUNT_BITS, GROUP, MOST_PARTS, Needs, Part, Product, RANKS, 
 use super::{ROWS, Room, Shapes, unsupported};
 use crate::device::Cube;
 use crate::step::{StepError, StepOperation, StepProgram, StepSource, StepTarget};
-use crate::{FrozenWeight, LinearPart, LoraTerm};
+use crate::{FrozenWeight, LinearPart, LoraTerm, PageFormat};
 
 type Device = Cube<CudaRuntime>;
 
@@ -46,6 +46,11 @@ impl Outline {
         }
         if ![64, 128].contains(&program.heads.width) {
             return Err(unsupported(format!("heads are {} wide, not 64 or 128", program.heads.width)));
+        }
+        match program.page_format {
+            PageFormat::Float(own) if own == dtype => {}
+            PageFormat::Float(own) => return Err(unsupported(format!("pages in {own:?}, not in {dtype:?}"))),
+            PageFormat::Int8 => return Err(unsupported("keys and values are in 8 bits")),
         }
         if !program.page_tokens.is_power_of_two() {
             return Err(unsupported(format!("pages of {} tokens, no power of two", program.page_tokens)));
