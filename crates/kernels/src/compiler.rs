@@ -4,7 +4,7 @@
 //! way, so a program asks once, before it has loaded anything.
 
 use std::collections::BTreeMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
@@ -43,29 +43,78 @@ pub(crate) enum CompilerError {
     Driver(#[from] DriverError),
 }
 
-/// Compiles a source and loads it into the context that is bound to this thread.
-///
-/// # Errors
-/// If compiler or driver refuse it.
-pub(crate) fn load(
-    source: &str,
-    compute_capability: usize,
-    defines: Vec<String>,
-) -> Result<sys::CUmodule, CompilerError> {
+/// A source that is compiled and loaded into a context.
+#[derive(Debug)]
+pub(crate) struct Module(sys::CUmodule);
+
+// SAFETY: the driver's handle may be used from any thread that has bound the context.
+unsafe impl Send for Module {}
+
+impl Module {
+    /// Compiles a source for an architecture ("90", or "90a" with what later ones lack) and loads it into the context that is bound
+    /// to this thread.
+    ///
+    /// # Errors
+    /// If compiler or driver refuse it.
+    pub(crate) fn load(
+        source: &str,
+        architecture: &str,
+        defines: &[(&str, usize)],
+    ) -> Result<Self, CompilerError> {
+        let image = compile(source, architecture, defines)?;
+        // SAFETY: the image is what the compiler made, and ends with a zero.
+        let module = unsafe { driver::module::load_data(image.as_ptr().cast::<c_void>()) };
+        module.map(Self).map_err(refusal)
+    }
+
+    /// A kernel, which may ask for so many bytes of dynamic shared memory. It lives as long as the module.
+    ///
+    /// # Errors
+    /// If there is none, or the device has less.
+    pub(crate) fn kernel(&self, name: &CStr, shared_bytes: usize) -> Result<sys::CUfunction, DriverError> {
+        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the module is loaded, and the function found before it is set.
+        unsafe {
+            let function = driver::module::get_function(self.0, name.to_owned())?;
+            driver::function::set_function_attribute(function, most, shared_bytes as i32)?;
+            Ok(function)
+        }
+    }
+
+    /// The address of a global variable.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub(crate) fn global(&self, name: &CStr) -> Result<sys::CUdeviceptr, DriverError> {
+        let mut address = 0;
+        // SAFETY: the module is loaded; the driver writes one address to a place that is alive.
+        unsafe { sys::cuModuleGetGlobal_v2(&raw mut address, std::ptr::null_mut(), self.0, name.as_ptr()) }
+            .result()?;
+        Ok(address)
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        // SAFETY: whoever launches its kernels waits for them before; an error leaves it to the context's end.
+        unsafe { driver::module::unload(self.0) }.ok();
+    }
+}
+
+/// PTX, with a zero at its end.
+fn compile(source: &str, architecture: &str, defines: &[(&str, usize)]) -> Result<CString, CompilerError> {
     // SAFETY: only asks whether the library can be opened.
     if !unsafe { nvrtc::is_culib_present() } {
         return Err(CompilerError::Missing);
     }
-    let mut options = defines;
-    options.push(format!("--gpu-architecture=compute_{compute_capability}"));
+    let mut options: Vec<String> = defines.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
+    options.push(format!("--gpu-architecture=compute_{architecture}"));
     let options = CompileOptions { options, ..CompileOptions::default() };
     let compiled = compile_ptx_with_opts(source, options).map_err(|error| match error {
         CompileError::CompileError { log, .. } => CompilerError::Source(log.to_string_lossy().into_owned()),
         error => CompilerError::Source(error.to_string()),
     })?;
-    let image = CString::new(compiled.to_src()).map_err(|error| CompilerError::Source(error.to_string()))?;
-    // SAFETY: the image is what the compiler made, and ends with a zero.
-    unsafe { driver::module::load_data(image.as_ptr().cast::<c_void>()) }.map_err(refusal)
+    CString::new(compiled.to_src()).map_err(|error| CompilerError::Source(error.to_string()))
 }
 
 /// Why kernels that are compiled here do not run on devices of a compute capability, if they do not. Tried once a process.
@@ -78,9 +127,7 @@ pub(crate) fn obstacle(context: &Arc<CudaContext>, compute_capability: usize) ->
 
 fn check(context: &Arc<CudaContext>, compute_capability: usize) -> Result<(), CompilerError> {
     context.bind_to_thread()?;
-    let module = load(PROBE, compute_capability, Vec::new())?;
-    // SAFETY: nothing uses the module.
-    Ok(unsafe { driver::module::unload(module) }?)
+    Module::load(PROBE, &compute_capability.to_string(), &[]).map(drop)
 }
 
 fn refusal(error: DriverError) -> CompilerError {

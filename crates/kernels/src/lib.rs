@@ -42,6 +42,8 @@ mod compiler;
 mod cube;
 #[cfg(feature = "cubecl")]
 mod device;
+#[cfg(feature = "cuda")]
+mod limits;
 #[cfg(feature = "cubecl")]
 mod product;
 #[cfg(feature = "cubecl")]
