@@ -64,7 +64,7 @@ template <bool KEYS> struct GradientFeeder {
                 copy_floats(statistics.means + at, room.means[stage], TILE * 4, &full);
             }
         }
-        if (code_0 == MASKED || code_1 == MASKED) store_tokens(task, item.batch, first, TILE, room.tokens[stage]);
+        if (code_0 != FULL || code_1 != FULL) store_tokens(task, item.batch, first, TILE, room.tokens[stage]);
         full.arrive();
         turn.advance();
     }
@@ -132,10 +132,10 @@ template <bool KEYS> struct GradientWorker {
 
     // The code of the next tile that this warpgroup's rows see something of, which is there then; END behind the last.
     __device__ __forceinline__ int take() {
-        for (;;) {
+        for (int passed = 0;; passed++) {
             room.full[turn.stage].wait(turn.phase);
             int code = room.codes[turn.stage][group];
-            if (code != SKIP) return code;
+            if (code != SKIP || passed == GRADIENT_STAGES - 2) return code == SKIP ? MASKED : code;
             room.empty[turn.stage].release();
             turn.advance();
         }
