@@ -44,6 +44,8 @@ mod cube;
 mod device;
 #[cfg(feature = "cuda")]
 mod limits;
+#[cfg(feature = "cuda")]
+mod module;
 #[cfg(feature = "cubecl")]
 mod product;
 #[cfg(feature = "cubecl")]

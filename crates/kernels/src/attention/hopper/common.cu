@@ -11,10 +11,6 @@
 // tiles of the other side pass. Fragments, with g = lane / 4 and c = 2 (lane mod 4): of a sum of 64 x N, warp w of a warpgroup has
 // rows 16 w + g and 16 w + g + 8; element [4 n + 2 half + j] is row g + 8 half, column 8 n + c + j.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 #define WIDTH 128               // elements of a head
 #define TILE 64                 // rows of a tile that has a code, and of a warpgroup
 #define OWN (2 * TILE)          // own rows of a block
@@ -37,15 +33,6 @@ typedef unsigned long long u64;
 
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
-
-#if BF16
-#define DTYPE "bf16"
-#else
-#define DTYPE "f16"
-#endif
-
-// Where the driver says how a tensor [b, heads, t, WIDTH] lies; boxes have TILE rows and half a row's columns.
-struct alignas(64) TensorMap { u64 opaque[16]; };
 
 // Rows that are written: element strides of batch, head and row.
 struct Rows {
@@ -71,43 +58,13 @@ struct Task {
 // Two tokens side by side: documents and positions.
 struct alignas(16) TokenPair { int document_0, position_0, document_1, position_1; };
 
-// ---- Barriers and copies
+// ---- Copies
 
-__device__ __forceinline__ u32 shared_address(const void *x) {
-    u64 address;
-    asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(x));
-    return (u32)address;
+// All lanes of the warp are done with what a barrier guards.
+__device__ __forceinline__ void release(Barrier &barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier.arrive();
 }
-
-struct Barrier {
-    u64 word;
-
-    __device__ __forceinline__ void init(u32 arrivals) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
-    }
-    __device__ __forceinline__ void arrive() {
-        asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(shared_address(this)) : "memory");
-    }
-    // Arrives, and makes the barrier wait for so many bytes of copies.
-    __device__ __forceinline__ void expect(u32 bytes) {
-        asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(shared_address(this)), "r"(bytes)
-                     : "memory");
-    }
-    __device__ __forceinline__ void wait(u32 phase) {
-        u32 done;
-        do {
-            asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                         : "=r"(done)
-                         : "r"(shared_address(this)), "r"(phase)
-                         : "memory");
-        } while (!done);
-    }
-    // All lanes of the warp are done with what the barrier guards.
-    __device__ __forceinline__ void release() {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive();
-    }
-};
 
 // A place in a ring of stages, and how often it came round.
 template <int STAGES> struct Turn {
@@ -118,14 +75,10 @@ template <int STAGES> struct Turn {
     }
 };
 
-// Starts the copy of TILE rows of a head from `row` on, to both halves of a tile of `rows` rows; rows past the end become 0.
+// Starts the copy of TILE rows of a head from `row` on, to both halves of a tile of `rows` rows.
 __device__ __forceinline__ void copy_tile(const TensorMap *from, int row, int head, int batch, char *to, int rows, Barrier *barrier) {
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
-                         shared_address(to + half * rows * 128)),
-                     "l"(from), "r"(half * 64), "r"(row), "r"(head), "r"(batch), "r"(shared_address(barrier))
-                     : "memory");
+    copy_box(from, 0, row, head, batch, to, barrier);
+    copy_box(from, WIDTH / 2, row, head, batch, to + rows * 128, barrier);
 }
 
 // The same of OWN rows.
@@ -134,77 +87,14 @@ __device__ __forceinline__ void copy_own(const TensorMap *from, int row, int hea
     copy_tile(from, row + TILE, head, batch, to + TILE * 128, OWN, barrier);
 }
 
-__device__ __forceinline__ void copy_floats(const float *from, float *to, u32 bytes, Barrier *barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
-                 : "memory");
-}
-
-// ---- Products of a warpgroup
-
-// Registers of sums in inline assembly.
-#define NAMES_32 \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
-    "%27, %28, %29, %30, %31}"
-#define NAMES_64 \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
-    "%27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
-    "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-#define REGISTERS_8(x, i) \
-    "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), "+f"(x[i + 7])
-#define REGISTERS_32(x, i) REGISTERS_8(x, i), REGISTERS_8(x, i + 8), REGISTERS_8(x, i + 16), REGISTERS_8(x, i + 24)
+// ---- Products
 
 // How wgmma finds a tile of `rows` rows: how far eight rows are apart, and the halves, which only factors read by columns ask for. The
 // address is hidden from the compiler, which else holds all descriptors of a loop in registers.
 __device__ __forceinline__ u64 descriptor(const char *tile, int rows) {
     u32 address = (shared_address(tile) & 0x3ffff) / 16;
-    asm volatile("" : "+r"(address));
+    forget(address);
     return 1ull << 62 | (u64)(8 * 128 / 16) << 32 | (u64)(rows * 128 / 16) << 16 | address;
-}
-
-// sum (+)= a b^T for 16 columns of a and b.
-__device__ __forceinline__ void multiply(float (&sum)[32], u64 a, u64 b, bool adds) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." DTYPE "." DTYPE " " NAMES_32
-                 ", %32, %33, p, 1, 1, 0, 0;}"
-                 : REGISTERS_32(sum, 0)
-                 : "l"(a), "l"(b), "r"((int)adds));
-}
-__device__ __forceinline__ void multiply(float (&sum)[64], u64 a, u64 b, bool adds) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." DTYPE "." DTYPE " " NAMES_64
-                 ", %64, %65, p, 1, 1, 0, 0;}"
-                 : REGISTERS_32(sum, 0), REGISTERS_32(sum, 32)
-                 : "l"(a), "l"(b), "r"((int)adds));
-}
-// The same with a in registers.
-__device__ __forceinline__ void multiply(float (&sum)[32], const u32 *a, u64 b, bool adds) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." DTYPE "." DTYPE " " NAMES_32
-                 ", {%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
-                 : REGISTERS_32(sum, 0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)adds));
-}
-// sum += a b for 16 columns of a, in registers, and 16 rows of b.
-__device__ __forceinline__ void gather_step(float (&sum)[64], const u32 *a, u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." DTYPE "." DTYPE " " NAMES_64 ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                 : REGISTERS_32(sum, 0), REGISTERS_32(sum, 32)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-// Products read registers that were written before this, and nothing that is written after the next commit.
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most so many groups of products are not done.
-template <int PENDING> __device__ __forceinline__ void wait_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-// The compiler must not move what reads or writes these registers across this.
-template <int N> __device__ __forceinline__ void pin(float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
-template <int N> __device__ __forceinline__ void pin(u32 (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
 }
 
 // sums = own tile^T: TILE own rows from shared memory, from row `first` of OWN on, and 2 N rows of what passes by.
@@ -230,21 +120,6 @@ template <int N> __device__ __forceinline__ void gather(float (&sums)[64], const
     for (int step = 0; step < N / 4; step++) gather_step(sums, weights + 4 * step, b + step * 16 * 8);
 }
 
-// ---- Numbers
-
-// Two numbers in 16 bits, the first in the lower half.
-__device__ __forceinline__ u32 narrow_2(float first, float second) {
-    u32 both;
-    asm("cvt.rn." DTYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-    return both;
-}
-
-__device__ __forceinline__ float exp_2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 // The left factor that sums are after rounding: of two accumulators side by side, a fragment of 16 columns.
@@ -259,6 +134,19 @@ template <int N> __device__ __forceinline__ void clear(float (&sums)[N]) {
 }
 
 // ---- The work of a block
+
+// A block's shared memory, its barriers ready.
+extern __shared__ __align__(1024) unsigned char dynamic_shared_mem[];
+template <class Room> __device__ __forceinline__ Room &enter() {
+    static_assert(sizeof(Room) <= ROOM_BYTES, "launches ask for so much");
+    Room &room = *(Room *)dynamic_shared_mem;
+    if (threadIdx.x == 0) {
+        room.init();
+        show_barriers();
+    }
+    __syncthreads();
+    return room;
+}
 
 // Own rows of a head that a block works on at a time.
 struct Item {
@@ -387,7 +275,3 @@ __device__ __forceinline__ void write_rows(const float (&sums)[64], float factor
     }
 }
 
-// ---- Warpgroups
-
-__device__ __forceinline__ void take_few_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS)); }
-__device__ __forceinline__ void take_many_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY_REGISTERS)); }

@@ -166,8 +166,8 @@ struct Softmax {
 };
 
 // The warpgroups take turns: each submits products when the other has submitted its own.
-__device__ __forceinline__ void await_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory"); }
-__device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory"); }
+__device__ __forceinline__ void await_turn(int group) { meet(1 + group, 2 * 128); }
+__device__ __forceinline__ void give_turn(int group) { pass(2 - group, 2 * 128); }
 
 struct ForwardWorker {
     const Task &task;
@@ -182,11 +182,11 @@ struct ForwardWorker {
         return room.codes[keys_turn.stage][group];
     }
     __device__ __forceinline__ void release_keys() {
-        room.keys_empty[keys_turn.stage].release();
+        release(room.keys_empty[keys_turn.stage]);
         keys_turn.advance();
     }
     __device__ __forceinline__ void release_values() {
-        room.values_empty[values_turn.stage].release();
+        release(room.values_empty[values_turn.stage]);
         values_turn.advance();
     }
     __device__ __forceinline__ void submit_scores(float (&scored)[64]) {
@@ -240,7 +240,7 @@ struct ForwardWorker {
             }
         }
         release_keys();
-        room.queries_empty.release();
+        release(room.queries_empty);
         if (some) {
             submit_values(sums, weights);
             wait_products<0>();
@@ -280,19 +280,13 @@ struct ForwardWorker {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     hopper_forward(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
                    const __grid_constant__ Task task, const __grid_constant__ Rows o, float *log_sums) {
-    extern __shared__ __align__(1024) unsigned char shared_memory[];
-    ForwardRoom &room = *(ForwardRoom *)shared_memory;
-    if (threadIdx.x == 0) {
-        room.init();
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
+    ForwardRoom &room = enter<ForwardRoom>();
     int group = threadIdx.x / 128;
     if (group == 0) {
-        take_few_registers();
+        take_fewer_registers<FEW_REGISTERS>();
         if (threadIdx.x < 32) feed_forward(task, &q, &k, &v, room);
     } else {
-        take_many_registers();
+        take_more_registers<MANY_REGISTERS>();
         ForwardWorker worker = {task, room, group - 1, task.scale * LOG2_E};
         worker.run(o, log_sums);
     }

@@ -60,8 +60,8 @@ template <bool KEYS> struct GradientFeeder {
             for (int i = 0; i < 2; i++) copy_tile(&maps.passing[i], first, head, item.batch, room.passing[stage][i], TILE, &full);
             if (KEYS) {
                 long long at = (long long)(item.batch * task.heads * task.members + head) * statistics.padded + first;
-                copy_floats(statistics.log_sums + at, room.log_sums[stage], TILE * 4, &full);
-                copy_floats(statistics.means + at, room.means[stage], TILE * 4, &full);
+                copy_bytes(statistics.log_sums + at, room.log_sums[stage], TILE * 4, &full);
+                copy_bytes(statistics.means + at, room.means[stage], TILE * 4, &full);
             }
         }
         if (code_0 != FULL || code_1 != FULL) store_tokens(task, item.batch, first, TILE, room.tokens[stage]);
@@ -109,12 +109,7 @@ __device__ __forceinline__ void read_own(const char *own, int group, u32 (&facto
 #pragma unroll
     for (int step = 0; step < WIDTH / 16; step++) {
         int chunk = step % 4 * 2 + lane / 16;
-        u32 at = shared_address(own + step / 4 * OWN * 128 + row * 128 + (chunk ^ row % 8) * 16);
-        u32 *to = factor + 4 * step;
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                     : "r"(at)
-                     : "memory");
+        read_fragments(own + step / 4 * OWN * 128 + row * 128 + (chunk ^ row % 8) * 16, factor + 4 * step);
     }
 }
 
@@ -130,15 +125,20 @@ template <bool KEYS> struct GradientWorker {
     float rate;
     Turn<GRADIENT_STAGES> turn;
 
-    // The code of the next tile that this warpgroup's rows see something of, which is there then; END behind the last.
+    __device__ __forceinline__ int code_here() {
+        room.full[turn.stage].wait(turn.phase);
+        return room.codes[turn.stage][group];
+    }
+
+    // The code of the next tile, which is there then; END behind the last. A tile that this warpgroup's rows see nothing of is passed over,
+    // but only one: the place of the tile before, whose products are not submitted yet, is what the copies wait for after that.
     __device__ __forceinline__ int take() {
-        for (int passed = 0;; passed++) {
-            room.full[turn.stage].wait(turn.phase);
-            int code = room.codes[turn.stage][group];
-            if (code != SKIP || passed == GRADIENT_STAGES - 2) return code == SKIP ? MASKED : code;
-            room.empty[turn.stage].release();
-            turn.advance();
-        }
+        static_assert(GRADIENT_STAGES >= 3, "one for the tile before, one to pass over, one to take");
+        int code = code_here();
+        if (code != SKIP) return code;
+        release(room.empty[turn.stage]);
+        turn.advance();
+        return code_here();
     }
 
     __device__ __forceinline__ void submit_scores(float (&scored)[32], const Own<KEYS> &own, int factor) {
@@ -240,7 +240,7 @@ template <bool KEYS> struct GradientWorker {
             wait_products<KEYS ? 1 : 2>();
             pin(scored);
             slopes_of_stage(scored, slopes, sums, factor, own, own_tokens, code);
-            room.empty[before].release();
+            release(room.empty[before]);
             before = turn.stage;
             turn.advance();
         }
@@ -251,7 +251,7 @@ template <bool KEYS> struct GradientWorker {
         commit();
         wait_products<0>();
         pin(sums);
-        room.empty[before].release();
+        release(room.empty[before]);
     }
 
     // The tokens of an item's own rows; queries and their statistics, which stay in registers: the place they were copied to is free then.
@@ -263,7 +263,7 @@ template <bool KEYS> struct GradientWorker {
         else {
             read_own(room.own[0], group, own.queries);
             read_own(room.own[1], group, own.gradients);
-            room.own_empty.release();
+            release(room.own_empty);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 long long at = (long long)item.line * statistics.padded + first + threadIdx.x % 32 / 4 + 8 * half;
@@ -293,12 +293,12 @@ template <bool KEYS> struct GradientWorker {
             float sums[64];
             clear(sums);
             sum_up(sums, own, room.own_tokens[warp]);
-            if (KEYS) room.own_empty.release();
+            if (KEYS) release(room.own_empty);
             // The stage behind the last tile.
-            room.empty[turn.stage].release();
+            release(room.empty[turn.stage]);
             turn.advance();
             // What is made of the number is not held in registers through the sums.
-            asm volatile("" : "+r"(number));
+            forget(number);
             write(sums, task.scale, first, number);
             if constexpr (KEYS) write(own.value_sums, 1, second, number);
         }
@@ -308,22 +308,16 @@ template <bool KEYS> struct GradientWorker {
 template <bool KEYS>
 __device__ __forceinline__ void gradient(const GradientMaps &maps, const Task &task, const Statistics &statistics, const Rows &first,
                                          const Rows &second) {
-    extern __shared__ __align__(1024) unsigned char shared_memory[];
-    GradientRoom &room = *(GradientRoom *)shared_memory;
-    if (threadIdx.x == 0) {
-        room.init();
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
+    GradientRoom &room = enter<GradientRoom>();
     int group = threadIdx.x / 128;
     if (group == 0) {
-        take_few_registers();
+        take_fewer_registers<FEW_REGISTERS>();
         if (threadIdx.x < 32) {
             GradientFeeder<KEYS> feeder = {task, maps, statistics, room, threadIdx.x == 0};
             feeder.run();
         }
     } else {
-        take_many_registers();
+        take_more_registers<MANY_REGISTERS>();
         GradientWorker<KEYS> worker = {task, room, group - 1, task.scale * LOG2_E};
         worker.run(statistics, first, second);
     }
@@ -340,16 +334,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         const __grid_constant__ Statistics statistics, const __grid_constant__ Rows keys,
                         const __grid_constant__ Rows values) {
     gradient<true>(maps, task, statistics, keys, values);
-}
-
-__device__ __forceinline__ float widen(u32 x) {
-    float y;
-#if BF16
-    y = __uint_as_float(x << 16);
-#else
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((u16)x));
-#endif
-    return y;
 }
 
 // Statistics of queries from lse [lines, tokens], by half a warp a row. `o` and `g` are only read.

@@ -9,22 +9,26 @@ use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
 use super::arguments::{Rows, Statistics, Task, TensorMap};
 use super::{Memory, TILE};
 use crate::attention::device::{Tiled, dims};
-use crate::compiler::{CompilerError, Module};
+use crate::compiler::CompilerError;
 use crate::device::uninitialized;
 use crate::limits::Limits;
+use crate::module::Module;
 use crate::side_stream::{SideStream, address_of, driver_version};
 
-const SOURCE: &str =
-    concat!(include_str!("common.cu"), include_str!("forward.cu"), include_str!("gradients.cu"));
+const SOURCE: &str = concat!(
+    include_str!("instructions.cu"),
+    include_str!("common.cu"),
+    include_str!("forward.cu"),
+    include_str!("gradients.cu")
+);
 
 /// Hopper, with what no other card has.
 const COMPUTE_CAPABILITY: usize = 90;
 const ARCHITECTURE: &str = "90a";
 /// `THREADS`.
 const THREADS: u32 = 384;
-/// Bytes of `ForwardRoom` and `GradientRoom`, as the source is told.
-const FORWARD_BYTES: usize = 198_096;
-const GRADIENT_BYTES: usize = 203_104;
+/// `ROOM_BYTES`: shared memory of a block, of which the kernels' rooms take most.
+const ROOM_BYTES: usize = 200 << 10;
 /// Threads and rows of a block of `hopper_statistics`.
 const STATISTICS_THREADS: u32 = 256;
 const STATISTICS_ROWS: usize = 16;
@@ -81,19 +85,15 @@ impl Kernels {
         if stream.waits() {
             return Err(Refusal::Unsuited("the driver is older than CUDA 12.5".into()));
         }
-        let defines = [
-            ("BF16", usize::from(dtype == DType::BF16)),
-            ("FORWARD_BYTES", FORWARD_BYTES),
-            ("GRADIENT_BYTES", GRADIENT_BYTES),
-        ];
+        let defines = [("BF16", usize::from(dtype == DType::BF16)), ("ROOM_BYTES", ROOM_BYTES)];
         let module = Module::load(SOURCE, ARCHITECTURE, &defines)?;
         Ok(Self {
             stream,
             processors: limits.processors as u32,
-            forward: module.kernel(c"hopper_forward", FORWARD_BYTES)?,
+            forward: module.kernel(c"hopper_forward", ROOM_BYTES)?,
             statistics: module.kernel(c"hopper_statistics", 0)?,
-            query_gradient: module.kernel(c"hopper_query_gradient", GRADIENT_BYTES)?,
-            key_gradient: module.kernel(c"hopper_key_gradient", GRADIENT_BYTES)?,
+            query_gradient: module.kernel(c"hopper_query_gradient", ROOM_BYTES)?,
+            key_gradient: module.kernel(c"hopper_key_gradient", ROOM_BYTES)?,
             _module: module,
         })
     }
@@ -113,7 +113,7 @@ impl Kernels {
         let (o, log_sums) = (Rows::new(o)?, address_of(lse)?);
         let [q, k, v] = maps.each_ref().map(argument);
         let mut arguments = [q, k, v, argument(&task), argument(&o), argument(&log_sums)];
-        self.in_order(|| self.share_out(self.forward, &task, FORWARD_BYTES, &mut arguments))
+        self.in_order(|| self.share_out(self.forward, &task, ROOM_BYTES, &mut arguments))
     }
 
     /// See [`super::backward`].
@@ -159,8 +159,8 @@ impl Kernels {
         self.in_order(|| {
             let blocks = ((padded / STATISTICS_ROWS) as u32, (b * h) as u32, 1);
             self.launch(self.statistics, blocks, STATISTICS_THREADS, 0, &mut of_statistics)?;
-            self.share_out(self.query_gradient, &queries, GRADIENT_BYTES, &mut of_queries)?;
-            self.share_out(self.key_gradient, &keys, GRADIENT_BYTES, &mut of_keys)
+            self.share_out(self.query_gradient, &queries, ROOM_BYTES, &mut of_queries)?;
+            self.share_out(self.key_gradient, &keys, ROOM_BYTES, &mut of_keys)
         })
     }
 

@@ -5,8 +5,9 @@ use std::ffi::CStr;
 use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
 
 use super::layout::{THREADS, Variant};
-use crate::compiler::{CompilerError, Module};
+use crate::compiler::CompilerError;
 use crate::limits::Limits;
+use crate::module::Module;
 use crate::side_stream::{SideStream, driver_version};
 use crate::step::StepError;
 
