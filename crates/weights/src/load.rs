@@ -7,9 +7,11 @@
 //! number, or that has no place in Llama's blocks; and an adapter that belongs to another model.
 
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::fs;
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
 
 use burn::module::Param;
 use burn::tensor::backend::Backend;
@@ -32,6 +34,8 @@ const FLAG: &str = "--model";
 /// all the rest of loading, a page at a time: pieces of this size lie in memory that the allocator has had before. A multiple of
 /// the values that share a scale.
 pub(crate) const RUN: usize = 1 << 20;
+/// Runs that wait for the device.
+const RUNS_AHEAD: usize = 4;
 
 /// How the linears of the blocks are held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -169,28 +173,12 @@ impl<B: KernelBackend> Loader<'_, B> {
         let norm = |name: &str| block_tensor(layer, name);
         let attention_norm = self.norm(&norm("input_layernorm.weight"), config.hidden_size)?;
         let mlp_norm = self.norm(&norm("post_attention_layernorm.weight"), config.hidden_size)?;
-        let weights = self.linears(config, layer)?;
-        Ok(assemble(config, [attention_norm, mlp_norm], weights))
+        Block::build(config, attention_norm, mlp_norm, |target| {
+            let name = block_tensor(layer, &format!("{}.weight", target.hf_path()));
+            self.linear(&name, config.linear_shape(target))
+        })
     }
 
-    /// All linears of a block.
-    fn linears(&mut self, config: &LlamaConfig, layer: usize) -> Result<Linears<B>, WeightsError> {
-        let name = |target: Target| block_tensor(layer, &format!("{}.weight", target.hf_path()));
-        let load = |target| {
-            Ok::<_, WeightsError>((target, self.linear(&name(target), config.linear_shape(target))?))
-        };
-        let mut weights = Target::ALL.into_iter().map(load).collect::<Result<Vec<_>, _>>()?;
-        if self.quantization == Quantization::Nf4Double {
-            // What is stored packed keeps the scales that it has.
-            let fresh = weights
-                .iter_mut()
-                .filter(|(target, _)| !Nf4Stored::is_stored(self.checkpoint, &name(*target)));
-            quantize_scales(fresh);
-        }
-        Ok(weights)
-    }
-
-    /// A linear; if it is packed here, its scales are plain.
     fn linear(&mut self, name: &str, shape: [usize; 2]) -> Result<Weight<B>, WeightsError> {
         if Nf4Stored::is_stored(self.checkpoint, name) {
             return stored_weight(Nf4Stored::read(self.checkpoint, name, shape)?, name, self);
@@ -198,25 +186,30 @@ impl<B: KernelBackend> Loader<'_, B> {
         if self.quantization == Quantization::None {
             return Ok(Weight::frozen(self.tensor(name, shape)?));
         }
+        let double = self.quantization == Quantization::Nf4Double;
         if B::PACKS_ON_DEVICE {
             let mut packed = Vec::new();
             self.runs(name, &shape, |run| packed.push(B::nf4_quantize(run, false)))?;
-            return Ok(Weight::Nf4(Nf4Tensor::join(packed, shape)));
+            let packed = Nf4Tensor::join(packed, shape);
+            return Ok(Weight::Nf4(if double { packed.with_quantized_scales() } else { packed }));
         }
         self.checkpoint.read_f32_into(name, &shape, &mut self.buffer)?;
-        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, false, self.device)))
+        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, double, self.device)))
     }
 
     /// The values of a tensor on the device, in runs `[1, n]` of the dtype of the file, or of f32 if the device does not compute in
-    /// that.
-    fn runs(
-        &self,
-        name: &str,
-        shape: &[usize],
-        mut each: impl FnMut(Tensor<B, 2>),
-    ) -> Result<(), WeightsError> {
-        let as_f32 = !B::supports_dtype(self.device, self.checkpoint.float_dtype(name)?);
-        self.checkpoint.read_runs(name, shape, RUN, as_f32, |data| each(on_device(data, self.device)))
+    /// that. While one run goes to the device, the next ones are read.
+    fn runs(&self, name: &str, shape: &[usize], each: impl FnMut(Tensor<B, 2>)) -> Result<(), WeightsError> {
+        let (checkpoint, device) = (self.checkpoint, self.device);
+        let as_f32 = !B::supports_dtype(device, checkpoint.float_dtype(name)?);
+        let (send, receive) = mpsc::sync_channel(RUNS_AHEAD);
+        thread::scope(|scope| {
+            // Whoever receives takes all, so nothing that is sent is lost.
+            let read = move || checkpoint.read_runs(name, shape, RUN, as_f32, |run| drop(send.send(run)));
+            let reader = scope.spawn(read);
+            receive.into_iter().map(|run| on_device(run, device)).for_each(each);
+            reader.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })
     }
 
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<B, 2>>, WeightsError> {
@@ -237,42 +230,32 @@ impl<B: KernelBackend> Loader<'_, B> {
         shape: [usize; D],
     ) -> Result<Tensor<B, D>, WeightsError> {
         if B::PACKS_ON_DEVICE {
-            let mut runs = Vec::new();
-            self.runs(name, &shape, |run| runs.push(run.cast(self.dtype)))?;
-            return Ok(Tensor::cat(runs, 1).reshape(shape));
+            let mut whole = Filling::new(shape.iter().product(), self.dtype, self.device);
+            self.runs(name, &shape, |run| whole.push(run))?;
+            return Ok(whole.tensor.reshape(shape));
         }
         let values = self.checkpoint.read_f32(name, &shape)?;
         Ok(Tensor::from_data(TensorData::new(values, shape), (self.device, self.dtype)))
     }
 }
 
-/// The linears of a block.
-pub(crate) type Linears<B> = Vec<(Target, Weight<B>)>;
-
-/// A block of its parts; each linear is there once.
-pub(crate) fn assemble<B: KernelBackend>(
-    config: &LlamaConfig,
-    norms: [Param<Tensor<B, 1>>; 2],
-    mut linears: Linears<B>,
-) -> Block<B> {
-    let [attention_norm, mlp_norm] = norms;
-    let built = Block::build(config, attention_norm, mlp_norm, |target| {
-        let Some(place) = linears.iter().position(|(other, _)| *other == target) else {
-            unreachable!("each linear of a block is loaded, and asked for once");
-        };
-        Ok::<_, Infallible>(linears.swap_remove(place).1)
-    });
-    built.unwrap_or_else(|never| match never {})
+/// A tensor `[1, n]` that is filled with runs of its values as they come, so that one run exists beside it.
+pub(crate) struct Filling<B: Backend> {
+    pub(crate) tensor: Tensor<B, 2>,
+    filled: usize,
 }
 
-/// Quantizes the scales of packed linears together.
-pub(crate) fn quantize_scales<'a, B: KernelBackend>(
-    linears: impl Iterator<Item = &'a mut (Target, Weight<B>)>,
-) {
-    Nf4Tensor::quantize_scales(linears.filter_map(|(_, weight)| match weight {
-        Weight::Nf4(packed) => Some(packed),
-        _ => None,
-    }));
+impl<B: Backend> Filling<B> {
+    pub(crate) fn new(length: usize, dtype: DType, device: &B::Device) -> Self {
+        Self { tensor: Tensor::empty([1, length], (device, dtype)), filled: 0 }
+    }
+
+    pub(crate) fn push(&mut self, run: Tensor<B, 2>) {
+        let (begin, run) = (self.filled, run.cast(self.tensor.dtype()));
+        self.filled += run.dims()[1];
+        let end = self.filled;
+        self.tensor.inplace(|tensor| tensor.slice_assign([0..1, begin..end], run));
+    }
 }
 
 /// A run of values `[1, n]` on a device.

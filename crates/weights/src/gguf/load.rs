@@ -7,13 +7,13 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use burn::module::Param;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Shape, Tensor, TensorData};
 use buzzer_kernels::{KernelBackend, Nf4Tensor};
-use buzzer_model::{Block, Llama, LlamaConfig, Target, Weight};
+use buzzer_model::{Block, Llama, LlamaConfig, Weight};
 
 use super::{Gguf, Metadata, from_gguf_rows, reordered_heads};
 use crate::error::Place;
-use crate::load::{Linears, RUN, assemble, on_device, quantize_scales};
+use crate::load::{Filling, RUN, on_device};
 use crate::open::WEIGHT_FILES;
 use crate::parts::Part;
 use crate::{Quantization, WeightsError, meta};
@@ -142,7 +142,9 @@ pub(crate) fn load_gguf<B: KernelBackend>(
         .map(|layer| {
             let attention_norm = loader.frozen(Part::AttentionNorm(layer))?;
             let mlp_norm = loader.frozen(Part::MlpNorm(layer))?;
-            Ok(assemble(&config, [attention_norm, mlp_norm], loader.linears(layer)?))
+            Block::build(&config, attention_norm, mlp_norm, |target| {
+                loader.linear(Part::Linear(layer, target))
+            })
         })
         .collect::<Result<Vec<Block<B>>, WeightsError>>()?;
     let norm = loader.frozen(Part::Norm)?;
@@ -193,8 +195,9 @@ impl<B: KernelBackend> Loader<'_, B> {
         self.read(part)?;
         let shape = part.shape(self.config);
         if B::PACKS_ON_DEVICE {
-            let runs = self.runs().map(|run| run.cast(self.dtype)).collect();
-            return Ok(Tensor::cat(runs, 1).reshape(shape));
+            let mut whole = Filling::new(self.values.len(), self.dtype, self.device);
+            self.runs().for_each(|run| whole.push(run));
+            return Ok(whole.tensor.reshape(Shape::from(shape)));
         }
         Ok(Tensor::from_data(TensorData::new(self.values.clone(), shape), (self.device, self.dtype)))
     }
@@ -209,16 +212,6 @@ impl<B: KernelBackend> Loader<'_, B> {
         Ok(Param::from_tensor(self.tensor(part)?).set_require_grad(false))
     }
 
-    fn linears(&mut self, layer: usize) -> Result<Linears<B>, WeightsError> {
-        let load = |target| Ok((target, self.linear(Part::Linear(layer, target))?));
-        let mut linears = Target::ALL.into_iter().map(load).collect::<Result<Linears<B>, WeightsError>>()?;
-        if self.quantization == Quantization::Nf4Double {
-            quantize_scales(linears.iter_mut());
-        }
-        Ok(linears)
-    }
-
-    /// A linear; if it is packed, its scales are plain.
     fn linear(&mut self, part: Part) -> Result<Weight<B>, WeightsError> {
         if self.quantization == Quantization::None {
             return Ok(Weight::frozen(self.tensor(part)?));
@@ -227,12 +220,13 @@ impl<B: KernelBackend> Loader<'_, B> {
         let [out, inner, ..] = part.shape(self.config)[..] else {
             unreachable!("a linear is a matrix");
         };
-        let packed = if B::PACKS_ON_DEVICE {
-            Nf4Tensor::join(self.runs().map(|run| B::nf4_quantize(run, false)).collect(), [out, inner])
-        } else {
-            Nf4Tensor::quantize(&self.values, [out, inner], false, self.device)
-        };
-        Ok(Weight::Nf4(packed))
+        let double = self.quantization == Quantization::Nf4Double;
+        if B::PACKS_ON_DEVICE {
+            let packed =
+                Nf4Tensor::join(self.runs().map(|run| B::nf4_quantize(run, false)).collect(), [out, inner]);
+            return Ok(Weight::Nf4(if double { packed.with_quantized_scales() } else { packed }));
+        }
+        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.values, [out, inner], double, self.device)))
     }
 }
 

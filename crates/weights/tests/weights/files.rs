@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
+use burn::tensor::TensorData;
 use buzzer_model::Target;
 use buzzer_weights::{
     Absmax, Adapter, AdapterConfig, Checkpoint, Dtype, Factors, FloatType, Nf4Stored, TensorToWrite,
