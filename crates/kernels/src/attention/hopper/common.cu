@@ -1,7 +1,7 @@
 // What the kernels of attention for Hopper share: tiles in shared memory, the copies that fill them, products of warpgroups, and the
 // masks and sums that belong to a row.
 //
-// Compiled with BF16 (0 or 1) defined, for heads of 128 elements. See mod.rs for what is computed and how the work is shared out.
+// Compiled with BF16 (0 or 1) and ROOM_BYTES defined, for heads of 128 elements. See mod.rs for what is computed and how the work is shared out.
 //
 // A tile has rows of 128 elements of 16 bits. It lies as two halves of 64 columns, one after the other, each with rows of 128 bytes
 // whose chunks of 16 bytes are permuted by the row modulo 8: what the copy engine calls a swizzle of 128 bytes, and what wgmma
@@ -216,13 +216,14 @@ __device__ __forceinline__ void store_tokens(const Task &task, int batch, int fi
     }
 }
 
-// Documents and positions of a warp's own rows, in shared memory, by its warp: registers are scarce. Keys in the
-// document that nobody is in, and rows past the end, are in one that no token is in.
+// Documents and positions of a warp's own rows, to shared memory, as registers are scarce. Own rows in the document that nobody is in, and
+// those past the end, get one that no token is in.
 __device__ __forceinline__ void store_own_tokens(const Task &task, int batch, int first, int2 *to) {
     int i = threadIdx.x % 32, row = first + i;
     if (i < 16) {
         int2 token = make_int2(NOBODY, 0);
-        if (row < task.own_tokens) token = make_int2(task.own_documents[batch * task.own_tokens + row], task.own_positions[batch * task.own_tokens + row]);
+        int at = batch * task.own_tokens + row;
+        if (row < task.own_tokens) token = make_int2(task.own_documents[at], task.own_positions[at]);
         if (token.x == SEPARATE) token.x = NOBODY;
         to[i] = token;
     }

@@ -14,7 +14,7 @@ typedef unsigned long long u64;
 
 // ---- Barriers and copies
 
-// Where the driver says how a tensor [b, heads, t, WIDTH] lies; a box has TILE rows of 64 elements.
+// Where the driver says how a tensor [b, heads, t, width] lies; a box has 64 rows of 64 elements.
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
 __device__ __forceinline__ u32 shared_address(const void *x) {
@@ -115,10 +115,10 @@ __device__ __forceinline__ void gather_step(float (&sum)[64], const u32 *a, u64 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// Products read registers that were written before this, and nothing that is written after the next commit.
+// Products that are submitted next read registers as they are here.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most so many groups of products are not done.
+// Waits until at most so many groups of products are not done. Before that nobody may touch their registers.
 template <int PENDING> __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
