@@ -1,11 +1,10 @@
 //! What the kernels are given, byte for byte as `common.cu` and `gradients.cu` declare it.
 
 use burn::tensor::DType;
-use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
-use cudarc::driver::{DriverError, sys};
+use cudarc::driver::sys;
 
-use super::{TILE, WIDTH};
+use super::{Memory, Refusal, TILE, WIDTH};
 use crate::attention::device::dims;
 use crate::attention::ranges::Ranges;
 use crate::side_stream::address_of;
@@ -14,17 +13,13 @@ use crate::side_stream::address_of;
 const TOGETHER: usize = 8;
 
 /// How a tensor `[b, heads, t, 128]` lies, for the copy engine; boxes have [`TILE`] rows and half a row's columns.
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TensorMap([u64; 16]);
 
 impl TensorMap {
-    pub(super) fn new(x: &CubeTensor<CudaRuntime>) -> Result<Self, String> {
+    pub(super) fn new(x: &Memory) -> Result<Self, Refusal> {
         let address = address_of(x)?;
-        Self::at(address, x).map_err(|error| format!("the driver makes no map of a tensor: {error}"))
-    }
-
-    fn at(address: u64, x: &CubeTensor<CudaRuntime>) -> Result<Self, DriverError> {
         let [b, heads, t, width] = dims(x).map(|dim| dim as u64);
         let bytes = |dim: usize| (x.meta.strides()[dim] * x.dtype.size()) as u64;
         let (sizes, strides) = ([width, t, heads, b], [bytes(2), bytes(1), bytes(0)]);
@@ -34,7 +29,7 @@ impl TensorMap {
             _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         };
         let mut map = Self([0; 16]);
-        // SAFETY: a map has 128 bytes at a multiple of 64, and the arrays have as many elements as four dimensions need. Drivers with
+        // SAFETY: a map has 128 bytes at a multiple of 128, as CUDA 13 wants it (64 before), and the arrays have as many elements as four dimensions need. Drivers with
         // events of contexts, which were asked for before, have the function.
         unsafe {
             sys::cuTensorMapEncodeTiled(
@@ -69,13 +64,13 @@ pub(super) struct Rows {
 
 impl Rows {
     /// Of a tensor `[b, heads, t, 128]`.
-    pub(super) fn new(x: &CubeTensor<CudaRuntime>) -> Result<Self, String> {
+    pub(super) fn new(x: &Memory) -> Result<Self, Refusal> {
         let [batch, head, row] = [0, 1, 2].map(|dim| x.meta.strides()[dim] as i64);
         Ok(Self { data: address_of(x)?, batch, head, row })
     }
 
     /// Of a tensor `[b, t, heads, 128]`, whose elements are 16 bits.
-    pub(super) fn joined(x: &CubeTensor<CudaRuntime>) -> Result<Self, String> {
+    pub(super) fn joined(x: &Memory) -> Result<Self, Refusal> {
         let [batch, row, head] = [0, 1, 2].map(|dim| x.meta.strides()[dim] as i64);
         Ok(Self { data: address_of(x)?, batch, head, row })
     }
@@ -91,13 +86,24 @@ impl Rows {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Statistics {
     /// lse in powers of two.
-    pub(super) log_sums: u64,
+    log_sums: u64,
     /// D.
-    pub(super) means: u64,
+    means: u64,
     /// Tokens of a row, filled up.
-    pub(super) padded: i32,
-    pub(super) unused: i32,
+    padded: i32,
+    unused: i32,
 }
+
+impl Statistics {
+    /// In memory `[2, lines, padded]` of f32.
+    pub(super) fn new(address: u64, lines: usize, padded: usize) -> Self {
+        let bytes = (lines * padded * size_of::<f32>()) as u64;
+        Self { log_sums: address, means: address + bytes, padded: padded as i32, unused: 0 }
+    }
+}
+
+// As `common.cu` and `gradients.cu` assert.
+const _: () = assert!(size_of::<Rows>() == 32 && size_of::<Task>() == 96 && size_of::<Statistics>() == 24);
 
 /// `Task`: a launch whose own rows are queries or keys.
 #[repr(C)]
@@ -127,11 +133,11 @@ impl Task {
     /// Own rows are queries `[b, h, t, 128]`, and keys `[b, g, s, 128]` pass by. `tokens` are documents and
     /// positions of queries and of keys, whose elements lie side by side.
     pub(super) fn of_queries(
-        q: &CubeTensor<CudaRuntime>,
-        k: &CubeTensor<CudaRuntime>,
-        tokens: &[CubeTensor<CudaRuntime>; 4],
+        q: &Memory,
+        k: &Memory,
+        tokens: &[Memory; 4],
         ranges: &Ranges<CudaRuntime>,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, Refusal> {
         let ([b, h, t, _], [_, g, s, _]) = (dims(q), dims(k));
         let [own_documents, own_positions, documents, positions] = addresses(tokens)?;
         let [own_tiles, tiles] = [t, s].map(|tokens| tokens.div_ceil(TILE));
@@ -158,7 +164,7 @@ impl Task {
     }
 
     /// The same with the sides exchanged: own rows are keys, and queries pass by.
-    pub(super) fn of_keys(self, ranges: &Ranges<CudaRuntime>) -> Result<Self, String> {
+    pub(super) fn of_keys(self, ranges: &Ranges<CudaRuntime>) -> Result<Self, Refusal> {
         Ok(Self {
             own_documents: self.documents,
             own_positions: self.positions,
@@ -183,7 +189,7 @@ impl Task {
     }
 }
 
-fn addresses(tensors: &[CubeTensor<CudaRuntime>; 4]) -> Result<[u64; 4], String> {
+fn addresses(tensors: &[Memory; 4]) -> Result<[u64; 4], Refusal> {
     let [a, b, c, d] = tensors;
     Ok([address_of(a)?, address_of(b)?, address_of(c)?, address_of(d)?])
 }

@@ -55,6 +55,9 @@ struct Task {
     float scale;                               // of scores
 };
 
+// As arguments.rs asserts.
+static_assert(sizeof(Rows) == 32 && sizeof(Task) == 96, "arguments have the host's sizes");
+
 // Two tokens side by side: documents and positions.
 struct alignas(16) TokenPair { int document_0, position_0, document_1, position_1; };
 

@@ -15,6 +15,8 @@ struct Statistics {
     int padded;
 };
 
+static_assert(sizeof(Statistics) == 24, "arguments have the host's sizes");
+
 struct GradientRoom {
     char own[2][OWN * 256];                        // q and g, or k and v
     char passing[GRADIENT_STAGES][2][TILE * 256];  // k and v, or q and g

@@ -7,9 +7,8 @@ use cubecl::cuda::{CudaDevice, CudaRuntime};
 use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
 
 use super::arguments::{Rows, Statistics, Task, TensorMap};
-use super::{Memory, TILE};
+use super::{Memory, Refusal, TILE};
 use crate::attention::device::{Tiled, dims};
-use crate::compiler::CompilerError;
 use crate::device::uninitialized;
 use crate::limits::Limits;
 use crate::module::Module;
@@ -50,17 +49,6 @@ pub(super) struct Kernels {
 // SAFETY: the driver's handles may be used from any thread that has bound the context, one at a time; a mutex guards them.
 unsafe impl Send for Kernels {}
 
-/// Why kernels cannot be had or launched.
-#[derive(Debug, thiserror::Error)]
-enum Refusal {
-    #[error("{0}")]
-    Unsuited(String),
-    #[error("the CUDA driver says: {0}")]
-    Driver(#[from] DriverError),
-    #[error(transparent)]
-    Compiler(#[from] CompilerError),
-}
-
 /// The pointer to an argument that a launch takes; it is copied before the launch returns.
 fn argument<T>(value: &T) -> *mut c_void {
     std::ptr::from_ref(value).cast_mut().cast()
@@ -68,11 +56,7 @@ fn argument<T>(value: &T) -> *mut c_void {
 
 impl Kernels {
     /// Compiles and loads them.
-    pub(super) fn load(device: &CudaDevice, dtype: DType) -> Result<Self, String> {
-        Self::try_load(device, dtype).map_err(|refusal| refusal.to_string())
-    }
-
-    fn try_load(device: &CudaDevice, dtype: DType) -> Result<Self, Refusal> {
+    pub(super) fn load(device: &CudaDevice, dtype: DType) -> Result<Self, Refusal> {
         let context = CudaContext::new(device.index)?;
         let limits = Limits::of(&context)?;
         if limits.compute_capability != COMPUTE_CAPABILITY {
@@ -105,15 +89,15 @@ impl Kernels {
         index: &Tiled<CudaRuntime>,
         o: &Memory,
         lse: &Memory,
-    ) -> Result<(), String> {
-        self.stream.bind().map_err(|error| error.to_string())?;
+    ) -> Result<(), Refusal> {
+        self.stream.bind()?;
         let maps = [TensorMap::new(q)?, TensorMap::new(k)?, TensorMap::new(v)?];
         let tokens = index.tokens();
         let task = Task::of_queries(q, k, &tokens, &index.ranges)?;
         let (o, log_sums) = (Rows::new(o)?, address_of(lse)?);
         let [q, k, v] = maps.each_ref().map(argument);
         let mut arguments = [q, k, v, argument(&task), argument(&o), argument(&log_sums)];
-        self.in_order(|| self.share_out(self.forward, &task, ROOM_BYTES, &mut arguments))
+        self.in_order(|| self.share_out(self.forward, &task, &mut arguments))
     }
 
     /// See [`super::backward`].
@@ -124,18 +108,13 @@ impl Kernels {
         lse: &Memory,
         index: &Tiled<CudaRuntime>,
         joined: &Memory,
-    ) -> Result<(), String> {
-        self.stream.bind().map_err(|error| error.to_string())?;
+    ) -> Result<(), Refusal> {
+        self.stream.bind()?;
         let ([b, h, t, _], g) = (dims(q), dims(k)[1]);
         let padded = t.next_multiple_of(2 * TILE);
-        // Both are given to others only behind what is submitted here.
-        let [log_sums, means] = [(); 2].map(|()| uninitialized(q, [b, h, padded], DType::F32));
-        let statistics = Statistics {
-            log_sums: address_of(&log_sums)?,
-            means: address_of(&means)?,
-            padded: padded as i32,
-            unused: 0,
-        };
+        // Given to others only behind what is submitted here.
+        let memory = uninitialized(q, [2, b, h, padded], DType::F32);
+        let statistics = Statistics::new(address_of(&memory)?, b * h, padded);
         let [q_map, k_map, v_map] = [TensorMap::new(q)?, TensorMap::new(k)?, TensorMap::new(v)?];
         let grad_map = TensorMap::new(grad)?;
         let tokens = index.tokens();
@@ -159,19 +138,16 @@ impl Kernels {
         self.in_order(|| {
             let blocks = ((padded / STATISTICS_ROWS) as u32, (b * h) as u32, 1);
             self.launch(self.statistics, blocks, STATISTICS_THREADS, 0, &mut of_statistics)?;
-            self.share_out(self.query_gradient, &queries, ROOM_BYTES, &mut of_queries)?;
-            self.share_out(self.key_gradient, &keys, ROOM_BYTES, &mut of_keys)
+            self.share_out(self.query_gradient, &queries, &mut of_queries)?;
+            self.share_out(self.key_gradient, &keys, &mut of_keys)
         })
     }
 
     /// Submits launches between what was submitted before and what will be.
-    fn in_order(&self, launches: impl FnOnce() -> Result<(), DriverError>) -> Result<(), String> {
-        let submit = || {
-            self.stream.follow()?;
-            launches()?;
-            self.stream.lead()
-        };
-        submit().map_err(|error: DriverError| error.to_string())
+    fn in_order(&self, launches: impl FnOnce() -> Result<(), DriverError>) -> Result<(), Refusal> {
+        self.stream.follow()?;
+        launches()?;
+        Ok(self.stream.lead()?)
     }
 
     /// Launches a kernel whose blocks share out a task.
@@ -179,10 +155,9 @@ impl Kernels {
         &self,
         kernel: sys::CUfunction,
         task: &Task,
-        shared: usize,
         arguments: &mut [*mut c_void],
     ) -> Result<(), DriverError> {
-        self.launch(kernel, (self.processors.min(task.items()), 1, 1), THREADS, shared, arguments)
+        self.launch(kernel, (self.processors.min(task.items()), 1, 1), THREADS, ROOM_BYTES, arguments)
     }
 
     fn launch(

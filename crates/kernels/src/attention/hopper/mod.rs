@@ -19,9 +19,11 @@ use std::sync::{Mutex, OnceLock};
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::{CudaDevice, CudaRuntime};
+use cudarc::driver::DriverError;
 
 use self::kernels::Kernels;
 use super::device::{Tiled, dims};
+use crate::compiler::CompilerError;
 
 type Memory = CubeTensor<CudaRuntime>;
 
@@ -29,6 +31,26 @@ type Memory = CubeTensor<CudaRuntime>;
 const WIDTH: usize = 128;
 /// `TILE`: rows of a tile that has a code.
 const TILE: usize = super::flash::EDGE;
+
+/// Why kernels cannot be had or launched.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    /// There are none for the device, dtype or driver, or a tensor has no address.
+    #[error("{0}")]
+    Unsuited(String),
+    /// The driver refuses.
+    #[error("the CUDA driver says: {0}")]
+    Driver(#[from] DriverError),
+    /// The compiler refuses, or the driver what it made.
+    #[error(transparent)]
+    Compiler(#[from] CompilerError),
+}
+
+impl From<String> for Refusal {
+    fn from(reason: String) -> Self {
+        Self::Unsuited(reason)
+    }
+}
 
 /// The kernels of a device for a dtype, or why there are none.
 type Loaded = HashMap<(usize, DType), Result<Kernels, String>>;
@@ -38,12 +60,16 @@ type Loaded = HashMap<(usize, DType), Result<Kernels, String>>;
 fn with<T>(
     device: &CudaDevice,
     dtype: DType,
-    job: impl FnOnce(&Kernels) -> Result<T, String>,
-) -> Result<T, String> {
+    job: impl FnOnce(&Kernels) -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
     static LOADED: OnceLock<Mutex<Loaded>> = OnceLock::new();
-    let mut loaded = LOADED.get_or_init(Mutex::default).lock().map_err(|_| "a launch failed before")?;
-    let kernels = loaded.entry((device.index, dtype)).or_insert_with(|| Kernels::load(device, dtype));
-    kernels.as_ref().map_err(String::clone).and_then(job)
+    let lock = LOADED.get_or_init(Mutex::default).lock();
+    let mut loaded = lock.map_err(|_| "a launch failed before".to_owned())?;
+    let load = || Kernels::load(device, dtype).map_err(|refusal| refusal.to_string());
+    match loaded.entry((device.index, dtype)).or_insert_with(load) {
+        Ok(kernels) => job(kernels),
+        Err(reason) => Err(reason.clone().into()),
+    }
 }
 
 /// Why these kernels do not serve a device for a dtype, if they do not.
@@ -52,7 +78,7 @@ pub fn obstacle(device: &CudaDevice, dtype: DType) -> Option<String> {
     if !matches!(dtype, DType::F16 | DType::BF16) {
         return Some(format!("{dtype:?} is neither f16 nor bf16"));
     }
-    with(device, dtype, |_| Ok(())).err()
+    with(device, dtype, |_| Ok(())).err().map(|refusal| refusal.to_string())
 }
 
 /// Writes `o` and `lse`, if it can; see [`super::device::forward`]. Tensors are such that [`super::flash`] can take them.
