@@ -55,13 +55,14 @@ pub(crate) enum CompilerError {
     Driver(#[from] DriverError),
 }
 
-/// Compiles a source and loads it into the context that is bound to this thread.
+/// Compiles a source for an architecture ("90", or "90a" with what later cards lack) and loads it into the context that is bound to this
+/// thread.
 ///
 /// # Errors
 /// If compiler or driver refuse it.
 pub(crate) fn load(
     source: &str,
-    compute_capability: usize,
+    architecture: &str,
     defines: Vec<String>,
 ) -> Result<sys::CUmodule, CompilerError> {
     // SAFETY: only asks whether the library can be opened.
@@ -69,7 +70,7 @@ pub(crate) fn load(
         return Err(CompilerError::Missing);
     }
     let mut options = defines;
-    options.push(format!("--gpu-architecture=compute_{compute_capability}"));
+    options.push(format!("--gpu-architecture=compute_{architecture}"));
     let kept = KEPT.get().and_then(Option::as_ref).map(|folder| folder.join(file_name(source, &options)));
     // A file that is cut, or was compiled for something else, is no worse than none.
     if let Some(functions) = kept.as_ref().and_then(|file| load_image(&fs::read_to_string(file).ok()?).ok()) {
@@ -126,7 +127,7 @@ pub(crate) fn obstacle(context: &Arc<CudaContext>, compute_capability: usize) ->
 
 fn check(context: &Arc<CudaContext>, compute_capability: usize) -> Result<(), CompilerError> {
     context.bind_to_thread()?;
-    let module = load(PROBE, compute_capability, Vec::new())?;
+    let module = load(PROBE, &compute_capability.to_string(), Vec::new())?;
     // SAFETY: nothing uses the module.
     Ok(unsafe { driver::module::unload(module) }?)
 }

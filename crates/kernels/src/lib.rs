@@ -43,6 +43,10 @@ mod compiler;
 mod cube;
 #[cfg(feature = "cubecl")]
 mod device;
+#[cfg(feature = "cuda")]
+mod limits;
+#[cfg(feature = "cuda")]
+mod module;
 #[cfg(feature = "cubecl")]
 mod product;
 #[cfg(feature = "cubecl")]

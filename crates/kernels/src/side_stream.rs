@@ -9,6 +9,8 @@
 
 use std::sync::{Arc, OnceLock};
 
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::cuda::CudaRuntime;
 use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
 
 /// The first driver interface with events of a whole context.
@@ -35,6 +37,12 @@ pub(crate) fn driver_version() -> Result<i32, String> {
 /// A version as people write it.
 pub(crate) fn version_name(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+/// Where a tensor's first element lies, as long as the tensor lives. Waits until everything before has been submitted.
+pub(crate) fn address_of(tensor: &CubeTensor<CudaRuntime>) -> Result<u64, String> {
+    let found = tensor.client.get_resource(tensor.handle.clone());
+    Ok(found.map_err(|error| format!("a tensor has no address: {error:?}"))?.resource().ptr)
 }
 
 /// Who keeps our stream in order with CubeCL's.

@@ -11,8 +11,8 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use burn_flex::Flex;
-use buzzer_kernels::Cube;
 use buzzer_kernels::attention::{self, AttentionIndex, device};
+use buzzer_kernels::{Cube, ProductRuntime};
 use common::{Device, noise};
 
 /// How a row is filled.
@@ -177,13 +177,37 @@ fn expected(case: Case, joined: &[f32], grad: &[f32]) -> [Vec<f32>; 5] {
     [rows(o), lse.into_data().to_vec().unwrap(), rows(dq), rows(dk), rows(dv)]
 }
 
-/// Runs a case on a device, in a dtype, with q, k, v as views of one joined buffer.
-fn run<R: CubeRuntime>(case: Case, dtype: DType, device: &Device<R>) -> Errors {
+/// Joined queries, keys and values `[b, t, h + 2 g, w]`, and the gradient of o `[b, t, h, w]`.
+fn inputs(case: Case, dtype: DType) -> (Vec<f32>, Vec<f32>) {
+    let Case { b, h, g, t, w, .. } = case;
+    let joined = noise(b * t * (h + 2 * g) * w, 1).iter().map(|x| 2.0 * x).collect();
+    (rounded(joined, dtype), rounded(noise(b * t * h * w, 2), dtype))
+}
+
+/// Compares a case on a device, in a dtype, with what plain operations give.
+fn run<R: ProductRuntime>(case: Case, dtype: DType, device: &Device<R>) -> Errors {
+    let (joined, grad) = inputs(case, dtype);
+    let expected = expected(case, &joined, &grad);
+    let found = computed::<R>(case, dtype, device, joined, grad);
+    Errors([0, 1, 2, 3, 4].map(|i| {
+        if i == 1 {
+            let clip = |x: &[f32]| x.iter().map(|x| x.max(-50.0)).collect::<Vec<_>>();
+            return greatest_error(&clip(&found[1]), &clip(&expected[1]));
+        }
+        greatest_error(&found[i], &expected[i])
+    }))
+}
+
+/// o, lse, dq, dk and dv of a device, with q, k, v as views of one joined buffer.
+fn computed<R: ProductRuntime>(
+    case: Case,
+    dtype: DType,
+    device: &Device<R>,
+    joined: Vec<f32>,
+    grad: Vec<f32>,
+) -> [Vec<f32>; 5] {
     let Case { b, h, g, t, w, .. } = case;
     let all = h + 2 * g;
-    let joined = rounded(noise(b * t * all * w, 1).iter().map(|x| 2.0 * x).collect(), dtype);
-    let grad = rounded(noise(b * t * h * w, 2), dtype);
-    let expected = expected(case, &joined, &grad);
     let upload = |values: Vec<f32>, heads: usize| {
         let data = TensorData::new(values, [b, t, heads, w]);
         Tensor::<Cube<R>, 4>::from_data(data, (device, dtype)).swap_dims(1, 2)
@@ -209,14 +233,7 @@ fn run<R: CubeRuntime>(case: Case, dtype: DType, device: &Device<R>) -> Errors {
     };
     let o = Tensor::<Cube<R>, 4>::from_primitive(burn::tensor::TensorPrimitive::Float(o)).swap_dims(1, 2);
     let o = o.cast(DType::F32).into_data().to_vec::<f32>().unwrap();
-    let found = [o, floats::<R, 3>(lse), part(0, h), part(h, h + g), part(h + g, all)];
-    Errors([0, 1, 2, 3, 4].map(|i| {
-        if i == 1 {
-            let clip = |x: &[f32]| x.iter().map(|x| x.max(-50.0)).collect::<Vec<_>>();
-            return greatest_error(&clip(&found[1]), &clip(&expected[1]));
-        }
-        greatest_error(&found[i], &expected[i])
-    }))
+    [o, floats::<R, 3>(lse), part(0, h), part(h, h + g), part(h + g, all)]
 }
 
 const SMALL: [Case; 9] = [
@@ -291,6 +308,15 @@ mod cuda {
         Case { b: 1, h: 1, g: 1, t: 4096, w: 128, rows: Rows::Packed(35) },
     ];
 
+    /// Rows that end before, at and behind the end of a tile.
+    fn at_edges() -> impl Iterator<Item = Case> {
+        let case = |t, rows| Case { b: 2, h: 4, g: 2, t, w: 128, rows };
+        let short = [1, 63, 64, 65, 127, 129];
+        let rows = [Rows::Dense, Rows::Packed(35), Rows::Holes(20)];
+        let pairs = short.into_iter().flat_map(move |t| rows.into_iter().map(move |rows| case(t, rows)));
+        pairs.chain([Case { b: 1, h: 2, ..case(2048, Rows::Packed(35)) }])
+    }
+
     /// f16 and bf16 round q, k, v and P: errors of one rounding, relative to the greatest value.
     fn bound(dtype: DType) -> f32 {
         match dtype {
@@ -305,7 +331,7 @@ mod cuda {
         let Some(device) = device() else { return };
         let mut failed = vec![];
         for dtype in [DType::BF16, DType::F16, DType::F32] {
-            for case in WIDE.into_iter().chain(SMALL) {
+            for case in WIDE.into_iter().chain(SMALL).chain(at_edges()) {
                 // For the emulator, on which long rows take minutes.
                 if case.t > 1000 && std::env::var_os("SHORT_ROWS_ONLY").is_some() {
                     continue;
@@ -319,6 +345,59 @@ mod cuda {
             }
         }
         assert!(failed.is_empty(), "{failed:?}");
+    }
+
+    /// Whether the kernels for Hopper serve this device. On Hopper they must.
+    fn has_own_kernels(device: &Device<Cuda>, dtype: DType) -> bool {
+        let obstacle = attention::hopper::obstacle(device, dtype);
+        let capability = Cuda::card(device).compute_capability;
+        assert!(obstacle.is_none() || capability != Some(90), "{obstacle:?}");
+        obstacle.is_none()
+    }
+
+    #[test]
+    fn hopper_gives_the_same_bits_each_time() {
+        let Some(device) = device() else { return };
+        let case = Case { b: 2, h: 4, g: 2, t: 700, w: 128, rows: Rows::Packed(90) };
+        for dtype in [DType::BF16, DType::F16] {
+            if !has_own_kernels(&device, dtype) {
+                println!("not Hopper: nothing compared");
+                return;
+            }
+            let compute = || {
+                let (joined, grad) = inputs(case, dtype);
+                computed::<Cuda>(case, dtype, &device, joined, grad)
+                    .map(|x| x.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+            };
+            let first = compute();
+            for _ in 0..3 {
+                assert!(compute() == first, "{dtype:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn hopper_hides_no_score_that_is_no_number() {
+        let Some(device) = device() else { return };
+        let dtype = DType::BF16;
+        if !has_own_kernels(&device, dtype) {
+            println!("not Hopper: nothing compared");
+            return;
+        }
+        let (t, row) = (200, 77);
+        let case = Case { b: 1, h: 1, g: 1, t, w: 128, rows: Rows::Dense };
+        let (mut joined, grad) = inputs(case, dtype);
+        joined[row * 3 * 128] = f32::NAN;
+        let [o, lse, dq, dk, dv] = computed::<Cuda>(case, dtype, &device, joined, grad);
+        // The query sees keys 0 to `row`, and nobody else sees it.
+        let of =
+            |x: &[f32]| x.chunks(x.len() / t).map(|row| row.iter().any(|x| x.is_nan())).collect::<Vec<_>>();
+        for found in [o, lse, dq] {
+            assert!(of(&found).into_iter().eq((0..t).map(|i| i == row)));
+        }
+        for found in [dk, dv] {
+            assert!(of(&found)[..=row].iter().all(|is_nan| *is_nan));
+        }
     }
 
     #[test]

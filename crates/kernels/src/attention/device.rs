@@ -14,12 +14,15 @@
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
+#[cfg(feature = "cuda")]
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::ranges::Ranges;
 use super::{flash, gradients, plain};
 use crate::device::{side_by_side, uninitialized, vector_width};
+use crate::product::ProductRuntime;
 
 /// The `lse` of a query that sees nothing, and the score of a hidden pair: finite, and below every score.
 pub(super) const HIDDEN: f32 = -1e30;
@@ -70,12 +73,19 @@ impl<R: CubeRuntime> Index<R> {
 }
 
 /// What every kernel of one call shares: what may see what, and how it is tiled.
-pub(super) struct Tiled<R: CubeRuntime> {
+#[derive(Debug)]
+pub(crate) struct Tiled<R: CubeRuntime> {
     tensors: [CubeTensor<R>; 4],
     pub(super) ranges: Ranges<R>,
 }
 
 impl<R: CubeRuntime> Tiled<R> {
+    /// `[query documents, query positions, key documents, key positions]`, whose elements lie side by side.
+    #[cfg(feature = "cuda")]
+    pub(super) fn tokens(&self) -> [CubeTensor<R>; 4] {
+        self.tensors.clone().map(into_contiguous)
+    }
+
     pub(super) fn queries(&self) -> TokensLaunch<R> {
         tokens(&self.tensors[0], &self.tensors[1])
     }
@@ -101,7 +111,7 @@ pub(super) fn dims<R: CubeRuntime>(x: &CubeTensor<R>) -> [usize; 4] {
 ///
 /// Returns `o`, allocated as `[b, t, h, w]` and seen as `[b, h, t, w]`, and `lse` `[b, h, t]` in f32.
 #[must_use]
-pub fn forward<R: CubeRuntime>(
+pub fn forward<R: ProductRuntime>(
     q: CubeTensor<R>,
     k: CubeTensor<R>,
     v: CubeTensor<R>,
@@ -114,7 +124,9 @@ pub fn forward<R: CubeRuntime>(
     let lse = uninitialized(&q, [b, h, t], DType::F32);
     if let Some(build) = flash::build(&[&q, &k, &v]) {
         let index = index.tiled(flash::EDGE);
-        flash::forward([&q, &k, &v], &index, &o, &lse, build);
+        if !R::own_attention([&q, &k, &v], &index, &o, &lse) {
+            flash::forward([&q, &k, &v], &index, &o, &lse, build);
+        }
     } else {
         let index = index.tiled(plain::EDGE);
         plain::forward([&q, &k, &v], &index, &o, &lse);
@@ -126,7 +138,7 @@ pub fn forward<R: CubeRuntime>(
 /// and of v, where keys are the queries' tokens (s = t). `o` and `lse` are what `forward` returned, `grad`
 /// `[b, h, t, w]` is the gradient of `o`.
 #[must_use]
-pub fn backward<R: CubeRuntime>(
+pub fn backward<R: ProductRuntime>(
     q: CubeTensor<R>,
     k: CubeTensor<R>,
     v: CubeTensor<R>,
@@ -141,7 +153,9 @@ pub fn backward<R: CubeRuntime>(
     let joined = uninitialized(&q, [b, t, h + 2 * g, w], q.dtype);
     if let Some(build) = flash::build(&[&q, &k, &v, &o, &grad]) {
         let index = index.tiled(flash::EDGE);
-        gradients::backward([&q, &k, &v], [&o, &grad], &lse, &index, &joined, build);
+        if !R::own_attention_gradient([&q, &k, &v], [&o, &grad], &lse, &index, &joined) {
+            gradients::backward([&q, &k, &v], [&o, &grad], &lse, &index, &joined, build);
+        }
     } else {
         let index = index.tiled(plain::EDGE);
         let along = row_products(&o, &grad);

@@ -1,4 +1,5 @@
-//! Attention on tensor cores, for f16 and bf16 with heads of 64 or 128.
+//! Attention on tensor cores, for f16 and bf16 with heads of 64 or 128. On Hopper those of 128 have kernels of their own, in
+//! `hopper`.
 //!
 //! A cube of four planes has a tile of queries, 16 or 32 rows a plane, by which tiles of keys and values pass through
 //! shared memory; scores and sums stay in registers. Where shared memory has room, the next keys and values are on their

@@ -30,6 +30,8 @@ pub mod device;
 mod flash;
 #[cfg(feature = "cubecl")]
 mod gradients;
+#[cfg(feature = "cuda")]
+pub mod hopper;
 #[cfg(feature = "cubecl")]
 mod plain;
 #[cfg(feature = "cubecl")]

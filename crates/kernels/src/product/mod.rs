@@ -16,6 +16,9 @@ use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
+use crate::attention::device::Tiled;
+#[cfg(feature = "cuda")]
+use crate::attention::hopper;
 use crate::device::{Cube, Matrix, uninitialized};
 use crate::{Card, Pages, StepError, StepProgram, StepRunner};
 
@@ -53,6 +56,26 @@ pub trait ProductRuntime: CubeRuntime {
     #[doc(hidden)]
     fn vendor_product(product: &Product<Self>) -> bool;
 
+    /// Writes `o` and `lse` of queries, keys and values with kernels that are for this runtime alone, if it has some that can; says whether
+    /// it did. See [`attention::device::forward`](crate::attention::device::forward).
+    #[doc(hidden)]
+    fn own_attention(
+        qkv: [&CubeTensor<Self>; 3],
+        index: &Tiled<Self>,
+        o: &CubeTensor<Self>,
+        lse: &CubeTensor<Self>,
+    ) -> bool;
+
+    /// The same of the joined gradient, from o and its gradient; see [`attention::device::backward`](crate::attention::device::backward).
+    #[doc(hidden)]
+    fn own_attention_gradient(
+        qkv: [&CubeTensor<Self>; 3],
+        o_and_gradient: [&CubeTensor<Self>; 2],
+        lse: &CubeTensor<Self>,
+        index: &Tiled<Self>,
+        joined: &CubeTensor<Self>,
+    ) -> bool;
+
     /// See [`KernelBackend::step_runner`](crate::KernelBackend::step_runner).
     #[doc(hidden)]
     fn step_runner(
@@ -82,6 +105,25 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
     }
 
     fn vendor_product(_: &Product<Self>) -> bool {
+        false
+    }
+
+    fn own_attention(
+        _: [&CubeTensor<Self>; 3],
+        _: &Tiled<Self>,
+        _: &CubeTensor<Self>,
+        _: &CubeTensor<Self>,
+    ) -> bool {
+        false
+    }
+
+    fn own_attention_gradient(
+        _: [&CubeTensor<Self>; 3],
+        _: [&CubeTensor<Self>; 2],
+        _: &CubeTensor<Self>,
+        _: &Tiled<Self>,
+        _: &CubeTensor<Self>,
+    ) -> bool {
         false
     }
 
@@ -116,6 +158,25 @@ impl ProductRuntime for cubecl::cuda::CudaRuntime {
 
     fn vendor_product(product: &Product<Self>) -> bool {
         cublaslt::run(product)
+    }
+
+    fn own_attention(
+        qkv: [&CubeTensor<Self>; 3],
+        index: &Tiled<Self>,
+        o: &CubeTensor<Self>,
+        lse: &CubeTensor<Self>,
+    ) -> bool {
+        hopper::forward(qkv, index, o, lse)
+    }
+
+    fn own_attention_gradient(
+        qkv: [&CubeTensor<Self>; 3],
+        o_and_gradient: [&CubeTensor<Self>; 2],
+        lse: &CubeTensor<Self>,
+        index: &Tiled<Self>,
+        joined: &CubeTensor<Self>,
+    ) -> bool {
+        hopper::backward(qkv, o_and_gradient, lse, index, joined)
     }
 
     fn step_runner(

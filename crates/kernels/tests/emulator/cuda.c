@@ -99,10 +99,20 @@ R cuModuleLoadData(void **m, const char *image) {
 R cuModuleUnload(void *m) { return 0; }
 R cuModuleGetFunction(void **f, void *m, const char *name) {
   static char nothing;
-  *f = m ? dlsym(m, "emu_entry") : &nothing;
+  char entry[4096];
+  snprintf(entry, sizeof entry, "emu_entry_%s", name);
+  *f = m ? dlsym(m, entry) : &nothing;
   return *f ? 0 : 1;
 }
 R cuFuncSetAttribute(void *f, int a, int v) { return 0; }
+// `Map` in hopper.h, of four dimensions.
+R cuTensorMapEncodeTiled(uint64_t *map, int type, unsigned rank, void *at, const uint64_t *sizes, const uint64_t *strides,
+                         const unsigned *box, const unsigned *steps, int interleave, int swizzle, int promotion, int fill) {
+  map[0] = (uint64_t)at;
+  memcpy(map + 1, sizes, 4 * sizeof *sizes);
+  memcpy(map + 5, strides, 3 * sizeof *strides);
+  return 0;
+}
 
 R cuLaunchKernel(void *f, unsigned a, unsigned b, unsigned c, unsigned x, unsigned y,
                  unsigned z, unsigned n, void *s, void **p, void **e) {

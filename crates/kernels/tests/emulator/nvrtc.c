@@ -20,7 +20,9 @@ int nvrtcCompileProgram(struct P *p, int n, const char **o) {
   FILE *f = fopen(file, "w");
   fputs(p->source, f);
   fclose(f);
-  snprintf(command, sizeof command, "python3 %s/build.py %s %s", here, file, p->path);
+  int end = snprintf(command, sizeof command, "python3 %s/build.py %s %s", here, file, p->path);
+  for (int i = 0; i < n; i++)
+    if (!strncmp(o[i], "-D", 2)) end += snprintf(command + end, sizeof command - end, " %s", o[i]);
   return system(command) ? 6 : 0;
 }
 int nvrtcGetProgramLogSize(struct P *p, size_t *n) { *n = 5000; return 0; }

@@ -5,13 +5,14 @@ use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
 
-use super::driver::Limits;
 use super::layout::{Part, Product, words};
 use super::outline::{FROM_ATTENTION, Outline, TABLE, dims};
 use super::{Room, Shapes, refused, unsupported};
 use crate::device::{Cube, primitive, uninitialized};
+use crate::limits::Limits;
 use crate::nf4::kernel::DeviceScales;
 use crate::nf4::{NF4_CODE, dynamic_code};
+use crate::side_stream::address_of;
 use crate::step::{StepError, StepOperation, StepProgram, StepSource, StepTarget};
 use crate::{FloatPages, FrozenWeight, LinearPart, LoraTerm, Nf4Tensor, Pages, rotary};
 
@@ -108,8 +109,7 @@ fn memory(like: &Memory, bytes: u64) -> Memory {
 }
 
 fn address(tensor: &Memory) -> Result<u64, StepError> {
-    let found = tensor.client.get_resource(tensor.handle.clone());
-    Ok(found.map_err(|error| refused(format!("a tensor has no address: {error:?}")))?.resource().ptr)
+    address_of(tensor).map_err(refused)
 }
 
 /// Finds everything that a program names.

@@ -1,18 +1,20 @@
 //! The driver's part: a stream of our own behind CubeCL's work, and kernels compiled for the card.
 
-use std::ffi::CString;
+use std::ffi::CStr;
 
 use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
 
 use super::layout::{THREADS, Variant};
-use crate::compiler::{self, CompilerError};
+use crate::compiler::CompilerError;
+use crate::limits::Limits;
+use crate::module::Module;
 use crate::side_stream::{SideStream, driver_version};
 use crate::step::StepError;
 
 const SOURCE: &str = include_str!("../kernels.cu");
 /// The kernel, and where it finds what the step is.
-const KERNEL: &str = "run_step";
-const STEP: &str = "step";
+const KERNEL: &CStr = c"run_step";
+const STEP: &CStr = c"step";
 
 impl From<DriverError> for StepError {
     fn from(error: DriverError) -> Self {
@@ -26,19 +28,6 @@ impl From<CompilerError> for StepError {
     }
 }
 
-/// What a card has.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
-    /// 10 major + minor.
-    pub(super) compute_capability: usize,
-    /// Multiprocessors.
-    pub(super) processors: usize,
-    /// Bytes of shared memory that one block may have.
-    pub(super) shared_of_block: usize,
-    /// Bytes of shared memory before those that a block may have.
-    pub(super) reserved_shared: usize,
-}
-
 /// A stream of its own on a device that CubeCL uses too.
 #[derive(Debug)]
 pub(super) struct Driver {
@@ -49,36 +38,11 @@ pub(super) struct Driver {
 /// A kernel of a variant.
 #[derive(Debug)]
 pub(super) struct Kernel {
-    module: sys::CUmodule,
     pub(super) function: sys::CUfunction,
     /// Where it finds what the step is.
     pub(super) step: sys::CUdeviceptr,
-}
-
-impl Drop for Kernel {
-    fn drop(&mut self) {
-        // SAFETY: the runner waits for every step, so nothing uses the module.
-        unsafe { driver::module::unload(self.module) }.ok();
-    }
-}
-
-impl Limits {
-    /// Those of a device.
-    pub(super) fn of(context: &CudaContext) -> Result<Self, DriverError> {
-        use sys::CUdevice_attribute as Attribute;
-        let attribute = |attribute| {
-            let value = context.attribute(attribute)?;
-            Ok::<_, DriverError>(usize::try_from(value).unwrap_or(0))
-        };
-        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        Ok(Self {
-            compute_capability: 10 * major + minor,
-            processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            shared_of_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-            reserved_shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK)?,
-        })
-    }
+    /// What both are parts of. The runner waits for every step.
+    _module: Module,
 }
 
 impl Driver {
@@ -108,19 +72,9 @@ impl Driver {
             ("PLAIN", plain.into()),
             ("BF16", bf16.into()),
         ];
-        let defines = defines.into_iter().map(|(name, value)| format!("-D{name}={value}")).collect();
-        let module = compiler::load(SOURCE, self.limits.compute_capability, defines)?;
-        let name = |name: &str| CString::new(name).map_err(|error| StepError::Refused(error.to_string()));
-        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: the module was just loaded, and the function found.
-        unsafe {
-            let function = driver::module::get_function(module, name(KERNEL)?)?;
-            driver::function::set_function_attribute(function, most, self.limits.shared_of_block as i32)?;
-            let mut step = 0;
-            sys::cuModuleGetGlobal_v2(&raw mut step, std::ptr::null_mut(), module, name(STEP)?.as_ptr())
-                .result()?;
-            Ok(Kernel { module, function, step })
-        }
+        let module = Module::load(SOURCE, &self.limits.compute_capability.to_string(), &defines)?;
+        let function = module.kernel(KERNEL, self.limits.shared_of_block)?;
+        Ok(Kernel { function, step: module.global(STEP)?, _module: module })
     }
 
     /// Blocks of a kernel that a multiprocessor runs at a time with so much shared memory.

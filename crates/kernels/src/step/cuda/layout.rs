@@ -1,7 +1,7 @@
 //! What the kernel is given, byte for byte as `kernels.cu` declares it, and how its work and its shared memory are shared out.
 
-use super::driver::Limits;
 use crate::Heads;
+use crate::limits::Limits;
 
 /// Columns that lie in one group of four scales.
 pub(super) const GROUP: usize = 256;

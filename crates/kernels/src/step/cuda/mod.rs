@@ -19,12 +19,13 @@ use cubecl::cuda::CudaRuntime;
 use cudarc::driver::{CudaContext, result as cuda, sys};
 
 use self::build::{Built, Kept, Tables};
-use self::driver::{Driver, Kernel, Limits};
+use self::driver::{Driver, Kernel};
 use self::layout::{Needs, Product, Share, Step, THREADS, Variant, words};
 use self::outline::{FROM_RESIDUAL, Outline};
 use super::{StepError, StepProgram, StepRow, StepRunner};
 use crate::Pages;
 use crate::device::{Cube, primitive, tensor};
+use crate::limits::Limits;
 
 /// Rows of a step that there are kernels for.
 const ROWS: [usize; 3] = [32, 16, 8];

@@ -3,10 +3,10 @@
 use burn::tensor::DType;
 use cubecl::cuda::CudaRuntime;
 
-use super::driver::Limits;
 use super::layout::{COUNT_BITS, GROUP, MOST_PARTS, Needs, Part, Product, RANKS, Share, TILE, team};
 use super::{ROWS, Room, Shapes, unsupported};
 use crate::device::Cube;
+use crate::limits::Limits;
 use crate::step::{StepError, StepOperation, StepProgram, StepSource, StepTarget};
 use crate::{FrozenWeight, LinearPart, LoraTerm, PageFormat};
 
