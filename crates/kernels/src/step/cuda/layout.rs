@@ -5,8 +5,10 @@ use crate::Heads;
 
 /// Columns that lie in one group of four scales.
 pub(super) const GROUP: usize = 256;
-/// Rows of a tile.
-pub(super) const TILE: usize = 16;
+/// Rows of a tile of one tensor core instruction.
+const TILE: usize = 16;
+/// Rows of a tile at most, and what layers that share an input have a multiple of.
+pub(super) const MOST_TILE_ROWS: usize = 2 * TILE;
 /// Ranks of a correction come in multiples of this: others are filled up with zeros.
 pub(super) const RANKS: usize = 64;
 /// Layers that share an input at most.
@@ -67,12 +69,10 @@ pub(super) struct Product {
     pub(super) inner: i32,
     pub(super) rows: i32,
     pub(super) ranks: i32,
-    pub(super) tiles: i32,
     pub(super) source: i32,
     pub(super) target: i32,
-    pub(super) team: i32,
     pub(super) attends: i32,
-    pub(super) unused: i32,
+    pub(super) unused: [i32; 3],
 }
 
 /// `Step`.
@@ -98,6 +98,8 @@ pub(super) struct Step {
     pub(super) attended: u64,
     pub(super) log_sums: u64,
     pub(super) result: u64,
+    pub(super) partial: u64,
+    pub(super) arrived: u64,
     pub(super) count: i32,
     pub(super) n: i32,
     pub(super) d: i32,
@@ -137,7 +139,7 @@ pub(super) struct Variant {
     pub(super) slice: usize,
     /// `DEPTH`: slices of a warp in shared memory.
     pub(super) depth: usize,
-    /// `CHUNK`: columns of the inputs in shared memory, where warps are not by columns.
+    /// `CHUNK`: columns of a group, whose inputs a block has in shared memory, where warps are not by columns.
     pub(super) chunk: usize,
 }
 
@@ -157,9 +159,24 @@ impl Variant {
         self.by_columns() && columns <= self.columns()
     }
 
-    /// `STAGE`.
-    fn stage(self, plain: bool) -> usize {
-        8 * self.slice + if plain { self.slice.max(128) } else { 128 }
+    /// `ROW_TILES`.
+    fn row_tiles(self) -> usize {
+        if self.by_columns() { 1 } else { 2 }
+    }
+
+    /// `RING`: bytes of a warp's slices.
+    fn ring(self, plain: bool) -> usize {
+        let scales = if plain { self.slice.max(128) } else { 128 };
+        self.depth * self.row_tiles() * (8 * self.slice + scales)
+    }
+
+    /// Bytes of the sums that the groups of columns leave of a product of so many rows and columns.
+    pub(super) fn partial_bytes(self, rows: usize, columns: usize) -> usize {
+        if self.by_columns() {
+            return 0;
+        }
+        let tile_rows = self.row_tiles() * TILE;
+        columns.div_ceil(self.chunk) * rows.next_multiple_of(tile_rows) * 8 * self.tiles * size_of::<f32>()
     }
 
     /// Those that might do for n tokens, the best first.
@@ -225,7 +242,7 @@ impl Share {
             round = (rest / tile).min(MOST_ROUND);
             work = work.max(round * tile);
         } else {
-            work = work.max(4 * WARPS * TILE * tokens).max(2 * n * (variant.chunk + 8));
+            work = work.max(2 * tokens * (variant.chunk + 8));
         }
         let work = work.next_multiple_of(16);
         let fits = work <= rest && (round > 0 || !variant.by_columns());
@@ -245,7 +262,7 @@ impl Share {
 
 /// `lay_out`: bytes of a block's shared memory without what is shared out; `None` where the table has no place.
 fn fixed_bytes(variant: Variant, n: usize, needs: &Needs, limits: &Limits) -> Option<usize> {
-    let ring = variant.depth * variant.stage(needs.plain);
+    let ring = variant.ring(needs.plain);
     let (table, rings) = if variant.table_row == 256 {
         // Rings lie on both sides of the table.
         let before = WIDE_TABLE.checked_sub(limits.reserved_shared)?;
@@ -254,8 +271,8 @@ fn fixed_bytes(variant: Variant, n: usize, needs: &Needs, limits: &Limits) -> Op
         (256 * variant.table_row, WARPS)
     };
     let tokens = 8 * variant.tiles;
-    // Levels of scales, three products with their offsets and tiles, lengths, positions of streams, and sums of squares.
-    let small = 4 * 256 + 3 * size_of::<Product>() + 4 * (12 + 4 + tokens + 5 * WARPS + 2 * 4 * WARPS);
+    // Levels of scales, three products with their offsets and units, lengths, positions of streams, and sums of squares.
+    let small = 4 * 256 + 3 * size_of::<Product>() + 4 * (12 + 8 + tokens + 5 * WARPS + 2 * 4 * WARPS);
     Some(table + rings * ring + small + 2 * n * (needs.ranks + 8))
 }
 
@@ -267,15 +284,6 @@ fn attention_bytes(width: usize) -> usize {
 /// Tiles of eight rows of the input: kernels exist for 1, 2 and 4.
 pub(super) fn row_tiles(n: usize) -> usize {
     n.div_ceil(8).next_power_of_two()
-}
-
-/// Warps that share a tile where each has one of its own: as few as have room for all tiles of a block at a time.
-pub(super) fn team(tiles: usize, blocks: usize) -> usize {
-    let mut team = WARPS;
-    while team > 1 && WARPS / team < tiles.div_ceil(blocks) {
-        team /= 2;
-    }
-    team
 }
 
 /// The bytes of values without gaps, as words.
@@ -311,7 +319,7 @@ mod tests {
                 assert!(share.shared <= limits.shared_of_block);
                 assert!(share.work >= attention_bytes(128) && share.work.is_multiple_of(16));
                 if n > 8 {
-                    assert!(share.work >= 2 * n * (share.variant.chunk + 8) && share.splits == 1);
+                    assert!(share.work >= 2 * row_tiles(n) * 8 * (share.variant.chunk + 8) && share.splits == 1);
                 }
             }
         }
@@ -338,12 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn teams_are_small_where_there_are_many_tiles() {
-        assert_eq!([256, 768, 1376, 5000].map(|tiles| team(tiles, 132)), [8, 2, 1, 1]);
-    }
-
-    #[test]
     fn structures_have_the_sizes_that_the_kernel_expects() {
-        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Step>()], [80, 320, 208]);
+        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Step>()], [80, 320, 224]);
     }
 }
