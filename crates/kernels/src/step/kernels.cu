@@ -608,15 +608,8 @@ __device__ __forceinline__ uint2 load_codes(u32 stage, int half, int group, int 
     return shared_8(stage + (row + 8 * half) * (SLICE / 2) + 32 * (group ^ swizzle) + 8 * (lane % 4));
 }
 
-__device__ __forceinline__ void add_scaled(const float *own, int group, const float (*unscaled)[4], float (*sums)[4]) {
-    float scales[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) scales[half] = SCALES == 1 ? own[half] : __shfl_sync(0xffffffffu, own[half], group, 4);
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) sums[tile][i] += scales[i / 2] * unscaled[tile][i];
-    }
+__device__ __forceinline__ float scale_of(const float *own, int half, int group) {
+    return SCALES == 1 ? own[half] : __shfl_sync(0xffffffffu, own[half], group, 4);
 }
 
 #if BY_COLUMNS
@@ -655,28 +648,70 @@ __device__ __forceinline__ void multiply_slice(
                 multiply(unscaled[g][0], a[g][0][j], a[g][1][j], a[g][0][j + 1], a[g][1][j + 1], x[first + g][j], x[first + g][j + 1]);
         }
 #pragma unroll
-        for (int g = 0; g < TOGETHER; g++) add_scaled(own, first + g, unscaled[g], sums);
+        for (int g = 0; g < TOGETHER; g++) {
+            float scales[2] = {scale_of(own, 0, first + g), scale_of(own, 1, first + g)};
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[0][i] += scales[i / 2] * unscaled[g][0][i];
+        }
     }
 }
 #else
 #define PITCH (2 * (CHUNK + 8))   // bytes between the inputs of two tokens
+#define LEAST_SCALE 1e-30f
+
+// A warp's sums of a tile, in units of what the scale of each row was last: the tensor cores add to them where they are. For a second set
+// beside them, whose sums of 64 columns are scaled when they are added, there are not enough registers.
+struct TileSums {
+    float of[ROW_TILES][TILES][4], units[ROW_TILES][2];
+};
+
+__device__ __forceinline__ TileSums no_sums() {
+    TileSums sums = {};
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) sums.units[r][0] = sums.units[r][1] = 1.0f;
+    return sums;
+}
+
+// Puts sums of half of 16 rows into units of a scale. One of 0, of a group of zeros, is taken for a very small one.
+__device__ __forceinline__ void change_units(TileSums &sums, int r, int half, float scale) {
+    scale = fabsf(scale) < LEAST_SCALE ? LEAST_SCALE : scale;
+    float ratio = __fdividef(sums.units[r][half], scale);
+    sums.units[r][half] = scale;
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        sums.of[r][t][2 * half] *= ratio;
+        sums.of[r][t][2 * half + 1] *= ratio;
+    }
+}
+
+// Puts all sums into units of 1.
+__device__ __forceinline__ void scale_sums(TileSums &sums) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums.of[r][t][i] *= sums.units[r][i / 2];
+        }
+    }
+}
 
 // The product of a slice in shared memory; `inputs` is where those of this lane's first token and columns are.
-__device__ __forceinline__ void multiply_slice(
-    const Shared &s, u32 stage, u32 inputs, int first_scale, float2 offset, int lane, float (*sums)[TILES][4]
-) {
+__device__ __forceinline__ void multiply_slice(const Shared &s, u32 stage, u32 inputs, int first_scale, float2 offset, int lane, TileSums &sums) {
     u32 table = s.table + 4 * lane;
     float own[ROW_TILES][2], offsets[2] = {offset.x, offset.y};
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) decode_scales(s, stage + r * STAGE, first_scale, offsets, lane, own[r]);
 #pragma unroll
     for (int group = 0; group < SCALES; group++) {
-        float unscaled[ROW_TILES][TILES][4] = {};
         uint2 words[ROW_TILES][2];
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) words[r][half] = load_codes(stage + r * STAGE, half, group, lane);
+            for (int half = 0; half < 2; half++) {
+                words[r][half] = load_codes(stage + r * STAGE, half, group, lane);
+                change_units(sums, r, half, scale_of(own[r], half, group));
+            }
         }
         // Half of a lane's columns at a time, for registers.
 #pragma unroll
@@ -693,13 +728,11 @@ __device__ __forceinline__ void multiply_slice(
                     for (int byte = 0; byte < 4; byte++) a[half][byte] = pair_of(table, part ? words[r][half].y : words[r][half].x, byte);
                 }
 #pragma unroll
-                for (int t = 0; t < TILES; t++) multiply(unscaled[r][t], a[0][0], a[1][0], a[0][1], a[1][1], in[t].x, in[t].y);
+                for (int t = 0; t < TILES; t++) multiply(sums.of[r][t], a[0][0], a[1][0], a[0][1], a[1][1], in[t].x, in[t].y);
 #pragma unroll
-                for (int t = 0; t < TILES; t++) multiply(unscaled[r][t], a[0][2], a[1][2], a[0][3], a[1][3], in[t].z, in[t].w);
+                for (int t = 0; t < TILES; t++) multiply(sums.of[r][t], a[0][2], a[1][2], a[0][3], a[1][3], in[t].z, in[t].w);
             }
         }
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; r++) add_scaled(own[r], group, unscaled[r], sums[r]);
     }
 }
 #endif
@@ -924,12 +957,15 @@ __device__ __forceinline__ void leave_sums(float *to, const float (*sums)[4], bo
 #define UNIT_SUMS (ROW_TILES * TILES * 32)   // of four floats
 
 // Leaves a warp's sums of a tile for whoever finishes it; whether that is this warp, because the other groups have left theirs.
-__device__ __forceinline__ bool leave_sums(const Product &p, int group, int tile, const float (*sums)[TILES][4], int lane) {
+__device__ __forceinline__ bool leave_sums(const Product &p, int group, int tile, const TileSums &sums, int lane) {
     float4 *to = step.partial + (size_t)(group * tiles_of(p) + tile) * UNIT_SUMS + lane;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
 #pragma unroll
-        for (int t = 0; t < TILES; t++) __stcg(to + 32 * (r * TILES + t), make_float4(sums[r][t][0], sums[r][t][1], sums[r][t][2], sums[r][t][3]));
+        for (int t = 0; t < TILES; t++) {
+            const float *own = sums.of[r][t];
+            __stcg(to + 32 * (r * TILES + t), make_float4(own[0], own[1], own[2], own[3]));
+        }
     }
     __syncwarp();
     u32 before, last = groups_of(p) - 1;
@@ -1105,7 +1141,7 @@ __device__ __forceinline__ void copy_inputs(const Product &p, const Shared &s, i
 }
 
 // The sums of a tile over a group of columns.
-__device__ __forceinline__ void multiply_tile(const Shared &s, Stream &stream, int op, int group, int tile, int lane, float (*sums)[TILES][4]) {
+__device__ __forceinline__ void multiply_tile(const Shared &s, Stream &stream, int op, int group, int tile, int lane, TileSums &sums) {
     const Product &p = s.products[op % 3];
     int columns = columns_of(p, group);
     u32 inputs = (u32)__cvta_generic_to_shared(s.work) + lane / 4 * PITCH + 32 * (lane % 4);
@@ -1117,6 +1153,7 @@ __device__ __forceinline__ void multiply_tile(const Shared &s, Stream &stream, i
             multiply_slice(s, stage, inputs + 2 * column, (group * CHUNK + column) / 64, offsets, lane, sums);
             leave_slice(s, stream, op, lane);
         }
+        scale_sums(sums);
         return;
     }
 #pragma unroll 1
@@ -1130,7 +1167,7 @@ __device__ __forceinline__ void multiply_tile(const Shared &s, Stream &stream, i
             u32 in[8];
             unpack(shared_16(inputs + 8 * t * PITCH + 2 * column), shared_16(inputs + 8 * t * PITCH + 2 * column + 16), in);
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; r++) multiply_dense(w[r], in, sums[r][t]);
+            for (int r = 0; r < ROW_TILES; r++) multiply_dense(w[r], in, sums.of[r][t]);
         }
     }
 }
@@ -1161,7 +1198,7 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
             int tile = unit - group * tiles;
             bool finishes = false;
             if (unit < end) {
-                float sums[ROW_TILES][TILES][4] = {};
+                TileSums sums = no_sums();
                 multiply_tile(s, stream, op, group, tile, lane, sums);
                 finishes = leave_sums(p, group, tile, sums, lane);
                 unit += WARPS;

@@ -26,6 +26,14 @@ const MOST_ATTENTION_SPLITS: usize = 4;
 const WIDE_TABLE: usize = 1 << 16;
 /// Tiles that a block has sums of at a time at most: one for each warp to finish.
 const MOST_ROUND: usize = WARPS;
+/// Columns of a slice and how many slices a warp has in shared memory, the best first, where a warp has columns of its own.
+const RINGS_BY_COLUMNS: [(usize, usize); 9] =
+    [(256, 3), (256, 2), (256, 1), (128, 3), (128, 2), (128, 1), (64, 3), (64, 2), (64, 1)];
+/// The same where a warp has tiles of its own: as many columns as possible on their way, and of these the most slices.
+const RINGS_BY_TILES: [(usize, usize); 9] =
+    [(256, 3), (256, 2), (128, 3), (128, 2), (256, 1), (64, 3), (64, 2), (128, 1), (64, 1)];
+/// The same where a slice is only fetched when it is waited for.
+const RINGS_OF_ONE: [(usize, usize); 3] = [(256, 1), (128, 1), (64, 1)];
 /// The first cards that copy into shared memory without a register between.
 const ASYNCHRONOUS_COPIES: usize = 80;
 
@@ -182,16 +190,17 @@ impl Variant {
     /// Those that might do for n tokens, the best first.
     fn candidates(n: usize, limits: &Limits) -> impl Iterator<Item = Self> {
         let tiles = row_tiles(n);
-        let depths: &[usize] =
-            if limits.compute_capability < ASYNCHRONOUS_COPIES { &[1] } else { &[3, 2, 1] };
-        let shapes = move || {
-            [256, 128].into_iter().flat_map(move |table_row| {
-                [256, 128, 64]
-                    .into_iter()
-                    .flat_map(move |slice| depths.iter().map(move |&depth| (table_row, slice, depth)))
-            })
+        let rings: &[(usize, usize)] = match (limits.compute_capability < ASYNCHRONOUS_COPIES, tiles) {
+            (true, _) => &RINGS_OF_ONE,
+            (false, 1) => &RINGS_BY_COLUMNS,
+            (false, _) => &RINGS_BY_TILES,
         };
-        // Fewer columns at a time mean more waiting; where warps are by columns there are no chunks.
+        let shapes = move || {
+            [256, 128]
+                .into_iter()
+                .flat_map(move |table_row| rings.iter().map(move |&(slice, depth)| (table_row, slice, depth)))
+        };
+        // Fewer columns in a group mean more sums to add up; where warps are by columns there are no groups.
         let chunks = if tiles == 1 { vec![0] } else { [1, 2, 4, 8].map(|part| 4096 / tiles / part).to_vec() };
         chunks.into_iter().flat_map(move |chunk| {
             shapes()
@@ -231,7 +240,8 @@ impl Share {
             false => 1,
         };
         let rest = limits.shared_of_block.checked_sub(fixed_bytes(variant, n, needs, limits)?)?;
-        let mut work = attention_bytes(width);
+        let units = (n * queries * splits).div_ceil(limits.processors);
+        let mut work = attention_bytes(width, units);
         let mut round = 0;
         if variant.by_columns() {
             let here = [(needs.hidden, true), (joined, splits > 1)];
@@ -276,9 +286,9 @@ fn fixed_bytes(variant: Variant, n: usize, needs: &Needs, limits: &Limits) -> Op
     Some(table + rings * ring + small + 2 * n * (needs.ranks + 8))
 }
 
-/// `AttentionRoom`.
-fn attention_bytes(width: usize) -> usize {
-    4 * (width + 2 * WARPS + WARPS * width) + 2 * 2 * width
+/// `AttentionRoom`, and `Prepared` for each unit of a block.
+fn attention_bytes(width: usize, units: usize) -> usize {
+    4 * (2 * WARPS + WARPS * width) + units * (4 * width + 2 * 2 * width)
 }
 
 /// Tiles of eight rows of the input: kernels exist for 1, 2 and 4.
@@ -317,7 +327,8 @@ mod tests {
                 assert_eq!(share.is_some(), n <= most, "{n} on {limits:?}");
                 let Some(share) = share else { continue };
                 assert!(share.shared <= limits.shared_of_block);
-                assert!(share.work >= attention_bytes(128) && share.work.is_multiple_of(16));
+                let units = (n * 32 * share.splits).div_ceil(limits.processors);
+                assert!(share.work >= attention_bytes(128, units) && share.work.is_multiple_of(16));
                 if n > 8 {
                     assert!(share.work >= 2 * row_tiles(n) * 8 * (share.variant.chunk + 8) && share.splits == 1);
                 }
@@ -331,7 +342,16 @@ mod tests {
         let expected = Variant { tiles: 1, table_row: 256, slice: 256, depth: 3, chunk: 0 };
         assert_eq!((share.variant, share.round, share.splits), (expected, 16, 4));
         let share = Share::new(32, &SEVEN_BILLION, &H100).unwrap();
-        assert_eq!((share.variant.depth, share.variant.chunk), (2, 1024));
+        let expected = Variant { tiles: 4, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
+        assert_eq!(share.variant, expected);
+    }
+
+    #[test]
+    fn groups_of_columns_leave_sums_of_whole_tiles_of_32_rows() {
+        let many = Variant { tiles: 4, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
+        assert_eq!(many.partial_bytes(4096, 11008), 11 * 4096 * 32 * 4);
+        assert_eq!(many.partial_bytes(33, 1024), 64 * 32 * 4);
+        assert_eq!(Variant { tiles: 1, chunk: 0, ..many }.partial_bytes(4096, 11008), 0);
     }
 
     #[test]

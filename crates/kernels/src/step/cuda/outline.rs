@@ -272,8 +272,8 @@ fn room(products: &[Product], targets: &[StepTarget], shapes: &Shapes, limits: &
         log_sums: words(splits * heads.queries),
         heads_result: halves(most_rows * heads.queries * heads.width),
         partial: partial as u64,
-        // No tile has fewer rows than 16.
-        arrived: words(most(products, |product| product.rows).div_ceil(16)),
+        // A counter for each tile of a product.
+        arrived: words(most(products, |product| product.rows).div_ceil(MOST_TILE_ROWS)),
         normalised: halves(most_rows * needs.hidden),
         // Of the two layers that are activated together one is left.
         activated: halves(most_rows * rows_to(StepTarget::Activated) / 2),
