@@ -200,7 +200,7 @@ def scores_panel(before, variants):
         panel.out.append(f'<rect x="{left:.1f}" y="{panel.y(share):.1f}" width="{right - left:.1f}" height="{panel.y(0) - panel.y(share):.1f}" fill="{colour}"/>')
         middle = (left + right) / 2
         panel.bar(place + 0.5, 100 * interval["low"], 100 * interval["high"])
-        for row, word in enumerate(name.split("-")):
+        for row, word in enumerate(name.replace("wrapped", "concatenated").split("-")):
             panel.out.append(f'<text x="{middle:.1f}" y="{panel.under(row)}" text-anchor="middle" font-size="12">{word}</text>')
     return panel
 

@@ -3,9 +3,10 @@
 #
 #   export BIN=folder CLUES=jeopardy_216930.csv OUT=folder
 #   learning_curve.sh base     # part 1: the base, from nothing
-#   learning_curve.sh runs     # part 2: runs and their judgement
-#   learning_curve.sh steps    # part 3: the checkpoints of one run, judged: the curve over steps
-#   learning_curve.sh write    # part 4: a writer of clues, its style
+#   learning_curve.sh runs     # part 2: the base judged and, beside it, all runs at the same time
+#   learning_curve.sh judge    # part 3: the runs judged, each compared with those before it
+#   learning_curve.sh steps    # part 4: the checkpoints of one run, judged at the same time: the curve over steps
+#   learning_curve.sh write    # part 5: a writer of clues, its style
 #
 # BIN holds make_base, finetune and evaluate, built with --features cuda. Weights stay in WORK (/tmp/curve), which has to live from
 # part 1 to part 2 (on another machine: carry $WORK/base over, about 70 MB); reports, records, plots
@@ -13,14 +14,14 @@
 # itself after PART_SECONDS (540), with status 3 if stages are left; started again it does what is left (a fine-tuning run goes on
 # where it was, the base begins anew).
 #
-# Measured on an H200: a step of the base, 16,384 tokens, takes 77 ms after some 25 s in which kernels are compiled, so that 1,500 steps are two and a half minutes; the
-# other stages have not run on a card. STEPS=1500 takes so many steps and leaves out the two short runs that find the time of one.
+# Measured on an H200: a step of the base, 16,384 tokens, takes 119 ms; base 223 s with STEPS=1600, runs 79 s, then judge, steps and write at the same time
+# 96 s. STEPS=1600 takes so many steps and leaves out the two short runs that find the time of one.
 #
 # What can be turned (environment): STEPS (of the base), BASE_SECONDS (for the steps of the base, 360), EPOCHS (of the base at most, 8), RUN_EPOCHS (1),
 # VARIANTS, JUDGED (4000), WRITTEN (1000), DEVICE (cuda), and for a trial on a processor the sizes below.
 set -euo pipefail
 
-part=${1:?base, runs, steps or write}
+part=${1:?base, runs, judge, steps or write}
 : "${BIN:?folder of make_base, finetune, evaluate}" "${CLUES:?the clue file}" "${OUT:?folder for reports}"
 WORK=${WORK:-/tmp/curve}
 DEVICE=${DEVICE:-cuda}
@@ -85,6 +86,30 @@ tune=("$BIN/finetune" --resume --model "$base" --data "$CLUES" --eval-from "$FRO
 judge=("$BIN/evaluate" --model "$base" --data "$CLUES" --eval-from "$FROM" --device "$DEVICE" --quantization nf4-double --answer-batch 256)
 answers=("${judge[@]}" --template question --max-new-tokens 24 --eval-limit "$JUDGED")
 
+# A run and its records.
+fine_tune() {
+    local variant=$1 run=$WORK/$1
+    stage "run-$variant" "$run/report.json" "${tune[@]}" --out "$run" --eval-limit 300 --template question \
+        --packing "${variant%-*}" --loss-on "${variant#*-}"
+    mkdir -p "$results/$variant"
+    cp "$run/report.json" "$run/metrics.jsonl" "$run/training.svg" "$run/recipe.toml" "$results/$variant/"
+    # MFU stands in the records of every step where the card's rate is known: all that crates/kernels/src/card.rs names, not in f32.
+    echo "$variant: $(grep -c '"kind":"step"' "$run/metrics.jsonl") steps, $(grep -c '"mfu":' "$run/metrics.jsonl") with MFU;" \
+        "$(grep '"mfu":' "$run/metrics.jsonl" | tail -n 1 | grep -o '"mfu":[^,]*' || echo 'no MFU')" | tee -a "$results/times.txt"
+    if [ "$DEVICE" != cpu ] && grep '"kind":"step"' "$run/metrics.jsonl" | grep -qv '"mfu":'; then
+        echo "CHECK FAILED: steps of $variant without MFU" | tee -a "$results/times.txt"
+    fi
+}
+
+# Waits for stages in the background; status 3 if one is left to do.
+wait_for() {
+    local job left=0
+    for job in "$@"; do
+        wait "$job" || left=3
+    done
+    [ "$left" = 0 ] || exit "$left"
+}
+
 case $part in
 base)
     [ "$DEVICE" = cpu ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$results/card.txt"
@@ -105,47 +130,49 @@ base)
     cp "$base/report.json" "$base/config.json" "$results/base/"
     ;;
 runs)
-    stage judge-before "$results/before/report.json" "${answers[@]}" --out "$results/before"
+    jobs=()
+    stage judge-before "$results/before/report.json" "${answers[@]}" --out "$results/before" &
+    jobs+=($!)
+    for variant in $VARIANTS; do
+        fine_tune "$variant" &
+        jobs+=($!)
+    done
+    wait_for "${jobs[@]}"
+    ;;
+judge)
     compare=(--compare "$results/before")
     for variant in $VARIANTS; do
-        run=$WORK/$variant
-        stage "run-$variant" "$run/report.json" "${tune[@]}" --out "$run" --eval-limit 300 --template question \
-            --packing "${variant%-*}" --loss-on "${variant#*-}"
-        mkdir -p "$results/$variant"
-        cp "$run/report.json" "$run/metrics.jsonl" "$run/training.svg" "$run/recipe.toml" "$results/$variant/"
-        stage "judge-$variant" "$results/$variant-judged/report.json" "${answers[@]}" --adapter "$run/adapter" "${compare[@]}" \
+        stage "judge-$variant" "$results/$variant-judged/report.json" "${answers[@]}" --adapter "$WORK/$variant/adapter" "${compare[@]}" \
             --out "$results/$variant-judged"
         compare+=(--compare "$results/$variant-judged")
-        # MFU stands in the records of every step where the card's rate is known: all that crates/kernels/src/card.rs names, not in f32.
-        echo "$variant: $(grep -c '"kind":"step"' "$run/metrics.jsonl") steps, $(grep -c '"mfu":' "$run/metrics.jsonl") with MFU;" \
-            "$(grep '"mfu":' "$run/metrics.jsonl" | tail -n 1 | grep -o '"mfu":[^,]*' || echo 'no MFU')" | tee -a "$results/times.txt"
-        if [ "$DEVICE" != cpu ] && grep '"kind":"step"' "$run/metrics.jsonl" | grep -qv '"mfu":'; then
-            echo "CHECK FAILED: steps of $variant without MFU" | tee -a "$results/times.txt"
-        fi
     done
     ;;
 steps)
     # Measurements of the held-out loss leave checkpoints as well: of those that are near each other only one is judged. The last is the run's.
-    judged_step=0
+    jobs=() judged_step=0
     for checkpoint in "$WORK"/isolated-answers/checkpoints/step-*; do
         step=${checkpoint##*/}
         number=$((10#${step#step-}))
         [ $((number - judged_step)) -ge $((SAVE_STEPS * 6 / 10)) ] || continue
         judged_step=$number
-        stage "judge-$step" "$results/steps/$step/report.json" "${answers[@]}" --adapter "$checkpoint" --by round --out "$results/steps/$step"
+        stage "judge-$step" "$results/steps/$step/report.json" "${answers[@]}" --adapter "$checkpoint" --by round --out "$results/steps/$step" &
+        jobs+=($!)
     done
+    wait_for "${jobs[@]}"
     ;;
 write)
     run=$WORK/writer
     clues=("${judge[@]}" --template clue --eval-limit "$WRITTEN")
-    stage write-before "$results/written-before/report.json" "${clues[@]}" --out "$results/written-before"
+    stage write-before "$results/written-before/report.json" "${clues[@]}" --out "$results/written-before" &
+    before=$!
     stage run-writer "$run/report.json" "${tune[@]}" --out "$run" --eval-limit 100 --template clue --packing isolated --loss-on answers
     mkdir -p "$results/writer"
     cp "$run/report.json" "$run/metrics.jsonl" "$run/training.svg" "$run/recipe.toml" "$results/writer/"
     stage write-after "$results/written/report.json" "${clues[@]}" --adapter "$run/adapter" --out "$results/written"
+    wait_for "$before"
     ;;
 *)
-    echo "part $part: choose base, runs, steps or write" >&2
+    echo "part $part: choose base, runs, judge, steps or write" >&2
     exit 2
     ;;
 esac

@@ -70,7 +70,7 @@ impl Device {
             Self::Cpu => job.run::<Flex>(&FlexDevice),
             #[cfg(feature = "cuda")]
             Self::Cuda(index) => {
-                buzzer_kernels::reserve_by_exact_size();
+                buzzer_kernels::configure(crate::kept_kernels::folder(index));
                 job.run::<buzzer_kernels::Cuda>(&buzzer_kernels::CudaDevice::new(index))
             }
             #[cfg(feature = "wgpu")]

@@ -7,7 +7,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_flex::Flex;
 
-use crate::nf4::Nf4Tensor;
+use crate::nf4::{DoubleScales, Nf4Tensor};
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
     CrossEntropyGradient, Dropout, FrozenWeight, Heads, InputGradient, LinearPart, PagedIndex, Pages,
@@ -45,6 +45,12 @@ pub trait KernelBackend: Backend {
         let (dims, device) = (dense.dims(), dense.device());
         let values = dense.cast(DType::F32).into_data().iter::<f32>().collect::<Vec<_>>();
         Nf4Tensor::quantize(&values, dims, double, &device)
+    }
+
+    /// Scales `[m]` in 8 bits, by the rule of [`nf4::double_quantize`]; the default goes through the host.
+    fn nf4_quantize_scales(absmax: Tensor<Self, 1>) -> DoubleScales<Self> {
+        let device = absmax.device();
+        DoubleScales::of_host(&nf4::double_quantize(&nf4::host_floats(absmax)), &device)
     }
 
     /// `drop(x)` of rows `[n, d]`; see [`Dropout`].

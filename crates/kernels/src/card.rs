@@ -162,17 +162,33 @@ pub fn cuda_cards() -> usize {
     CudaContext::device_count().map_or(0, |count| usize::try_from(count).unwrap_or(0))
 }
 
+/// What kernels are compiled for and by on a card, `sm_90-nvrtc-13.0-driver-13.0`: kernels compiled under one name run wherever it
+/// is the same. None without a card of this number, or without NVRTC.
+#[cfg(feature = "cuda")]
+#[must_use]
+pub fn cuda_target(index: usize) -> Option<String> {
+    let context = cudarc::driver::CudaContext::new(index).ok()?;
+    let capability = compute_capability(&context)?;
+    let driver = crate::side_stream::version_name(crate::side_stream::driver_version().ok()?);
+    Some(format!("sm_{capability}-nvrtc-{}-driver-{driver}", crate::compiler::compiler_version()?))
+}
+
+/// Ten times the major number and the minor one.
+#[cfg(feature = "cuda")]
+fn compute_capability(context: &cudarc::driver::CudaContext) -> Option<u32> {
+    use cudarc::driver::sys::CUdevice_attribute as Attribute;
+    let attribute = |attribute| u32::try_from(context.attribute(attribute).ok()?).ok();
+    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    Some(10 * major + attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?)
+}
+
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda(index: usize) -> Card {
     use cudarc::driver::CudaContext;
     use cudarc::driver::result::mem_get_info;
-    use cudarc::driver::sys::CUdevice_attribute as Attribute;
     let context = CudaContext::new(index).ok();
     let context = context.as_ref();
-    let attribute = |attribute| u32::try_from(context?.attribute(attribute).ok()?).ok();
-    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
-    let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
-    let capability = major.zip(minor).map(|(major, minor)| 10 * major + minor);
+    let capability = context.and_then(|context| compute_capability(context));
     let memory = context.and_then(|context| {
         context.bind_to_thread().ok()?;
         mem_get_info().ok()

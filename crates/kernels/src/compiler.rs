@@ -5,7 +5,10 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::{fs, process};
 
 use cudarc::driver::{CudaContext, DriverError, result as driver, sys};
 use cudarc::nvrtc::sys as nvrtc;
@@ -15,6 +18,15 @@ use crate::side_stream::{driver_version, version_name};
 
 /// The smallest program.
 const PROBE: &str = "extern \"C\" __global__ void probe() {}";
+
+/// Where what was compiled stays for the next start.
+static KEPT: OnceLock<Option<PathBuf>> = OnceLock::new();
+
+/// Keeps compiled sources in a folder that belongs to this program file and [`cuda_target`](crate::cuda_target) from now on. Does
+/// nothing if it was called before.
+pub(crate) fn keep_in(folder: Option<PathBuf>) {
+    KEPT.get_or_init(|| folder);
+}
 
 /// Why there are no functions.
 #[derive(Debug, thiserror::Error)]
@@ -58,14 +70,50 @@ pub(crate) fn load(
     }
     let mut options = defines;
     options.push(format!("--gpu-architecture=compute_{compute_capability}"));
+    let kept = KEPT.get().and_then(Option::as_ref).map(|folder| folder.join(file_name(source, &options)));
+    // A file that is cut, or was compiled for something else, is no worse than none.
+    if let Some(functions) = kept.as_ref().and_then(|file| load_image(&fs::read_to_string(file).ok()?).ok()) {
+        return Ok(functions);
+    }
+    let image = compile(source, options)?;
+    let functions = load_image(&image)?;
+    if let Some(file) = kept {
+        // Compiled again at the next start if the disk is full or read-only.
+        let _ = keep(&file, &image);
+    }
+    Ok(functions)
+}
+
+/// PTX of a source.
+fn compile(source: &str, options: Vec<String>) -> Result<String, CompilerError> {
     let options = CompileOptions { options, ..CompileOptions::default() };
     let compiled = compile_ptx_with_opts(source, options).map_err(|error| match error {
         CompileError::CompileError { log, .. } => CompilerError::Source(log.to_string_lossy().into_owned()),
         error => CompilerError::Source(error.to_string()),
     })?;
-    let image = CString::new(compiled.to_src()).map_err(|error| CompilerError::Source(error.to_string()))?;
-    // SAFETY: the image is what the compiler made, and ends with a zero.
+    Ok(compiled.to_src())
+}
+
+/// PTX as functions of the context that is bound to this thread.
+fn load_image(image: &str) -> Result<sys::CUmodule, CompilerError> {
+    let image = CString::new(image).map_err(|error| CompilerError::Source(error.to_string()))?;
+    // SAFETY: the image ends with a zero, and the driver refuses what is no PTX.
     unsafe { driver::module::load_data(image.as_ptr().cast::<c_void>()) }.map_err(refusal)
+}
+
+/// Where a source is kept; the folder belongs to one compiler and one program file, and with that to one hasher.
+fn file_name(source: &str, options: &[String]) -> String {
+    let mut hasher = DefaultHasher::new();
+    (source, options).hash(&mut hasher);
+    format!("{:016x}.ptx", hasher.finish())
+}
+
+/// Writes a file whole or not at all.
+fn keep(file: &Path, image: &str) -> std::io::Result<()> {
+    let temporary = file.with_extension(format!("{}.tmp", process::id()));
+    fs::create_dir_all(file.parent().unwrap_or(file))?;
+    fs::write(&temporary, image)?;
+    fs::rename(temporary, file)
 }
 
 /// Why kernels that are compiled here do not run on devices of a compute capability, if they do not. Tried once a process.
@@ -86,17 +134,35 @@ fn check(context: &Arc<CudaContext>, compute_capability: usize) -> Result<(), Co
 fn refusal(error: DriverError) -> CompilerError {
     match (error.0, driver_version()) {
         (sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION, Ok(version)) => {
-            CompilerError::TooNew { compiler: compiler_version(), driver: version_name(version) }
+            let compiler = compiler_version().unwrap_or_else(|| "of this machine".to_owned());
+            CompilerError::TooNew { compiler, driver: version_name(version) }
         }
         _ => error.into(),
     }
 }
 
-fn compiler_version() -> String {
+/// Version of NVRTC, if there is one.
+pub(crate) fn compiler_version() -> Option<String> {
+    // SAFETY: only asks whether the library can be opened.
+    if !unsafe { nvrtc::is_culib_present() } {
+        return None;
+    }
     let (mut major, mut minor) = (0, 0);
     // SAFETY: the library is open, and writes two integers to places that are alive.
-    match unsafe { nvrtc::nvrtcVersion(&raw mut major, &raw mut minor) }.result() {
-        Ok(()) => format!("{major}.{minor}"),
-        Err(_) => "of this machine".to_owned(),
+    let status = unsafe { nvrtc::nvrtcVersion(&raw mut major, &raw mut minor) };
+    status.result().ok().map(|()| format!("{major}.{minor}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kept_source_is_found_by_source_and_options() {
+        let options = |value: &str| vec![value.to_owned()];
+        let name = file_name(PROBE, &options("-DN=1"));
+        assert_eq!(name, file_name(PROBE, &options("-DN=1")));
+        assert_ne!(name, file_name(PROBE, &options("-DN=2")));
+        assert_ne!(name, file_name("", &options("-DN=1")));
     }
 }

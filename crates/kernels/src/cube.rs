@@ -6,6 +6,7 @@ use burn_cubecl::tensor::CubeTensor;
 use crate::attention::device::Index;
 use crate::attention::ranges::Ranges;
 use crate::device::{Cube, int_primitive, primitive, tensor};
+use crate::nf4::DoubleScales;
 use crate::product::ProductRuntime;
 use crate::{
     AdamW, AdamWState, AdamWState8, Allocated, Attended, AttentionIndex, AttentionRanges, Card,
@@ -32,6 +33,10 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
 
     fn nf4_quantize(dense: Tensor<Self, 2>, double: bool) -> Nf4Tensor<Self> {
         nf4::kernel::quantize(primitive(dense), double)
+    }
+
+    fn nf4_quantize_scales(absmax: Tensor<Self, 1>) -> DoubleScales<Self> {
+        nf4::scales::quantize(absmax)
     }
 
     fn dropout(x: Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {

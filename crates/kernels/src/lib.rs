@@ -69,7 +69,7 @@ pub use card::{
     Allocated, BANDWIDTH_EFFICIENCY, Card, CardModel, MATMUL_EFFICIENCY, MODELS, UnknownCard, WORKSPACE_BYTES,
 };
 #[cfg(feature = "cuda")]
-pub use card::{cuda_cards, limit_memory};
+pub use card::{cuda_cards, cuda_target, limit_memory};
 #[cfg(feature = "cuda")]
 pub use cubecl::cuda::CudaDevice;
 #[cfg(feature = "wgpu")]
@@ -92,15 +92,22 @@ pub type Cuda = Cube<cubecl::cuda::CudaRuntime>;
 #[cfg(feature = "wgpu")]
 pub type Wgpu = Cube<cubecl::wgpu::WgpuRuntime>;
 
-/// Makes the allocators of devices that are opened from now on reuse memory by exact size, and never cut it in pieces.
+/// Settings of CubeCL for devices that are opened from now on. Does nothing if its configuration was read or set before.
 ///
-/// A training step asks for the same sizes every time, so what it takes from the card is what it needs, and stays the
-/// same from step to step. CubeCL's default takes pages of up to a quarter of the card instead. Does nothing if CubeCL's
-/// configuration was read or set before.
+/// Allocators reuse memory by exact size, and never cut it in pieces: a training step asks for the same sizes every time, so
+/// what it takes from the card is what it needs, and stays the same from step to step. CubeCL's default takes pages of up to a
+/// quarter of the card instead.
+///
+/// `kept_kernels` is a folder in which compiled kernels stay for the next start, CubeCL's and those in CUDA C++. CubeCL knows its
+/// own by name and settings and not by source, so a folder is for one program file; and for one [`cuda_target`].
 #[cfg(feature = "cubecl")]
-pub fn reserve_by_exact_size() {
+pub fn configure(kept_kernels: Option<std::path::PathBuf>) {
+    use cubecl::config::cache::CacheConfig;
     use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig, memory::PersistentMemory};
+    #[cfg(feature = "cuda")]
+    compiler::keep_in(kept_kernels.clone());
     let mut config = CubeClRuntimeConfig::default();
     config.memory.persistent_memory = PersistentMemory::Enforced;
+    config.compilation.cache = kept_kernels.map(CacheConfig::File);
     CubeClRuntimeConfig::storage().lock().get_or_insert_with(|| config.into());
 }

@@ -36,6 +36,13 @@ impl<R: ProductRuntime> Runner<'_, R> {
         Tensor::<Cube<R>, D>::from_data(data, (self.device, dtype)).into_primitive().tensor()
     }
 
+    /// The same without gaps between rows, which `upload` leaves on CUDA where their length is no power of two.
+    fn upload_dense(&self, values: &[f32], dims: [usize; 2], dtype: DType) -> CubeTensor<R> {
+        let data = TensorData::new(values.to_vec(), [values.len()]);
+        let flat = Tensor::<Cube<R>, 1>::from_data(data, (self.device, dtype));
+        flat.reshape(dims).into_primitive().tensor()
+    }
+
     /// Rows inside wider rows of NaN: `before` columns precede them and `after` follow.
     fn view(
         &self,
@@ -314,7 +321,7 @@ impl<R: ProductRuntime> Runner<'_, R> {
         let flex = |x: &[f32]| Tensor::<Flex, 2>::from_data(TensorData::new(x.to_vec(), dims), &device);
         let state = AdamWState { first: flex(&m), second: flex(&v) };
         let (expected, state) = adamw::reference(flex(&p), flex(&g).mul_scalar(scale), state, &settings);
-        let [parameter, first, second] = [&p, &m, &v].map(|x| self.upload(x, dims, DType::F32));
+        let [parameter, first, second] = [&p, &m, &v].map(|x| self.upload_dense(x, dims, DType::F32));
         let gradient = self.view(&g, dims, 64, 5, self.dtype);
         adamw::kernel::step(parameter.clone(), gradient, first.clone(), second.clone(), &settings, scale);
         for (name, found, expected) in [
@@ -324,7 +331,8 @@ impl<R: ProductRuntime> Runner<'_, R> {
         ] {
             let (found, expected) =
                 (self.download::<2>(found), expected.into_data().to_vec::<f32>().unwrap());
-            self.near(format!("AdamW's {name} {dims:?} {:?}", self.dtype), &found, &expected, 2e-7, 1e-6);
+            // Three roundings of numbers up to 1 here, and three in the reference.
+            self.near(format!("AdamW's {name} {dims:?} {:?}", self.dtype), &found, &expected, 3.6e-7, 1e-6);
         }
     }
 
@@ -334,7 +342,8 @@ impl<R: ProductRuntime> Runner<'_, R> {
         let flex = |x: &[f32]| Tensor::<Flex, 2>::from_data(TensorData::new(x.to_vec(), dims), &device);
         let p = noise(count, 1);
         let mut expected = (flex(&p), AdamWState8::<Flex>::zeros(count, &device));
-        let found = (self.upload(&p, dims, DType::F32), AdamWState8::<Cube<R>>::zeros(count, self.device));
+        let found =
+            (self.upload_dense(&p, dims, DType::F32), AdamWState8::<Cube<R>>::zeros(count, self.device));
         for step in 1..=4 {
             // Blocks of zeros stay zeros.
             let mut g = noise(count, 10 + step).iter().map(|x| x * x * x).collect::<Vec<_>>();

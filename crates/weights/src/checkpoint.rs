@@ -2,7 +2,7 @@
 //!
 //! Files are mapped, not read, and tensors are converted a window at a time whose pages are handed back at once, so a
 //! 13 GB checkpoint passes through the memory of its largest tensor. What it trades: one element type out, f32, for
-//! every float that comes in, but for [`Checkpoint::read_floats`]. What it refuses: NaN or infinity, which would only show up as a loss much later.
+//! every float that comes in, but for [`Checkpoint::read_runs`]. What it refuses: NaN or infinity, which would only show up as a loss much later.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -153,33 +153,50 @@ impl Checkpoint {
     /// # Errors
     /// If there is no such tensor, or if it is stored as another type.
     pub fn float_dtype(&self, name: &str) -> Result<DType, WeightsError> {
-        Ok(match self.float_entry(name)?.dtype {
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            _ => DType::F32,
-        })
+        self.float_entry(name).map(|entry| burn_dtype(entry.dtype))
     }
 
-    /// A tensor of F32, F16 or BF16 in the dtype that it is stored in.
+    /// Shows the values of a tensor row by row, `length` at a time and in the end what is left, each run as `[1, n]`: in the dtype
+    /// that the tensor is stored in (F32, F16 or BF16), or in f32. Memory of one run is used at a time.
     ///
     /// # Errors
-    /// As [`Self::read_f32`].
-    pub fn read_floats(&self, name: &str, expected_shape: &[usize]) -> Result<TensorData, WeightsError> {
+    /// As [`Self::read_f32`]. Runs before the one with the value that is not finite have been shown then.
+    pub fn read_runs(
+        &self,
+        name: &str,
+        expected_shape: &[usize],
+        length: usize,
+        as_f32: bool,
+        mut show: impl FnMut(TensorData),
+    ) -> Result<(), WeightsError> {
         self.expect_shape(name, expected_shape)?;
-        let (entry, dtype) = (self.float_entry(name)?, self.float_dtype(name)?);
-        let size = entry.dtype.bitsize() / 8;
-        let mut values = vec![0; entry.elements() * size];
-        let mut bad = None;
-        self.for_each_window(entry, |start, bytes| {
-            let found = copy_shared(entry.dtype, bytes, &mut values[start..][..bytes.len()]);
-            bad = bad.or(found.map(|place| start / size + place));
-        });
-        let Some(index) = bad else {
-            return Ok(TensorData::from_bytes_vec(values, entry.shape.clone(), dtype));
+        let (entry, stored) = (self.float_entry(name)?, self.float_dtype(name)?);
+        let run_bytes = length * stored.size();
+        let mut run = Vec::with_capacity(run_bytes);
+        let mut first = 0;
+        let mut result = Ok(());
+        let mut end_run = |run: Vec<u8>| {
+            let count = run.len() / stored.size();
+            if result.is_ok() {
+                let data = if as_f32 { widened(entry.dtype, &run) } else { finite(entry.dtype, run) };
+                result = data.map(&mut show).map_err(|(place, value)| (first + place, value));
+            }
+            first += count;
         };
-        let mut value = [0.0];
-        convert(entry.dtype, &values[index * size..][..size], &mut value);
-        Err(self.not_finite(name, entry, index, value[0]))
+        self.for_each_window(entry, |_, mut bytes| {
+            while !bytes.is_empty() {
+                let (next, rest) = bytes.split_at(bytes.len().min(run_bytes - run.len()));
+                run.extend_from_slice(next);
+                bytes = rest;
+                if run.len() == run_bytes {
+                    end_run(std::mem::replace(&mut run, Vec::with_capacity(run_bytes)));
+                }
+            }
+        });
+        if !run.is_empty() {
+            end_run(run);
+        }
+        result.map_err(|(place, value)| self.not_finite(name, entry, place, value))
     }
 
     /// A tensor of bytes and its shape.
@@ -329,15 +346,38 @@ fn convert_shared(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Option<usize> 
     parts.filter_map(|(part, (bytes, out))| Some(part * PART + convert(dtype, bytes, out)?)).min()
 }
 
-/// Copies little-endian floats by all cores; the place of the first one that is not finite.
-fn copy_shared(dtype: Dtype, bytes: &[u8], out: &mut [u8]) -> Option<usize> {
-    let part_bytes = PART * dtype.bitsize() / 8;
-    let parts = bytes.par_chunks(part_bytes).zip(out.par_chunks_mut(part_bytes)).enumerate();
-    let copy = |(part, (bytes, out)): (usize, (&[u8], &mut [u8]))| {
-        out.copy_from_slice(bytes);
-        Some(part * PART + first_not_finite(dtype, out)?)
+/// A run of little-endian floats `[1, n]` in the dtype that they are stored in, looked at by all cores; or the first one that is
+/// not finite, and its place.
+fn finite(dtype: Dtype, bytes: Vec<u8>) -> Result<TensorData, (usize, f32)> {
+    let element_bytes = dtype.bitsize() / 8;
+    let parts = bytes.par_chunks(PART * element_bytes).enumerate();
+    let bad = parts.filter_map(|(part, bytes)| Some(part * PART + first_not_finite(dtype, bytes)?)).min();
+    let Some(place) = bad else {
+        let shape = [1, bytes.len() / element_bytes];
+        return Ok(TensorData::from_bytes_vec(bytes, shape, burn_dtype(dtype)));
     };
-    parts.filter_map(copy).min()
+    let mut value = [0.0];
+    convert(dtype, &bytes[place * element_bytes..][..element_bytes], &mut value);
+    Err((place, value[0]))
+}
+
+/// The same in f32.
+fn widened(dtype: Dtype, bytes: &[u8]) -> Result<TensorData, (usize, f32)> {
+    let count = 8 * bytes.len() / dtype.bitsize();
+    let mut values = vec![0.0; count];
+    match convert_shared(dtype, bytes, &mut values) {
+        None => Ok(TensorData::new(values, [1, count])),
+        Some(place) => Err((place, values[place])),
+    }
+}
+
+/// Burn's name of a dtype of floats.
+fn burn_dtype(dtype: Dtype) -> DType {
+    match dtype {
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        _ => DType::F32,
+    }
 }
 
 /// The place of the first of little-endian floats whose exponent has all bits.

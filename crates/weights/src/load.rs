@@ -1,13 +1,17 @@
 //! Files into models and models into files: the glue between plain host numbers and tensors on a device.
 //!
-//! A checkpoint is read one tensor at a time and quantized as it is read, so at most one dense linear exists at a time: on a device
-//! with kernels, in the dtype of the file or in f32 if it does not compute in that; else in f32 on the host. All give the same codes and scales.
+//! A checkpoint is read one tensor at a time and quantized as it is read. A device with kernels gets a linear in runs, in the dtype
+//! of the file or in f32 if it does not compute in that, and packs each run; else at most one linear is dense at a time, in f32 on
+//! the host. All give the same codes and scales.
 //! What it refuses: a tensor that is missing, of another shape than the configuration says, with a value that is no
 //! number, or that has no place in Llama's blocks; and an adapter that belongs to another model.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
 
 use burn::module::Param;
 use burn::tensor::backend::Backend;
@@ -25,6 +29,13 @@ use crate::{
 
 /// The flag that names a model's folder.
 const FLAG: &str = "--model";
+
+/// Values that go to a device at a time. CubeCL copies what it is given into memory of its own, and fresh memory costs more than
+/// all the rest of loading, a page at a time: pieces of this size lie in memory that the allocator has had before. A multiple of
+/// the values that share a scale.
+pub(crate) const RUN: usize = 1 << 20;
+/// Runs that wait for the device.
+const RUNS_AHEAD: usize = 4;
 
 /// How the linears of the blocks are held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -162,40 +173,12 @@ impl<B: KernelBackend> Loader<'_, B> {
         let norm = |name: &str| block_tensor(layer, name);
         let attention_norm = self.norm(&norm("input_layernorm.weight"), config.hidden_size)?;
         let mlp_norm = self.norm(&norm("post_attention_layernorm.weight"), config.hidden_size)?;
-        let mut weights = self.linears(config, layer)?;
         Block::build(config, attention_norm, mlp_norm, |target| {
-            let Some(place) = weights.iter().position(|(other, _)| *other == target) else {
-                unreachable!("each linear of a block is loaded, and asked for once");
-            };
-            Ok(weights.swap_remove(place).1)
+            let name = block_tensor(layer, &format!("{}.weight", target.hf_path()));
+            self.linear(&name, config.linear_shape(target))
         })
     }
 
-    /// All linears of a block.
-    fn linears(
-        &mut self,
-        config: &LlamaConfig,
-        layer: usize,
-    ) -> Result<Vec<(Target, Weight<B>)>, WeightsError> {
-        let name = |target: Target| block_tensor(layer, &format!("{}.weight", target.hf_path()));
-        let load = |target| {
-            Ok::<_, WeightsError>((target, self.linear(&name(target), config.linear_shape(target))?))
-        };
-        let mut weights = Target::ALL.into_iter().map(load).collect::<Result<Vec<_>, _>>()?;
-        if self.quantization == Quantization::Nf4Double {
-            // What is stored packed keeps the scales that it has.
-            let fresh = weights
-                .iter_mut()
-                .filter(|(target, _)| !Nf4Stored::is_stored(self.checkpoint, &name(*target)));
-            Nf4Tensor::quantize_scales(fresh.filter_map(|(_, weight)| match weight {
-                Weight::Nf4(packed) => Some(packed),
-                _ => None,
-            }));
-        }
-        Ok(weights)
-    }
-
-    /// A linear; if it is packed here, its scales are plain.
     fn linear(&mut self, name: &str, shape: [usize; 2]) -> Result<Weight<B>, WeightsError> {
         if Nf4Stored::is_stored(self.checkpoint, name) {
             return stored_weight(Nf4Stored::read(self.checkpoint, name, shape)?, name, self);
@@ -203,22 +186,30 @@ impl<B: KernelBackend> Loader<'_, B> {
         if self.quantization == Quantization::None {
             return Ok(Weight::frozen(self.tensor(name, shape)?));
         }
+        let double = self.quantization == Quantization::Nf4Double;
         if B::PACKS_ON_DEVICE {
-            return Ok(Weight::Nf4(B::nf4_quantize(self.stored(name, shape)?, false)));
+            let mut packed = Vec::new();
+            self.runs(name, &shape, |run| packed.push(B::nf4_quantize(run, false)))?;
+            let packed = Nf4Tensor::join(packed, shape);
+            return Ok(Weight::Nf4(if double { packed.with_quantized_scales() } else { packed }));
         }
         self.checkpoint.read_f32_into(name, &shape, &mut self.buffer)?;
-        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, false, self.device)))
+        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, double, self.device)))
     }
 
-    /// A matrix on the device in the dtype of the file, or in f32 if the device does not compute in that.
-    fn stored(&self, name: &str, shape: [usize; 2]) -> Result<Tensor<B, 2>, WeightsError> {
-        let stored = self.checkpoint.float_dtype(name)?;
-        let (data, dtype) = if B::supports_dtype(self.device, stored) {
-            (self.checkpoint.read_floats(name, &shape)?, stored)
-        } else {
-            (TensorData::new(self.checkpoint.read_f32(name, &shape)?, shape), DType::F32)
-        };
-        Ok(Tensor::from_data(data, (self.device, dtype)))
+    /// The values of a tensor on the device, in runs `[1, n]` of the dtype of the file, or of f32 if the device does not compute in
+    /// that. While one run goes to the device, the next ones are read.
+    fn runs(&self, name: &str, shape: &[usize], each: impl FnMut(Tensor<B, 2>)) -> Result<(), WeightsError> {
+        let (checkpoint, device) = (self.checkpoint, self.device);
+        let as_f32 = !B::supports_dtype(device, checkpoint.float_dtype(name)?);
+        let (send, receive) = mpsc::sync_channel(RUNS_AHEAD);
+        thread::scope(|scope| {
+            // Whoever receives takes all, so nothing that is sent is lost.
+            let read = move || checkpoint.read_runs(name, shape, RUN, as_f32, |run| drop(send.send(run)));
+            let reader = scope.spawn(read);
+            receive.into_iter().map(|run| on_device(run, device)).for_each(each);
+            reader.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })
     }
 
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<B, 2>>, WeightsError> {
@@ -238,9 +229,39 @@ impl<B: KernelBackend> Loader<'_, B> {
         name: &str,
         shape: [usize; D],
     ) -> Result<Tensor<B, D>, WeightsError> {
+        if B::PACKS_ON_DEVICE {
+            let mut whole = Filling::new(shape.iter().product(), self.dtype, self.device);
+            self.runs(name, &shape, |run| whole.push(run))?;
+            return Ok(whole.tensor.reshape(shape));
+        }
         let values = self.checkpoint.read_f32(name, &shape)?;
         Ok(Tensor::from_data(TensorData::new(values, shape), (self.device, self.dtype)))
     }
+}
+
+/// A tensor `[1, n]` that is filled with runs of its values as they come, so that one run exists beside it.
+pub(crate) struct Filling<B: Backend> {
+    pub(crate) tensor: Tensor<B, 2>,
+    filled: usize,
+}
+
+impl<B: Backend> Filling<B> {
+    pub(crate) fn new(length: usize, dtype: DType, device: &B::Device) -> Self {
+        Self { tensor: Tensor::empty([1, length], (device, dtype)), filled: 0 }
+    }
+
+    pub(crate) fn push(&mut self, run: Tensor<B, 2>) {
+        let (begin, run) = (self.filled, run.cast(self.tensor.dtype()));
+        self.filled += run.dims()[1];
+        let end = self.filled;
+        self.tensor.inplace(|tensor| tensor.slice_assign([0..1, begin..end], run));
+    }
+}
+
+/// A run of values `[1, n]` on a device.
+pub(crate) fn on_device<B: KernelBackend>(run: TensorData, device: &B::Device) -> Tensor<B, 2> {
+    let dtype = run.dtype;
+    Tensor::from_data(run, (device, dtype))
 }
 
 /// bitsandbytes' parts as a packed weight.

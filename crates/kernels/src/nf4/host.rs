@@ -227,18 +227,18 @@ pub(crate) fn mean_like_torch(values: &[f32]) -> f32 {
 
 /// How torch spreads the sum of n values over threads.
 #[derive(Clone, Copy)]
-struct ReduceShape {
+pub(super) struct ReduceShape {
     /// Threads per block, a power of two up to 512.
-    width: usize,
+    pub(super) width: usize,
     /// Blocks that share the input.
-    ctas: usize,
+    pub(super) ctas: usize,
     /// Whether a thread loads four neighbours at a time.
-    vectorized: bool,
+    pub(super) vectorized: bool,
 }
 
 impl ReduceShape {
     /// `setReduceConfig` for one output, four values in flight per thread.
-    fn of(n: usize) -> Self {
+    pub(super) fn of(n: usize) -> Self {
         // 132 multiprocessors times four resident blocks of 512 threads. It matters from 8,192 values for each of
         // these blocks, 4.3 million; a T4 has 80 and sums in another order above 655,360.
         const RESIDENT_CTAS: usize = 132 * 4;

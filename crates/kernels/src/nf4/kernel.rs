@@ -12,10 +12,11 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeRuntime};
 use cubecl::prelude::*;
 
-use crate::device::{cubes, primitive, side_by_side, uninitialized, vector_width};
+use crate::device::{Cube, cubes, primitive, side_by_side, uninitialized, vector_width};
+use crate::product::ProductRuntime;
 
 use super::codebook::{NF4_THRESHOLDS, dynamic_code};
-use super::{BLOCK, NESTED_BLOCK, NF4_CODE, Nf4Tensor, Scales, double_quantize, double_scales, frozen};
+use super::{BLOCK, NESTED_BLOCK, NF4_CODE, Nf4Tensor, Scales, frozen};
 
 /// Units of a cube.
 const UNITS: usize = 256;
@@ -59,7 +60,7 @@ impl<R: CubeRuntime> Nf4Tensor<CubeBackend<R, f32, i32, u8>> {
 
 /// A subnormal number becomes zero, with its sign: bitsandbytes' kernels are built with fast math.
 #[cube]
-fn flush(x: f32) -> f32 {
+pub(super) fn flush(x: f32) -> f32 {
     let zero = f32::reinterpret(u32::reinterpret(x) & 0x8000_0000u32);
     select(x.abs() < f32::new(f32::MIN_POSITIVE), zero, x)
 }
@@ -347,13 +348,8 @@ fn quantize_kernel<F: Float, N: Size>(
 }
 
 /// Packs a dense weight `[out, in]` on its device; codes and scales are those of [`quantize`](super::quantize) on the host.
-///
-/// The scales, a 64th of the weight, go over the host if they are to be quantized too.
 #[must_use]
-pub fn quantize<R: CubeRuntime>(
-    dense: CubeTensor<R>,
-    double: bool,
-) -> Nf4Tensor<CubeBackend<R, f32, i32, u8>> {
+pub fn quantize<R: ProductRuntime>(dense: CubeTensor<R>, double: bool) -> Nf4Tensor<Cube<R>> {
     let dense = side_by_side(dense);
     let [rows, cols] = [dense.meta.shape()[0], dense.meta.shape()[1]];
     let count = rows * cols;
@@ -361,7 +357,7 @@ pub fn quantize<R: CubeRuntime>(
     let codes = uninitialized(&dense, [words], DType::I32);
     let absmax = uninitialized(&dense, [count.div_ceil(BLOCK)], DType::F32);
     let width = vector_width(cols, &[&dense]);
-    let (client, device, dtype) = (dense.client.clone(), dense.device.clone(), dense.dtype);
+    let (client, dtype) = (dense.client.clone(), dense.dtype);
     if count > 0 {
         // SAFETY: units read no value past the last, and write no word or scale past the last.
         unsafe {
@@ -378,13 +374,9 @@ pub fn quantize<R: CubeRuntime>(
             );
         }
     }
-    let absmax = DenseTensor::from_primitive(TensorPrimitive::Float(absmax));
-    let scales = if double {
-        double_scales(&double_quantize(&super::host_floats(absmax)), &device)
-    } else {
-        Scales::Plain(frozen(absmax))
-    };
     let codes = DenseTensor::<_, 1, Int>::from_primitive(codes);
     let codes = Param::initialized(ParamId::new(), codes);
-    Nf4Tensor { codes, scales, out_features: rows, in_features: cols }
+    let scales = Scales::Plain(frozen(DenseTensor::from_primitive(TensorPrimitive::Float(absmax))));
+    let packed = Nf4Tensor { codes, scales, out_features: rows, in_features: cols };
+    if double { packed.with_quantized_scales() } else { packed }
 }

@@ -19,11 +19,14 @@ pub(crate) mod cube;
 mod host;
 #[cfg(feature = "cubecl")]
 pub mod kernel;
+#[cfg(feature = "cubecl")]
+pub(crate) mod scales;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
-use rayon::prelude::*;
+
+use crate::KernelBackend;
 
 pub use codebook::{NF4_CODE, dynamic_code, unsigned_dynamic_code};
 pub use host::{DoubleQuant, Nf4Host, dequantize, double_quantize, quantize, restore_absmax};
@@ -59,9 +62,9 @@ enum Scales<B: Backend> {
     Double(DoubleScales<B>),
 }
 
-/// Doubly quantized scales.
+/// Doubly quantized scales, m of them.
 #[derive(Module, Debug)]
-struct DoubleScales<B: Backend> {
+pub struct DoubleScales<B: Backend> {
     /// Four codes a 32-bit word, lowest byte first `[m / 4 rounded up]`.
     codes: Param<Tensor<B, 1, Int>>,
     /// One f32 for 256 codes.
@@ -90,25 +93,36 @@ impl<B: Backend> Nf4Tensor<B> {
         assert_eq!(values.len(), dims[0] * dims[1], "as many values as the shape holds");
         let packed = quantize(values);
         let scales = if double {
-            double_scales(&double_quantize(&packed.absmax), device)
+            Scales::Double(DoubleScales::of_host(&double_quantize(&packed.absmax), device))
         } else {
             Scales::Plain(frozen(Tensor::from_data(floats(packed.absmax), device)))
         };
         Self { codes: words(&packed.codes, device), scales, out_features: dims[0], in_features: dims[1] }
     }
 
-    /// Quantizes the scales of weights that have plain ones, by all cores at the same time; the others stay as they are.
+    /// A weight of packed runs of its values, row by row; their scales are plain.
     ///
-    /// For weights on a device this waits for it once, where packing them one by one with double quantization waits each time.
-    pub fn quantize_scales<'a>(weights: impl IntoIterator<Item = &'a mut Self>)
-    where
-        B: 'a,
-    {
-        let weights: Vec<_> = weights.into_iter().filter(|weight| !weight.is_double()).collect();
-        let absmax: Vec<_> = weights.iter().map(|weight| weight.host_absmax()).collect();
-        let quantized: Vec<_> = absmax.par_iter().map(|absmax| double_quantize(absmax)).collect();
-        for (weight, scales) in weights.into_iter().zip(quantized) {
-            weight.scales = double_scales(&scales, &weight.codes.val().device());
+    /// # Panics
+    /// If there is no run, if one's scales are quantized, if one but the last has no whole number of blocks, or if they are not as
+    /// many values as the shape holds.
+    #[must_use]
+    pub fn join(runs: Vec<Self>, dims: [usize; 2]) -> Self {
+        let lengths: Vec<_> = runs.iter().map(|run| run.out_features * run.in_features).collect();
+        assert_eq!(lengths.iter().sum::<usize>(), dims[0] * dims[1], "as many values as the shape holds");
+        let [whole @ .., _] = &lengths[..] else { panic!("a weight of no run") };
+        assert!(whole.iter().all(|length| length.is_multiple_of(BLOCK)), "runs of whole blocks");
+        let (codes, scales): (Vec<_>, Vec<_>) = runs
+            .into_iter()
+            .map(|run| match run.scales {
+                Scales::Plain(absmax) => (run.codes.val(), absmax.val()),
+                Scales::Double(_) => panic!("a run with quantized scales"),
+            })
+            .unzip();
+        Self {
+            codes: Param::initialized(ParamId::new(), Tensor::cat(codes, 0)),
+            scales: Scales::Plain(frozen(Tensor::cat(scales, 0))),
+            out_features: dims[0],
+            in_features: dims[1],
         }
     }
 
@@ -135,7 +149,7 @@ impl<B: Backend> Nf4Tensor<B> {
         check(codes, scales.codes.len(), dims)?;
         let needed = scales.codes.len().div_ceil(NESTED_BLOCK);
         part_length("second-level scales", scales.nested_absmax.len(), needed, dims)?;
-        let scales = double_scales(scales, device);
+        let scales = Scales::Double(DoubleScales::of_host(scales, device));
         Ok(Self { codes: words(codes, device), scales, out_features: dims[0], in_features: dims[1] })
     }
 
@@ -268,12 +282,26 @@ fn part_length(what: &'static str, found: usize, needed: usize, dims: [usize; 2]
     Err(Nf4Error { what, found, needed, out_features: dims[0], in_features: dims[1] })
 }
 
-fn double_scales<B: Backend>(scales: &DoubleQuant, device: &B::Device) -> Scales<B> {
-    Scales::Double(DoubleScales {
-        codes: words(&scales.codes, device),
-        nested: frozen(Tensor::from_data(floats(scales.nested_absmax.clone()), device)),
-        offset: frozen(Tensor::from_data(floats(vec![scales.offset]), device)),
-    })
+impl<B: Backend> DoubleScales<B> {
+    /// Scales that were quantized on the host.
+    pub(crate) fn of_host(scales: &DoubleQuant, device: &B::Device) -> Self {
+        Self {
+            codes: words(&scales.codes, device),
+            nested: frozen(Tensor::from_data(floats(scales.nested_absmax.clone()), device)),
+            offset: frozen(Tensor::from_data(floats(vec![scales.offset]), device)),
+        }
+    }
+}
+
+impl<B: KernelBackend> Nf4Tensor<B> {
+    /// The same weight with its scales in 8 bits; one whose scales are quantized stays as it is.
+    #[must_use]
+    pub fn with_quantized_scales(mut self) -> Self {
+        if let Scales::Plain(absmax) = &self.scales {
+            self.scales = Scales::Double(B::nf4_quantize_scales(absmax.val()));
+        }
+        self
+    }
 }
 
 fn frozen<B: Backend>(tensor: Tensor<B, 1>) -> Param<Tensor<B, 1>> {
@@ -301,8 +329,9 @@ fn word_bytes<B: Backend>(words: Tensor<B, 1, Int>) -> Vec<u8> {
     words.into_data().iter::<i32>().flat_map(i32::to_le_bytes).collect()
 }
 
-fn host_floats<B: Backend>(values: Tensor<B, 1>) -> Vec<f32> {
-    values.into_data().iter::<f32>().collect()
+pub(crate) fn host_floats<B: Backend>(values: Tensor<B, 1>) -> Vec<f32> {
+    let data = values.into_data();
+    data.to_vec().unwrap_or_else(|_| data.iter().collect())
 }
 
 #[cfg(test)]
@@ -310,7 +339,6 @@ mod tests {
     use burn_flex::Flex;
 
     use super::*;
-    use crate::KernelBackend;
     use crate::testing::noise;
 
     #[test]
@@ -326,6 +354,22 @@ mod tests {
             assert_eq!(reference.iter::<f32>().collect::<Vec<_>>(), host.iter::<f32>().collect::<Vec<_>>());
             let worst = values.iter().zip(host.iter::<f32>()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 0.2 * values.iter().fold(0.0, |m: f32, v| m.max(v.abs())), "{dims:?}: {worst}");
+        }
+    }
+
+    #[test]
+    fn runs_join_to_the_weight_packed_whole() {
+        let (dims, device) = ([37, 70], Default::default());
+        let values = noise(dims[0] * dims[1], 5);
+        let whole = Nf4Tensor::<Flex>::quantize(&values, dims, false, &device);
+        for length in [BLOCK, 10 * BLOCK, 41 * BLOCK] {
+            let runs = values.chunks(length);
+            let runs =
+                runs.map(|run| Nf4Tensor::<Flex>::quantize(run, [1, run.len()], false, &device)).collect();
+            let joined = Nf4Tensor::join(runs, dims);
+            assert_eq!(joined.dims(), dims);
+            assert_eq!(joined.host_codes(), whole.host_codes());
+            assert_eq!(joined.host_absmax(), whole.host_absmax());
         }
     }
 

@@ -7,12 +7,13 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use burn::module::Param;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Shape, Tensor, TensorData};
 use buzzer_kernels::{KernelBackend, Nf4Tensor};
 use buzzer_model::{Block, Llama, LlamaConfig, Weight};
 
 use super::{Gguf, Metadata, from_gguf_rows, reordered_heads};
 use crate::error::Place;
+use crate::load::{Filling, RUN, on_device};
 use crate::open::WEIGHT_FILES;
 use crate::parts::Part;
 use crate::{Quantization, WeightsError, meta};
@@ -193,7 +194,18 @@ impl<B: KernelBackend> Loader<'_, B> {
     fn tensor<const D: usize>(&mut self, part: Part) -> Result<Tensor<B, D>, WeightsError> {
         self.read(part)?;
         let shape = part.shape(self.config);
+        if B::PACKS_ON_DEVICE {
+            let mut whole = Filling::new(self.values.len(), self.dtype, self.device);
+            self.runs().for_each(|run| whole.push(run));
+            return Ok(whole.tensor.reshape(Shape::from(shape)));
+        }
         Ok(Tensor::from_data(TensorData::new(self.values.clone(), shape), (self.device, self.dtype)))
+    }
+
+    /// What was read last on the device, in runs `[1, n]`.
+    fn runs(&self) -> impl Iterator<Item = Tensor<B, 2>> {
+        let data = |run: &[f32]| TensorData::new(run.to_vec(), [1, run.len()]);
+        self.values.chunks(RUN).map(move |run| on_device(data(run), self.device))
     }
 
     fn frozen<const D: usize>(&mut self, part: Part) -> Result<Param<Tensor<B, D>>, WeightsError> {
@@ -205,9 +217,16 @@ impl<B: KernelBackend> Loader<'_, B> {
             return Ok(Weight::frozen(self.tensor(part)?));
         }
         self.read(part)?;
-        let shape = part.shape(self.config);
+        let [out, inner, ..] = part.shape(self.config)[..] else {
+            unreachable!("a linear is a matrix");
+        };
         let double = self.quantization == Quantization::Nf4Double;
-        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.values, [shape[0], shape[1]], double, self.device)))
+        if B::PACKS_ON_DEVICE {
+            let packed =
+                Nf4Tensor::join(self.runs().map(|run| B::nf4_quantize(run, false)).collect(), [out, inner]);
+            return Ok(Weight::Nf4(if double { packed.with_quantized_scales() } else { packed }));
+        }
+        Ok(Weight::Nf4(Nf4Tensor::quantize(&self.values, [out, inner], double, self.device)))
     }
 }
 

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
+use burn::tensor::TensorData;
 use buzzer_model::Target;
 use buzzer_weights::{
     Absmax, Adapter, AdapterConfig, Checkpoint, Dtype, Factors, FloatType, Nf4Stored, TensorToWrite,
@@ -65,24 +66,42 @@ fn numbers_that_are_none_are_found_at_their_place() {
         let place = format!("element {place} ");
         let message = ["`w`", &place, "model.safetensors", "--model"];
         expect(checkpoint.read_f32("w", &[3, 1 << 20]), &message);
-        expect(checkpoint.read_floats("w", &[3, 1 << 20]), &message);
+        for as_f32 in [false, true] {
+            expect(checkpoint.read_runs("w", &[3, 1 << 20], 1000, as_f32, drop), &message);
+        }
     }
 }
 
 #[test]
-fn floats_come_in_the_dtype_of_the_file() {
-    let values = [1.5_f32, -2.0, 0.0, 3.25];
-    let halves = |bits: [u16; 4]| bits.iter().flat_map(|bits| bits.to_le_bytes()).collect::<Vec<_>>();
-    let stored = [
+fn runs_come_in_the_dtype_of_the_file_or_in_f32() {
+    let values: Vec<f32> = (0..3_000_000).map(|i| (i % 2001) as f32 - 1000.0).collect();
+    let halves = |bits: fn(f32) -> u16| values.iter().flat_map(|&value| bits(value).to_le_bytes()).collect();
+    let stored: [(_, Vec<u8>); 3] = [
         ("F32", floats(&values)),
-        ("F16", halves(values.map(|value| half::f16::from_f32(value).to_bits()))),
-        ("BF16", halves(values.map(|value| half::bf16::from_f32(value).to_bits()))),
+        ("F16", halves(|value| half::f16::from_f32(value).to_bits())),
+        ("BF16", halves(|value| half::bf16::from_f32(value).to_bits())),
     ];
     for (dtype, bytes) in stored {
-        let folder = folder_with(&[("model.safetensors", &raw_file(&[("w", dtype, &[2, 2], &bytes)]))]);
-        let data = Checkpoint::open(folder.path()).unwrap().read_floats("w", &[2, 2]).unwrap();
-        assert_eq!((data.shape.to_vec(), data.as_bytes()), (vec![2, 2], &bytes[..]), "{dtype}");
-        assert_eq!(data.iter::<f32>().collect::<Vec<_>>(), values, "{dtype}");
+        let folder =
+            folder_with(&[("model.safetensors", &raw_file(&[("w", dtype, &[3, 1_000_000], &bytes)]))]);
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        for length in [7_001, 1 << 20, 4_000_000] {
+            let (mut in_file, mut wide) = (Vec::new(), Vec::new());
+            let shape = [3, 1_000_000];
+            let lengths = |data: &TensorData| assert!(data.shape.to_vec()[1] <= length, "{dtype}");
+            checkpoint
+                .read_runs("w", &shape, length, false, |data| {
+                    lengths(&data);
+                    in_file.extend_from_slice(data.as_bytes());
+                })
+                .unwrap();
+            assert!(in_file == bytes, "{dtype}, {length} at a time");
+            let mut take = |data: TensorData| wide.extend(data.to_vec::<f32>().unwrap());
+            checkpoint.read_runs("w", &shape, length, true, &mut take).unwrap();
+            let rounded =
+                |&value: &f32| if dtype == "BF16" { half::bf16::from_f32(value).to_f32() } else { value };
+            assert!(wide == values.iter().map(rounded).collect::<Vec<_>>(), "{dtype}, {length} at a time");
+        }
     }
 }
 
