@@ -6,11 +6,12 @@
 // a head), TABLE_ROW (256 or 128), SLICE (256, 128 or 64), DEPTH and CHUNK defined. See mod.rs for what is computed and cuda/layout.rs for how
 // these are chosen and for the bytes of shared memory.
 //
-// How a product works. Blocks share out the tiles of 16 rows of W. A slice, 16 rows by SLICE columns of packed weights, is what a
-// warp multiplies at a time. Each warp fetches its own slices into its own ring in shared memory, DEPTH ahead and across the end of a
-// product, for weights depend on nothing: so memory is busy while blocks wait for each other. Up to eight tokens (TILES 1) each warp keeps the
-// inputs of its own columns in registers and goes over all tiles of its block; with more, inputs are in shared memory and each warp, or a team of
-// warps, has a tile of its own.
+// How a product works. A slice, TILE_ROWS rows by SLICE columns of packed weights, is what a warp multiplies at a time. Each warp fetches its own
+// slices into its own ring in shared memory, DEPTH ahead and across the end of a product, for weights depend on nothing: so memory is busy
+// while blocks wait for each other. Up to eight tokens (TILES 1) blocks share out the tiles of rows; each warp keeps the inputs of its own columns
+// in registers and goes over all tiles of its block. With more, blocks share out tiles and columns: a block has the inputs of
+// a group of CHUNK columns in shared memory, each of its warps multiplies tiles of its own with them, and the warp that comes last to a tile adds up
+// the sums of all groups, in their order.
 //
 // A tile is the left factor of mma.m16n8k16, the inputs are the right one, and because a sum does not depend on the order of its terms,
 // a lane may take neighbouring columns for what the instruction calls columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9: of 64 columns that
@@ -25,11 +26,13 @@ typedef unsigned long long u64;
 #define WARPS (THREADS / 32)
 #define TOKENS (8 * TILES)
 #define BY_COLUMNS (TILES == 1)   // whether a warp has columns of its own, and not a tile
+#define ROW_TILES (BY_COLUMNS ? 1 : 2)     // that a warp multiplies at a time, of 16 rows each
+#define TILE_ROWS (16 * ROW_TILES)
 #define MOST_PARTS 3
 #define MOST_ATTENTION_SPLITS 4
 #define NOTHING -1e30f
 #define SCALES (SLICE / 64)                // scales of a row of a slice
-#define STAGE_CODES (8 * SLICE)            // bytes of a slice's codes, and of all of it
+#define STAGE_CODES (8 * SLICE)            // bytes of the codes of 16 rows of a slice, and of all of them
 #define STAGE (STAGE_CODES + (PLAIN && SLICE > 128 ? SLICE : 128))
 
 // Where a product's input comes from.
@@ -63,11 +66,10 @@ struct Product {
     u16 *keys, *values;      // pages of the attention before it: [places, key_heads WIDTH]
     float epsilon;
     int inner;
-    int rows, ranks, tiles;  // rows, ranks and tiles of 16 rows of all parts
+    int rows, ranks;         // of all parts
     int source, target;
-    int team;                // warps that share a tile, where they are not by columns
     int attends;             // 1 where attention comes before
-    int unused;
+    int unused[3];
 };
 
 struct Step {
@@ -90,6 +92,8 @@ struct Step {
     float *attended;         // [n, heads, splits, WIDTH]
     float *log_sums;         // [n, heads, splits]
     u16 *result;             // [n, heads WIDTH]
+    float4 *partial;         // [groups of columns, tiles, ROW_TILES TILES, 32]: sums as lanes have them, where warps are not by columns
+    u32 *arrived;            // [tiles]: groups that left theirs
     int count, n, d, vocabulary;
     int round;               // tiles that a block has sums of at a time, where warps are by columns
     int work_bytes;          // of shared memory for sums, inputs and attention
@@ -224,23 +228,29 @@ __device__ __forceinline__ u32 shared_4(u32 from) {
 struct Stream {
     int left;                    // slices that follow at the same distance, this one included
     u32 stride, group, pitch;    // that distance in bytes of codes, the number of this lane's first scale, and bytes of codes in a row
+    u32 apart;                   // bytes of codes between the first 16 rows and the others
     const unsigned char *codes;  // this lane's first chunk of it
     const unsigned char *scales; // the scales' codes, or the scales of scales, of this lane's part
     int pending, head, tail;     // slices in shared memory or on their way
 };
 
-// Where a stream looks for more slices: after so many slices of a slot of a pass over product number op, which has place op % 3.
+// Where a stream looks for more slices: after so many slices of a slot of a pass over product number op, or so many units of it. Its place is op % 3.
 struct Position {
     int op, place, first, slot, at;
 };
 
+// What a block does of a product: its tiles, or places in [groups of columns, tiles].
+struct Range {
+    int begin, end;
+};
+
 struct Shared {
-    u32 ring;          // [DEPTH, STAGE]: this warp's own
+    u32 ring;          // [DEPTH, ROW_TILES, STAGE]: this warp's own
     u32 table;         // [256, TABLE_ROW]: pairs, of which a row has 32
     float *dynamic;    // [256]
     Product *products; // [3]: of product number op in place op % 3
     float *offsets;    // [3, 4]
-    int *tiles;        // [3]: of this block
+    Range *units;      // [3], and one that keeps what follows at multiples of 16 bytes: of this block
     int *lengths;      // [TOKENS]
     Position *position; // of this warp's stream
     float *scratch;    // [2, 4, WARPS]
@@ -254,18 +264,19 @@ struct Shared {
 #else
 #define TABLE 0
 #endif
+#define RING (DEPTH * ROW_TILES * STAGE)
 
 __device__ __forceinline__ Shared lay_out(unsigned char *memory) {
     u32 begin = (u32)__cvta_generic_to_shared(memory), warp = warp_number();
-    u32 before = TABLE ? min((TABLE - begin) / (DEPTH * STAGE), WARPS) : 0, after = TABLE ? TABLE + 256 * TABLE_ROW : begin + 256 * TABLE_ROW;
+    u32 before = TABLE ? min((TABLE - begin) / RING, WARPS) : 0, after = TABLE ? TABLE + 256 * TABLE_ROW : begin + 256 * TABLE_ROW;
     Shared s;
     s.table = TABLE ? TABLE : begin;
-    s.ring = warp < before ? begin + warp * DEPTH * STAGE : after + (warp - before) * DEPTH * STAGE;
-    s.dynamic = (float *)(memory + (after - begin) + (WARPS - before) * DEPTH * STAGE);
+    s.ring = warp < before ? begin + warp * RING : after + (warp - before) * RING;
+    s.dynamic = (float *)(memory + (after - begin) + (WARPS - before) * RING);
     s.products = (Product *)(s.dynamic + 256);
     s.offsets = (float *)(s.products + 3);
-    s.tiles = (int *)(s.offsets + 12);
-    s.lengths = s.tiles + 4;
+    s.units = (Range *)(s.offsets + 12);
+    s.lengths = (int *)(s.units + 4);
     s.position = (Position *)(s.lengths + TOKENS) + warp;
     s.scratch = (float *)((Position *)(s.lengths + TOKENS) + WARPS);
     s.work = s.scratch + 2 * 4 * WARPS;
@@ -290,49 +301,43 @@ struct Place {
     int part, own;
 };
 
-__device__ __forceinline__ Place place_of(const Product &p, int tile, int half) {
+__device__ __forceinline__ Place place_of(const Product &p, int tile, int eighth) {
     Place place;
     if (p.target == TO_ACTIVATED) {
-        place.part = half;
-        place.own = min(8 * tile, p.parts[0].rows - 8);
+        place.part = eighth % 2;
+        place.own = min(TILE_ROWS / 2 * tile, p.parts[0].rows - TILE_ROWS / 2) + 8 * (eighth / 2);
     } else {
-        place.part = (16 * tile >= p.parts[1].first_row) + (16 * tile >= p.parts[2].first_row);
-        place.own = min(16 * tile - p.parts[place.part].first_row, p.parts[place.part].rows - 16) + 8 * half;
+        place.part = (TILE_ROWS * tile >= p.parts[1].first_row) + (TILE_ROWS * tile >= p.parts[2].first_row);
+        place.own = min(TILE_ROWS * tile - p.parts[place.part].first_row, p.parts[place.part].rows - TILE_ROWS) + 8 * eighth;
     }
     return place;
 }
 
+__device__ __forceinline__ int tiles_of(const Product &p) { return (p.rows + TILE_ROWS - 1) / TILE_ROWS; }
+
 // ---- A warp's stream of slices, in the order in which it multiplies them ------------------------------------------------
 
-// What a warp has to do in a slot: tiles of its columns, or columns of its tile.
 #if BY_COLUMNS
+// A warp goes over its block's tiles, step.round at a time, for each of its slots of columns.
 __device__ __forceinline__ int slots_of(const Product &p) { return (p.inner / SLICE - warp_number() + WARPS - 1) / WARPS; }
-__device__ __forceinline__ int pass_of(const Product &) { return step.round; }
-__device__ __forceinline__ int count_of(const Product &, int tiles, int first, int) { return min(tiles - first, step.round); }
-__device__ __forceinline__ int tile_of(const Product &, int first, int at) { return first + at; }
-__device__ __forceinline__ int column_of(const Product &, int slot, int) { return (slot * WARPS + warp_number()) * SLICE; }
+__device__ __forceinline__ int column_of(int slot) { return (slot * WARPS + warp_number()) * SLICE; }
 #else
-__device__ __forceinline__ int slots_of(const Product &p) { return (p.inner + CHUNK - 1) / CHUNK; }
-__device__ __forceinline__ int pass_of(const Product &p) { return WARPS / p.team; }
-__device__ __forceinline__ int count_of(const Product &p, int tiles, int first, int slot) {
-    int slices = min(CHUNK, p.inner - slot * CHUNK) / SLICE;
-    return first + warp_number() / p.team < tiles ? (slices - warp_number() % p.team + p.team - 1) / p.team : 0;
-}
-__device__ __forceinline__ int tile_of(const Product &p, int first, int) { return first + warp_number() / p.team; }
-__device__ __forceinline__ int column_of(const Product &p, int slot, int at) {
-    return slot * CHUNK + (at * p.team + warp_number() % p.team) * SLICE;
-}
+// A warp has every sixteenth of its block's units, a tile of a group of columns each.
+__device__ __forceinline__ int groups_of(const Product &p) { return (p.inner + CHUNK - 1) / CHUNK; }
+__device__ __forceinline__ int columns_of(const Product &p, int group) { return min(CHUNK, p.inner - group * CHUNK); }
 #endif
 
 // Copies of 16 bytes that a row of a slice takes, and rows of half a slice that half a warp copies at a time.
 #define ROW_COPIES (SLICE / 32)
 #define ROWS (16 / ROW_COPIES)
 
-// Where a lane's share of a slice begins: half of the warp has eight rows of the tile, and the other half the others.
+// Where a lane's share of a slice begins: half of the warp has eight of each 16 rows of the tile, and the other half the others.
 __device__ __forceinline__ void find_slice(const Product &p, int tile, int column, int lane, Stream &stream) {
     Place place = place_of(p, tile, lane / 16);
     const Part &part = p.parts[place.part];
-    stream.codes = part.codes + ((u32)(place.own + lane % 16 / ROW_COPIES) * (p.inner / 2) + column / 2 + 16 * (lane % ROW_COPIES));
+    stream.pitch = p.inner / 2;
+    stream.apart = (p.target == TO_ACTIVATED ? 8 : 16) * stream.pitch;
+    stream.codes = part.codes + ((u32)(place.own + lane % 16 / ROW_COPIES) * stream.pitch + column / 2 + 16 * (lane % ROW_COPIES));
     stream.group = (place.own + lane % 8) * (u32)(p.inner / 64) + column / 64;
     stream.scales = PLAIN || lane % 16 >= 8 ? (const unsigned char *)part.scales : part.scale_codes;
 }
@@ -344,22 +349,18 @@ __device__ __forceinline__ bool find_slices(const Shared &s, Stream &stream, int
 #pragma unroll 1
     while (!found && now.op <= current + 1 && now.op < step.count) {
         const Product &p = s.products[now.place];
-        int tiles = s.tiles[now.place], count = 0;
-        if (p.parts[0].codes && now.first < tiles && now.slot < slots_of(p)) count = count_of(p, tiles, now.first, now.slot);
-        if (now.at < count) {
-            int tile = blockIdx.x + tile_of(p, now.first, now.at) * gridDim.x;
-            find_slice(p, tile, column_of(p, now.slot, now.at), lane, stream);
-            stream.left = count - now.at;
-            stream.pitch = p.inner / 2;
+        Range units = s.units[now.place];
 #if BY_COLUMNS
+        int tiles = units.end, count = 0;
+        if (p.parts[0].codes && now.first < tiles && now.slot < slots_of(p)) count = min(tiles - now.first, step.round);
+        if (now.at < count) {
+            int tile = blockIdx.x + (now.first + now.at) * gridDim.x;
+            find_slice(p, tile, column_of(now.slot), lane, stream);
             // Tiles follow at the same distance as long as they are whole ones of the same layer.
             int part = p.target == TO_ACTIVATED ? 0 : place_of(p, tile, 0).part, begins = p.target == TO_ACTIVATED ? 0 : p.parts[part].first_row;
             int rows = p.target == TO_ACTIVATED ? 8 : 16, whole = (begins + p.parts[part].rows) / rows - tile;
-            stream.left = max(1, min(stream.left, (whole + (int)gridDim.x - 1) / (int)gridDim.x));
+            stream.left = max(1, min(count - now.at, (whole + (int)gridDim.x - 1) / (int)gridDim.x));
             stream.stride = rows * gridDim.x * (p.inner / 2);
-#else
-            stream.stride = p.team * SLICE / 2;
-#endif
             now.at += stream.left;
             found = true;
             continue;
@@ -367,9 +368,21 @@ __device__ __forceinline__ bool find_slices(const Shared &s, Stream &stream, int
         now.at = 0;
         if (++now.slot < slots_of(p) && now.first < tiles) continue;
         now.slot = 0;
-        now.first += pass_of(p);
+        now.first += step.round;
         if (now.first < tiles && p.parts[0].codes) continue;
         now.first = 0;
+#else
+        int unit = units.begin + now.first + warp_number();
+        if (p.parts[0].codes && unit < units.end) {
+            int group = unit / tiles_of(p);
+            find_slice(p, unit - group * tiles_of(p), group * CHUNK, lane, stream);
+            stream.left = columns_of(p, group) / SLICE;
+            now.first += WARPS;
+            found = true;
+            continue;
+        }
+        now.first = 0;
+#endif
         now.op++;
         now.place = now.place == 2 ? 0 : now.place + 1;
     }
@@ -379,25 +392,31 @@ __device__ __forceinline__ bool find_slices(const Shared &s, Stream &stream, int
 
 __device__ __forceinline__ void fetch_slice(const Shared &s, Stream &stream, int lane) {
     int half = lane / 16, row = lane % 16 / ROW_COPIES, chunk = lane % ROW_COPIES, own = lane % 8 + 8 * half;
-    u32 stage = s.ring + stream.tail * STAGE, to = stage + STAGE_CODES;
 #pragma unroll
-    for (int i = 0; i < 8 / ROWS; i++) {
-        int r = row + ROWS * i;
-        copy_16(stage + (8 * half + r) * (SLICE / 2) + 16 * (chunk ^ 2 * (r / (256 / SLICE) % SCALES)), stream.codes + i * ROWS * stream.pitch);
-    }
+    for (int tile = 0; tile < ROW_TILES; tile++) {
+        u32 stage = s.ring + (stream.tail * ROW_TILES + tile) * STAGE, to = stage + STAGE_CODES;
+        const unsigned char *codes = stream.codes + tile * stream.apart;
+        u32 group = stream.group + tile * (stream.apart / 32);
+#pragma unroll
+        for (int i = 0; i < 8 / ROWS; i++) {
+            int r = row + ROWS * i;
+            copy_16(stage + (8 * half + r) * (SLICE / 2) + 16 * (chunk ^ 2 * (r / (256 / SLICE) % SCALES)), codes + i * ROWS * stream.pitch);
+        }
 #if PLAIN
-    if (lane % 16 < 8) {
-        const float *from = (const float *)stream.scales + stream.group;
-        if (SLICE == 256) copy_16(to + 16 * own, from);
-        else for (int i = 0; i < SCALES; i++) copy_4(to + 4 * (own * SCALES + i), from + i);
-    }
+        if (lane % 16 < 8) {
+            const float *from = (const float *)stream.scales + group;
+            if (SLICE == 256) copy_16(to + 16 * own, from);
+            else for (int i = 0; i < SCALES; i++) copy_4(to + 4 * (own * SCALES + i), from + i);
+        }
 #else
-    bool nested = lane % 16 >= 8;
-    copy_4(to + 4 * own + (nested ? 64 : 0), stream.scales + (nested ? stream.group / 256 * 4 : stream.group & ~3u));
+        bool nested = lane % 16 >= 8;
+        copy_4(to + 4 * own + (nested ? 64 : 0), stream.scales + (nested ? group / 256 * 4 : group & ~3u));
 #endif
+    }
     end_copies();
-    stream.codes += stream.stride;
-    stream.group += stream.stride / 32;
+    u32 stride = BY_COLUMNS ? stream.stride : SLICE / 2;
+    stream.codes += stride;
+    stream.group += stride / 32;
     stream.tail = stream.tail + 1 == DEPTH ? 0 : stream.tail + 1;
     stream.pending++;
     stream.left--;
@@ -414,7 +433,7 @@ __device__ __forceinline__ u32 wait_for_slice(const Shared &s, const Stream &str
     if (stream.pending == DEPTH) wait_for_copies<DEPTH - 1>();
     else wait_for_copies<0>();
     __syncwarp();
-    return s.ring + stream.head * STAGE;
+    return s.ring + stream.head * ROW_TILES * STAGE;
 }
 
 __device__ __forceinline__ void leave_slice(const Shared &s, Stream &stream, int current, int lane) {
@@ -568,25 +587,9 @@ __device__ __forceinline__ u32 pair_of(u32 table, u32 word, int byte) {
     return shared_4(at);
 }
 
-#if BY_COLUMNS
-// The inputs of a warp's slice.
-typedef u32 Inputs[SCALES][8];
-#define INPUT(x, tile, b) x[b]
-#else
-// Where a lane finds the inputs of its tokens: those past the last one are the last one, and come to nothing.
-struct Inputs {
-    u32 of[TILES];
-};
-#endif
-
-// The product of a slice in shared memory.
-__device__ __forceinline__ void multiply_slice(
-    const Shared &s, u32 stage, const Inputs &x, int first_scale, float2 offset, int lane, float (*sums)[4]
-) {
-    u32 table = s.table + 4 * lane;
-    int row = lane / 4, quarter = lane % 4, swizzle = row / (256 / SLICE) % SCALES;
-    // A lane decodes one scale of each of its rows, and takes the others from its neighbours.
-    float own[2], offsets[2] = {offset.x, offset.y};
+// The scale that this lane decodes for each of its rows of 16; it takes the others from its neighbours.
+__device__ __forceinline__ void decode_scales(const Shared &s, u32 stage, int first_scale, const float *offsets, int lane, float *own) {
+    int row = lane / 4, quarter = lane % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         u32 at = stage + STAGE_CODES;
@@ -597,17 +600,40 @@ __device__ __forceinline__ void multiply_slice(
         own[half] = s.dynamic[code] * __uint_as_float(shared_4(at + 64 + 4 * (row + 8 * half))) + offsets[half];
 #endif
     }
-    // Products that do not wait for each other: of two groups of 64 columns, or of the tiles of tokens.
-    constexpr int TOGETHER = TILES == 1 && SCALES > 1 ? 2 : 1;
+}
+
+// This lane's codes of group `group` of 64 columns of a slice, for a row of the first or second half of 16.
+__device__ __forceinline__ uint2 load_codes(u32 stage, int half, int group, int lane) {
+    int row = lane / 4, swizzle = row / (256 / SLICE) % SCALES;
+    return shared_8(stage + (row + 8 * half) * (SLICE / 2) + 32 * (group ^ swizzle) + 8 * (lane % 4));
+}
+
+__device__ __forceinline__ float scale_of(const float *own, int half, int group) {
+    return SCALES == 1 ? own[half] : __shfl_sync(0xffffffffu, own[half], group, 4);
+}
+
+#if BY_COLUMNS
+// The inputs of a warp's slice.
+typedef u32 Inputs[SCALES][8];
+
+// The product of a slice in shared memory.
+__device__ __forceinline__ void multiply_slice(
+    const Shared &s, u32 stage, const Inputs &x, int first_scale, float2 offset, int lane, float (*sums)[4]
+) {
+    u32 table = s.table + 4 * lane;
+    float own[2], offsets[2] = {offset.x, offset.y};
+    decode_scales(s, stage, first_scale, offsets, lane, own);
+    // Two groups of 64 columns have products that do not wait for each other.
+    constexpr int TOGETHER = SCALES > 1 ? 2 : 1;
 #pragma unroll
     for (int first = 0; first < SCALES; first += TOGETHER) {
         u32 a[TOGETHER][2][8];
-        float unscaled[TOGETHER][TILES][4] = {};
+        float unscaled[TOGETHER][1][4] = {};
 #pragma unroll
         for (int g = 0; g < TOGETHER; g++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                uint2 words = shared_8(stage + (row + 8 * half) * (SLICE / 2) + 32 * ((first + g) ^ swizzle) + 8 * quarter);
+                uint2 words = load_codes(stage, half, first + g, lane);
 #pragma unroll
                 for (int byte = 0; byte < 4; byte++) {
                     a[g][half][byte] = pair_of(table, words.x, byte);
@@ -615,41 +641,101 @@ __device__ __forceinline__ void multiply_slice(
                 }
             }
         }
-#if BY_COLUMNS
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
 #pragma unroll
             for (int g = 0; g < TOGETHER; g++)
                 multiply(unscaled[g][0], a[g][0][j], a[g][1][j], a[g][0][j + 1], a[g][1][j + 1], x[first + g][j], x[first + g][j + 1]);
         }
+#pragma unroll
+        for (int g = 0; g < TOGETHER; g++) {
+            float scales[2] = {scale_of(own, 0, first + g), scale_of(own, 1, first + g)};
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[0][i] += scales[i / 2] * unscaled[g][0][i];
+        }
+    }
+}
 #else
+#define PITCH (2 * (CHUNK + 8))   // bytes between the inputs of two tokens
+#define LEAST_SCALE 1e-30f
+
+// A warp's sums of a tile, in units of what the scale of each row was last: the tensor cores add to them where they are. For a second set
+// beside them, whose sums of 64 columns are scaled when they are added, there are not enough registers.
+struct TileSums {
+    float of[ROW_TILES][TILES][4], units[ROW_TILES][2];
+};
+
+__device__ __forceinline__ TileSums no_sums() {
+    TileSums sums = {};
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) sums.units[r][0] = sums.units[r][1] = 1.0f;
+    return sums;
+}
+
+// Puts sums of half of 16 rows into units of a scale. One of 0, of a group of zeros, is taken for a very small one.
+__device__ __forceinline__ void change_units(TileSums &sums, int r, int half, float scale) {
+    scale = fabsf(scale) < LEAST_SCALE ? LEAST_SCALE : scale;
+    float ratio = __fdividef(sums.units[r][half], scale);
+    sums.units[r][half] = scale;
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        sums.of[r][t][2 * half] *= ratio;
+        sums.of[r][t][2 * half + 1] *= ratio;
+    }
+}
+
+// Puts all sums into units of 1.
+__device__ __forceinline__ void scale_sums(TileSums &sums) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums.of[r][t][i] *= sums.units[r][i / 2];
+        }
+    }
+}
+
+// The product of a slice in shared memory; `inputs` is where those of this lane's first token and columns are.
+__device__ __forceinline__ void multiply_slice(const Shared &s, u32 stage, u32 inputs, int first_scale, float2 offset, int lane, TileSums &sums) {
+    u32 table = s.table + 4 * lane;
+    float own[ROW_TILES][2], offsets[2] = {offset.x, offset.y};
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) decode_scales(s, stage + r * STAGE, first_scale, offsets, lane, own[r]);
+#pragma unroll
+    for (int group = 0; group < SCALES; group++) {
+        uint2 words[ROW_TILES][2];
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                words[r][half] = load_codes(stage + r * STAGE, half, group, lane);
+                change_units(sums, r, half, scale_of(own[r], half, group));
+            }
+        }
         // Half of a lane's columns at a time, for registers.
 #pragma unroll
         for (int part = 0; part < 2; part++) {
             uint4 in[TILES];
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) in[tile] = shared_16(x.of[tile] + 128 * first + 16 * part);
+            for (int t = 0; t < TILES; t++) in[t] = shared_16(inputs + 8 * t * PITCH + 128 * group + 16 * part);
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++)
-                multiply(unscaled[0][tile], a[0][0][4 * part], a[0][1][4 * part], a[0][0][4 * part + 1], a[0][1][4 * part + 1], in[tile].x, in[tile].y);
+            for (int r = 0; r < ROW_TILES; r++) {
+                u32 a[2][4];
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++)
-                multiply(unscaled[0][tile], a[0][0][4 * part + 2], a[0][1][4 * part + 2], a[0][0][4 * part + 3], a[0][1][4 * part + 3], in[tile].z, in[tile].w);
-        }
-#endif
+                for (int half = 0; half < 2; half++) {
 #pragma unroll
-        for (int g = 0; g < TOGETHER; g++) {
-            float scales[2];
+                    for (int byte = 0; byte < 4; byte++) a[half][byte] = pair_of(table, part ? words[r][half].y : words[r][half].x, byte);
+                }
 #pragma unroll
-            for (int half = 0; half < 2; half++) scales[half] = SCALES == 1 ? own[half] : __shfl_sync(0xffffffffu, own[half], first + g, 4);
+                for (int t = 0; t < TILES; t++) multiply(sums.of[r][t], a[0][0], a[1][0], a[0][1], a[1][1], in[t].x, in[t].y);
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) sums[tile][i] += scales[i / 2] * unscaled[g][tile][i];
+                for (int t = 0; t < TILES; t++) multiply(sums.of[r][t], a[0][2], a[1][2], a[0][3], a[1][3], in[t].z, in[t].w);
             }
         }
     }
 }
+#endif
 
 // 16 rows by 64 columns in 16 bits, as the lanes have them.
 struct Dense {
@@ -692,7 +778,10 @@ __device__ __forceinline__ LowRankUnit low_rank_unit(const Product &p, int unit)
     return found;
 }
 
-__device__ __forceinline__ int first_low_rank_unit() { return gridDim.x - 1 - blockIdx.x + warp_number() * gridDim.x; }
+// Where warps have tiles of their own the last ones have the fewest, or none.
+__device__ __forceinline__ int first_low_rank_unit() {
+    return gridDim.x - 1 - blockIdx.x + (BY_COLUMNS ? warp_number() : WARPS - 1 - warp_number()) * gridDim.x;
+}
 __device__ __forceinline__ int low_rank_units(const Product &p) { return p.ranks / 16 * (p.inner / 64); }
 
 __device__ __forceinline__ void load_low_rank(const Product &p, int number, Dense &a) {
@@ -753,12 +842,12 @@ __device__ __forceinline__ void clear_low_rank(int buffer) {
 
 // ---- A tile's end ---------------------------------------------------------------------------------------------------------
 
-// Rows of a tile's factors B.
-__device__ __forceinline__ void load_factors(const Product &p, int tile, int rank, Dense &b) {
+// Factors B of 16 rows of a tile, of which `first` is the first eighth.
+__device__ __forceinline__ void load_factors(const Product &p, int tile, int first, int rank, Dense &b) {
     int lane = (thread_number() & 31);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        Place place = place_of(p, tile, half);
+        Place place = place_of(p, tile, first + half);
         const Part &part = p.parts[place.part];
         bool there = rank < part.rank;
         const uint4 *from = (const uint4 *)(part.b + (size_t)(place.own + lane / 4) * part.rank + rank + 16 * (lane % 4));
@@ -767,41 +856,20 @@ __device__ __forceinline__ void load_factors(const Product &p, int tile, int ran
     }
 }
 
-// Adds up what `warps` warps left from `sums` on, `apart` floats apart, corrects it and puts it where it belongs. `b` are the first 64 ranks.
-__device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, int tile, const float *from, int warps, Dense &b) {
-    int lane = (thread_number() & 31), row = lane / 4, column = 2 * (lane % 4);
-    bool one = BY_COLUMNS && step.n == 1;
-    float sums[TILES][4] = {};
-    for (int w = 0; w < warps; w++) {
-        if (one) {
-            sums[0][0] += from[row];
-            sums[0][2] += from[row + 8];
-            from += 16;
-            continue;
-        }
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float2 v = *(const float2 *)(from + (row + 8 * half) * TOKENS + 8 * t + column);
-                sums[t][2 * half] += v.x;
-                sums[t][2 * half + 1] += v.y;
-            }
-        }
-        from += 16 * TOKENS;
-    }
-    Place place = place_of(p, tile, 0);
-    int second = p.target == TO_ACTIVATED ? 1 : place.part;
-    int ranks = max(p.parts[place.part].rank, p.parts[second].rank);
+// Adds their corrections to 16 rows of a tile. `b` are the first 64 ranks.
+__device__ __forceinline__ void correct(const Product &p, const Shared &s, int tile, int first, Dense &b, float (*sums)[4]) {
+    int lane = (thread_number() & 31);
+    int part = place_of(p, tile, first).part, second = place_of(p, tile, first + 1).part;
+    int ranks = max(p.parts[part].rank, p.parts[second].rank);
 #pragma unroll 1
     for (int rank = 0; rank < ranks; rank += 64) {
-        if (rank) load_factors(p, tile, rank, b);
+        if (rank) load_factors(p, tile, first, rank, b);
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            const u16 *rows = s.low_rank + min(8 * t + row, step.n - 1) * (p.ranks + 8) + rank + 16 * (lane % 4);
+            const u16 *rows = s.low_rank + min(8 * t + lane / 4, step.n - 1) * (p.ranks + 8) + rank + 16 * (lane % 4);
             u32 x[8];
-            load_shared(rows + p.parts[place.part].first_rank, x);
-            if (place.part == second) {
+            load_shared(rows + p.parts[part].first_rank, x);
+            if (part == second) {
                 multiply_dense(b, x, sums[t]);
                 continue;
             }
@@ -812,30 +880,67 @@ __device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, i
             sums[t][0] = more[0]; sums[t][1] = more[1]; sums[t][2] = other[2]; sums[t][3] = other[3];
         }
     }
-    int own = p.parts[place.part].first_row + place.own + row;
+}
+
+// Puts 16 rows of a tile where they belong.
+__device__ __forceinline__ void put_rows(const Product &p, int tile, int first, const float (*sums)[4]) {
+    int lane = (thread_number() & 31), column = 2 * (lane % 4), part = place_of(p, tile, first).part;
+    int own = p.parts[part].first_row + place_of(p, tile, first).own + lane / 4;
+    if (p.target == TO_ACTIVATED) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int token = 8 * t + column + i;
+                float x = sums[t][i] / (1.0f + __expf(-sums[t][i])) * sums[t][i + 2];
+                if (token < step.n) step.activated[(size_t)token * p.parts[0].rows + own] = narrow(x);
+            }
+        }
+        return;
+    }
+    bool adds = p.target == TO_RESIDUAL, there[2] = {own >= TILE_ROWS * tile, own + 8 >= TILE_ROWS * tile};
+    float *to = p.to + (size_t)column * p.rows + own;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int token = 8 * t + column + i % 2;
-            if (token >= step.n) continue;
-            if (p.target == TO_ACTIVATED) {
-                if (i < 2) step.activated[(size_t)token * p.parts[0].rows + own] = narrow(sums[t][i] / (1.0f + __expf(-sums[t][i])) * sums[t][i + 2]);
-                continue;
-            }
-            if (own + 8 * (i / 2) < 16 * tile) continue;
-            float *to = p.to + (size_t)token * p.rows + own + 8 * (i / 2);
+            float *at = to + (size_t)(8 * t + i % 2) * p.rows + 8 * (i / 2);
+            if (8 * t + column + i % 2 >= step.n || !there[i / 2]) continue;
             // Nobody else adds to it.
-            if (p.target == TO_RESIDUAL) asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(sums[t][i]) : "memory");
-            else asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(sums[t][i]) : "memory");
+            if (adds) asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at), "f"(sums[t][i]) : "memory");
+            else asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(sums[t][i]) : "memory");
         }
     }
+}
+
+#if BY_COLUMNS
+// Adds up what `warps` warps left from `from` on, corrects it and puts it where it belongs. `b` are the first 64 ranks.
+__device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, int tile, const float *from, int warps, Dense &b) {
+    int lane = (thread_number() & 31), row = lane / 4, column = 2 * (lane % 4);
+    float sums[1][4] = {};
+    for (int w = 0; w < warps; w++) {
+        if (step.n == 1) {
+            sums[0][0] += from[row];
+            sums[0][2] += from[row + 8];
+            from += 16;
+            continue;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float2 v = *(const float2 *)(from + (row + 8 * half) * TOKENS + column);
+            sums[0][2 * half] += v.x;
+            sums[0][2 * half + 1] += v.y;
+        }
+        from += 16 * TOKENS;
+    }
+    correct(p, s, tile, 0, b, sums);
+    put_rows(p, tile, 0, sums);
 }
 
 // Leaves a warp's sums of a tile, or adds to what it left before.
 __device__ __forceinline__ void leave_sums(float *to, const float (*sums)[4], bool adds, int lane) {
     int row = lane / 4, column = 2 * (lane % 4);
-    if (BY_COLUMNS && step.n == 1) {
+    if (step.n == 1) {
         if (column == 0) {
             to[row] = sums[0][0] + (adds ? to[row] : 0.0f);
             to[row + 8] = sums[0][2] + (adds ? to[row + 8] : 0.0f);
@@ -843,13 +948,66 @@ __device__ __forceinline__ void leave_sums(float *to, const float (*sums)[4], bo
         return;
     }
 #pragma unroll
-    for (int t = 0; t < TILES; t++) {
+    for (int half = 0; half < 2; half++) {
+        float2 *at = (float2 *)(to + (row + 8 * half) * TOKENS + column), before = adds ? *at : make_float2(0, 0);
+        *at = make_float2(sums[0][2 * half] + before.x, sums[0][2 * half + 1] + before.y);
+    }
+}
+#else
+#define UNIT_SUMS (ROW_TILES * TILES * 32)   // of four floats
+
+// Leaves a warp's sums of a tile for whoever finishes it; whether that is this warp, because the other groups have left theirs.
+__device__ __forceinline__ bool leave_sums(const Product &p, int group, int tile, const TileSums &sums, int lane) {
+    float4 *to = step.partial + (size_t)(group * tiles_of(p) + tile) * UNIT_SUMS + lane;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float2 *at = (float2 *)(to + (row + 8 * half) * TOKENS + 8 * t + column), before = adds ? *at : make_float2(0, 0);
-            *at = make_float2(sums[t][2 * half] + before.x, sums[t][2 * half + 1] + before.y);
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            const float *own = sums.of[r][t];
+            __stcg(to + 32 * (r * TILES + t), make_float4(own[0], own[1], own[2], own[3]));
         }
     }
+    __syncwarp();
+    u32 before, last = groups_of(p) - 1;
+    // The counter begins again at 0 after the last one.
+    if (lane == 0) asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(step.arrived + tile), "r"(last) : "memory");
+    return __shfl_sync(0xffffffffu, before, 0) == last;
+}
+
+// Adds up what all groups left of a tile, corrects it and puts it where it belongs.
+__device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, int tile, int lane) {
+    float sums[ROW_TILES][TILES][4] = {};
+    const float4 *from = step.partial + (size_t)tile * UNIT_SUMS + lane;
+#pragma unroll 2
+    for (int group = groups_of(p); group > 0; group--, from += tiles_of(p) * UNIT_SUMS) {
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                float4 v = __ldcg(from + 32 * (r * TILES + t));
+                sums[r][t][0] += v.x; sums[r][t][1] += v.y; sums[r][t][2] += v.z; sums[r][t][3] += v.w;
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+        Dense b;
+        load_factors(p, tile, 2 * r, 0, b);
+        correct(p, s, tile, 2 * r, b, sums[r]);
+        put_rows(p, tile, 2 * r, sums[r]);
+    }
+}
+#endif
+
+// What this block does of a product of so many rows and columns.
+__device__ __forceinline__ Range units_of(int rows, int inner) {
+    int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, block = blockIdx.x, blocks = gridDim.x;
+#if BY_COLUMNS
+    return Range{0, (tiles - block + blocks - 1) / blocks};
+#else
+    int all = (inner + CHUNK - 1) / CHUNK * tiles;
+    return Range{(int)((long long)all * block / blocks), (int)((long long)all * (block + 1) / blocks)};
+#endif
 }
 
 // Takes what a product is into shared memory; the last two warps do.
@@ -863,21 +1021,30 @@ __device__ __forceinline__ void take_product(const Shared &s, int op) {
         const float *offset = from->parts[tid - 40].offset;
         s.offsets[4 * place + tid - 40] = offset ? __ldg(offset) : 0.0f;
     } else if (tid == 48) {
-        s.tiles[place] = (__ldg(&from->tiles) - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+        s.units[place] = units_of(__ldg(&from->rows), __ldg(&from->inner));
     }
 }
 
 // Brings into the cache what a product needs besides packed weights.
-__device__ __forceinline__ void prefetch_product(const Product &p, int tiles, int tid, int threads) {
+__device__ __forceinline__ void prefetch_product(const Product &p, Range units, int tid, int threads) {
     if (p.source == FROM_RESIDUAL)
 #pragma unroll 1
         for (int i = tid; i < p.inner / 64; i += threads) prefetch(p.norm + 64 * i);
+#if BY_COLUMNS
 #pragma unroll 1
-    for (int i = tid; i < tiles * 16; i += threads) {
+    for (int i = tid; i < units.end * 16; i += threads) {
         Place place = place_of(p, blockIdx.x + i / 16 * gridDim.x, i / 8 % 2);
         const Part &part = p.parts[place.part];
         if (part.rank) prefetch(part.b + (size_t)(place.own + i % 8) * part.rank);
     }
+#else
+    // Nobody knows yet who finishes which tile.
+#pragma unroll 1
+    for (int row = blockIdx.x + tid * gridDim.x; row < p.rows; row += threads * gridDim.x) {
+        const Part &part = p.parts[(row >= p.parts[1].first_row) + (row >= p.parts[2].first_row)];
+        if (part.rank) prefetch(part.b + (size_t)(row - part.first_row) * part.rank);
+    }
+#endif
 #pragma unroll 1
     for (int i = tid; i < WARPS * 16; i += threads) {
         int number = gridDim.x - 1 - blockIdx.x + i / 16 * gridDim.x;
@@ -890,7 +1057,7 @@ __device__ __forceinline__ void prefetch_product(const Product &p, int tiles, in
 // What can be done for the products to come while other warps finish tiles.
 __device__ __forceinline__ void prepare_next(const Shared &s, int op, int warp, int warps) {
     int tid = warp * 32 + (thread_number() & 31);
-    if (op + 1 < step.count) prefetch_product(s.products[(op + 1) % 3], s.tiles[(op + 1) % 3], tid, warps * 32);
+    if (op + 1 < step.count) prefetch_product(s.products[(op + 1) % 3], s.units[(op + 1) % 3], tid, warps * 32);
 }
 
 // ---- Products -------------------------------------------------------------------------------------------------------------
@@ -902,19 +1069,19 @@ __device__ __forceinline__ float2 offsets_of(const Product &p, const Shared &s, 
     return make_float2(offsets[first], offsets[p.target == TO_ACTIVATED ? 1 : first]);
 }
 
-__device__ __forceinline__ const u16 *dense_row(const Product &p, int tile, int half, int lane) {
-    Place place = place_of(p, tile, half);
+__device__ __forceinline__ const u16 *dense_row(const Product &p, int tile, int eighth, int lane) {
+    Place place = place_of(p, tile, eighth);
     return p.parts[place.part].dense + (size_t)(place.own + lane / 4) * p.inner + 16 * (lane % 4);
 }
 
+#if BY_COLUMNS
 // `a` is the first of this warp's units of the factors A; `here` says that the inputs are in shared memory.
 __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream, int op, bool here, Dense &a) {
     const Product &p = s.products[op % 3];
-    int lane = (thread_number() & 31), warp = warp_number(), tiles = s.tiles[op % 3];
+    int lane = (thread_number() & 31), warp = warp_number(), tiles = s.units[op % 3].end;
     bool packed = p.parts[0].codes;
     if (p.ranks) multiply_low_rank(p, s, here, op % 3, a);
     take_product(s, op + 2);
-#if BY_COLUMNS
     Inputs x = {};
     int area = step.n == 1 ? 16 : 16 * TOKENS, slots = slots_of(p), most = (p.inner / SLICE + WARPS - 1) / WARPS;
 #pragma unroll 1
@@ -923,7 +1090,7 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
         float *sums = s.work + (pass & 1) * step.round * WARPS * area;
 #pragma unroll 1
         for (int slot = 0; slot < slots; slot++) {
-            int column = column_of(p, slot, 0);
+            int column = column_of(slot);
             if (most > 1 || pass == 0) {
 #pragma unroll
                 for (int b = 0; b < SCALES; b++) load_input(p, s, here, min(lane / 4, step.n - 1), column + 64 * b, lane, x[b]);
@@ -952,73 +1119,101 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
         if (here && pass == 0 && slots == 0) __syncthreads();
         int mine = first + (warp + pass * step.round) % WARPS, tile = blockIdx.x + mine * gridDim.x;
         Dense b;
-        if (mine < end) load_factors(p, tile, 0, b);
+        if (mine < end) load_factors(p, tile, 0, 0, b);
         if (pass == 0) gather_low_rank(p, s, op % 3);
         __syncthreads();
         if (mine < end) finish_tile(p, s, tile, sums + (mine - first) * WARPS * area, min(WARPS, p.inner / SLICE), b);
         else if (end == tiles) prepare_next(s, op, mine - end, WARPS - (end - first));
     }
-#else
-    int slots = slots_of(p), pitch = CHUNK + 8, team = warp / p.team;
-    u32 place = (u32)__cvta_generic_to_shared(s.work);   // of the inputs
-    Inputs x;
-#pragma unroll
-    for (int t = 0; t < TILES; t++) x.of[t] = place + 2 * (min(8 * t + lane / 4, step.n - 1) * pitch + 16 * (lane % 4));
-#pragma unroll 1
-    for (int first = 0; first < tiles; first += WARPS / p.team) {
-        float own[TILES][4] = {};
-        int tile = blockIdx.x + (first + team) * gridDim.x;
-#pragma unroll 1
-        for (int slot = 0; slot < slots; slot++) {
-            int begin = slot * CHUNK, columns = min(CHUNK, p.inner - begin);
-            __syncthreads();
-            for (int i = thread_number(); i < step.n * (CHUNK / 8); i += THREADS) {
-                int row = i / (CHUNK / 8), at = 8 * (i % (CHUNK / 8));
-                if (at < columns) copy_16(place + 2 * (row * pitch + at), p.rows_in + (size_t)row * p.inner + begin + at);
-            }
-            end_copies();
-            wait_for_copies<0>();
-            __syncthreads();
-            int count = count_of(p, tiles, first, slot);
-#pragma unroll 1
-            for (int at = 0; at < count; at++) {
-                int column = column_of(p, slot, at);
-                Inputs from = x;
-#pragma unroll
-                for (int t = 0; t < TILES; t++) from.of[t] += 2 * (column - begin);
-                if (packed) {
-                    u32 stage = wait_for_slice(s, stream);
-                    multiply_slice(s, stage, from, column / 64, offsets_of(p, s, op, tile), lane, own);
-                    leave_slice(s, stream, op, lane);
-                    continue;
-                }
-                const u16 *rows[2] = {dense_row(p, tile, 0, lane) + column, dense_row(p, tile, 1, lane) + column};
-#pragma unroll
-                for (int b = 0; b < SCALES; b++) {
-                    Dense w;
-                    load_dense(rows[0] + 64 * b, rows[1] + 64 * b, w);
-#pragma unroll
-                    for (int t = 0; t < TILES; t++) {
-                        u32 in[8];
-                        unpack(shared_16(from.of[t] + 128 * b), shared_16(from.of[t] + 128 * b + 16), in);
-                        multiply_dense(w, in, own[t]);
-                    }
-                }
-            }
-        }
-        int mine = first + warp;
-        bool finishes = warp < WARPS / p.team && mine < tiles;
-        Dense b;
-        if (finishes) load_factors(p, blockIdx.x + mine * gridDim.x, 0, b);
-        if (first == 0) gather_low_rank(p, s, op % 3);
-        __syncthreads();   // sums lie where the inputs were
-        leave_sums(s.work + warp * 16 * TOKENS, own, false, lane);
-        __syncthreads();
-        if (finishes) finish_tile(p, s, blockIdx.x + mine * gridDim.x, s.work + warp * p.team * 16 * TOKENS, p.team, b);
-        else if (first + WARPS / p.team >= tiles) prepare_next(s, op, warp - (tiles - first), WARPS - (tiles - first));
-    }
-#endif
 }
+#else
+// Starts to copy a group's columns of the inputs into shared memory.
+__device__ __forceinline__ void copy_inputs(const Product &p, const Shared &s, int group) {
+    u32 place = (u32)__cvta_generic_to_shared(s.work);
+    int pieces = columns_of(p, group) / 8;
+    const u16 *from = p.rows_in + group * CHUNK;
+#pragma unroll 1
+    for (int i = thread_number(); i < step.n * (CHUNK / 8); i += THREADS) {
+        int token = i / (CHUNK / 8), piece = i % (CHUNK / 8);
+        if (piece < pieces) copy_16(place + token * PITCH + 16 * piece, from + (size_t)token * p.inner + 8 * piece);
+    }
+    end_copies();
+}
+
+// The sums of a tile over a group of columns.
+__device__ __forceinline__ void multiply_tile(const Shared &s, Stream &stream, int op, int group, int tile, int lane, TileSums &sums) {
+    const Product &p = s.products[op % 3];
+    int columns = columns_of(p, group);
+    u32 inputs = (u32)__cvta_generic_to_shared(s.work) + lane / 4 * PITCH + 32 * (lane % 4);
+    if (p.parts[0].codes) {
+        float2 offsets = offsets_of(p, s, op, tile);
+#pragma unroll 1
+        for (int column = 0; column < columns; column += SLICE) {
+            u32 stage = wait_for_slice(s, stream);
+            multiply_slice(s, stage, inputs + 2 * column, (group * CHUNK + column) / 64, offsets, lane, sums);
+            leave_slice(s, stream, op, lane);
+        }
+        scale_sums(sums);
+        return;
+    }
+#pragma unroll 1
+    for (int column = 0; column < columns; column += 64) {
+        Dense w[ROW_TILES];
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+            load_dense(dense_row(p, tile, 2 * r, lane) + group * CHUNK + column, dense_row(p, tile, 2 * r + 1, lane) + group * CHUNK + column, w[r]);
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            u32 in[8];
+            unpack(shared_16(inputs + 8 * t * PITCH + 2 * column), shared_16(inputs + 8 * t * PITCH + 2 * column + 16), in);
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; r++) multiply_dense(w[r], in, sums.of[r][t]);
+        }
+    }
+}
+
+__device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream, int op) {
+    const Product &p = s.products[op % 3];
+    int lane = (thread_number() & 31), tiles = tiles_of(p);
+    Range units = s.units[op % 3];
+    int unit = units.begin + warp_number();
+#pragma unroll 1
+    for (int group = units.begin / tiles, first = group; group * tiles < units.end; group++) {
+        if (group > first) __syncthreads();
+        copy_inputs(p, s, group);
+        if (group == first) {
+            if (p.ranks) {
+                Dense a;
+                load_low_rank(p, first_low_rank_unit(), a);
+                multiply_low_rank(p, s, false, op % 3, a);
+            }
+            take_product(s, op + 2);
+        }
+        wait_for_copies<0>();
+        __syncthreads();
+        int end = min(units.end, (group + 1) * tiles);
+        bool gathers = group == first && p.ranks;
+#pragma unroll 1
+        while (unit < end || gathers) {
+            int tile = unit - group * tiles;
+            bool finishes = false;
+            if (unit < end) {
+                TileSums sums = no_sums();
+                multiply_tile(s, stream, op, group, tile, lane, sums);
+                finishes = leave_sums(p, group, tile, sums, lane);
+                unit += WARPS;
+            }
+            if (gathers) {
+                gather_low_rank(p, s, op % 3);
+                __syncthreads();
+                gathers = false;
+            }
+            if (finishes) finish_tile(p, s, tile, lane);
+        }
+    }
+    prepare_next(s, op, warp_number(), WARPS);
+}
+#endif
 
 // Waits until all blocks have come here.
 __device__ __forceinline__ void meet(u32 &passed) {
@@ -1041,8 +1236,14 @@ __device__ __forceinline__ void meet(u32 &passed) {
 #define PLACES 4                    // of a group at a time
 #define OWN (WIDTH / LANES)         // columns of a lane: 4 or 8
 
+// What warps find of a unit, which is a block's share of the places of a head of a sequence.
 struct AttentionRoom {
-    float q[WIDTH], most[WARPS], sum[WARPS], o[WARPS][WIDTH];
+    float most[WARPS], sum[WARPS], o[WARPS][WIDTH];
+};
+
+// The query of a unit, and the new key and value.
+struct Prepared {
+    float q[WIDTH];
     u16 new_key[WIDTH], new_value[WIDTH];
 };
 
@@ -1121,21 +1322,26 @@ __device__ __forceinline__ float turned(const float *x, int i, int position) {
     return own * turn.y + (i < WIDTH / 2 ? -other : other) * turn.x;
 }
 
-// The query, and the new key and value, which go into their page too.
-__device__ __forceinline__ void prepare(const Product &p, const Reading &unit, int position, int tid, AttentionRoom &room) {
-    int kind = tid / 128, i = tid % 128, shared_by = step.heads / step.key_heads;
-    if (i >= WIDTH || kind == 3 || (kind > 0 && unit.end <= position)) return;
-    const float *joined = step.joined + (size_t)unit.row * (step.heads + 2 * step.key_heads) * WIDTH;
-    if (kind == 0) {
-        room.q[i] = turned(joined + unit.head * WIDTH, i, position) * step.scale;
-        return;
-    }
-    const float *from = joined + (step.heads + unit.head / shared_by + (kind == 2 ? step.key_heads : 0)) * WIDTH;
-    u16 value = narrow(kind == 1 ? turned(from, i, position) : __ldcg(from + i));
-    (kind == 1 ? room.new_key : room.new_value)[i] = value;
-    if (unit.head % shared_by == 0) {
-        u16 *to = (kind == 1 ? p.keys : p.values) + begin_of(unit.head, place_in_pages(unit.row, position)) + i;
-        asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(value) : "memory");
+// Prepares all units of this block, those of four at a time side by side. New keys and values go into their pages too.
+__device__ __forceinline__ void prepare(const Product &p, const int *lengths, int units, int tid, Prepared *prepared) {
+    int i = tid % 128, shared_by = step.heads / step.key_heads;
+    if (i >= WIDTH) return;
+#pragma unroll 1
+    for (int at = tid / 128; blockIdx.x + at * gridDim.x < units; at += THREADS / 128) {
+        Reading unit = first_reading(lengths, blockIdx.x + at * gridDim.x);
+        int position = lengths[unit.row] - 1;
+        const float *joined = step.joined + (size_t)unit.row * (step.heads + 2 * step.key_heads) * WIDTH;
+        const float *key = joined + (step.heads + unit.head / shared_by) * WIDTH;
+        float q = turned(joined + unit.head * WIDTH, i, position) * step.scale;
+        u16 new_key = narrow(turned(key, i, position)), new_value = narrow(__ldcg(key + step.key_heads * WIDTH + i));
+        prepared[at].q[i] = q;
+        prepared[at].new_key[i] = new_key;
+        prepared[at].new_value[i] = new_value;
+        if (unit.head % shared_by == 0 && unit.end > position) {
+            size_t to = begin_of(unit.head, place_in_pages(unit.row, position)) + i;
+            asm volatile("st.global.u16 [%0], %1;" ::"l"(p.keys + to), "h"(new_key) : "memory");
+            asm volatile("st.global.u16 [%0], %1;" ::"l"(p.values + to), "h"(new_value) : "memory");
+        }
     }
 }
 
@@ -1166,6 +1372,7 @@ __device__ __forceinline__ void write_unit(const Reading &unit, int i, const Att
 // blocks still compute, so this begins before they meet.
 __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &passed) {
     AttentionRoom &room = *(AttentionRoom *)s.work;
+    const Prepared *unit = (Prepared *)(&room + 1);
     int tid = thread_number(), lane = tid % LANES, units = step.heads * step.n * step.splits;
     Reading now = first_reading(s.lengths, blockIdx.x), next = reading_after(s.lengths, now);
     Places places;
@@ -1175,17 +1382,17 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
 #pragma unroll
     for (int k = 0; k < PLACES; k++) numbers[k] = place_of_group(s.lengths, next, k, tid);
     meet(passed);
+    prepare(p, s.lengths, units, tid, (Prepared *)(&room + 1));
+    __syncthreads();
     float q[OWN] = {}, o[OWN] = {}, most = NOTHING, sum = 0.0f;
     bool begins = true;
 #pragma unroll 1
     while (now.number < units) {
         int position = s.lengths[now.row] - 1;
         if (begins) {
-            prepare(p, now, position, tid, room);
-            __syncthreads();
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
-                q[i] = room.q[lane * OWN + i];
+                q[i] = unit->q[lane * OWN + i];
                 o[i] = 0.0f;
             }
             most = NOTHING;
@@ -1199,7 +1406,7 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
             float score = 0.0f;
 #pragma unroll
             for (int i = 0; i < OWN / 2; i++) {
-                u32 pair = is_new ? ((const u32 *)room.new_key)[lane * (OWN / 2) + i] : places.keys[k].pairs[i];
+                u32 pair = is_new ? ((const u32 *)unit->new_key)[lane * (OWN / 2) + i] : places.keys[k].pairs[i];
                 score += q[2 * i] * widen(pair & 0xffff) + q[2 * i + 1] * widen(pair >> 16);
             }
 #pragma unroll
@@ -1210,7 +1417,7 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
             sum = sum * fade + weight;
 #pragma unroll
             for (int i = 0; i < OWN / 2; i++) {
-                u32 pair = is_new ? ((const u32 *)room.new_value)[lane * (OWN / 2) + i] : places.values[k].pairs[i];
+                u32 pair = is_new ? ((const u32 *)unit->new_value)[lane * (OWN / 2) + i] : places.values[k].pairs[i];
                 o[2 * i] = o[2 * i] * fade + weight * widen(pair & 0xffff);
                 o[2 * i + 1] = o[2 * i + 1] * fade + weight * widen(pair >> 16);
             }
@@ -1218,10 +1425,11 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
             numbers[k] = place_of_group(s.lengths, after, k, tid);
         }
         begins = next.number != now.number;
-        Reading unit = now;
+        Reading done = now;
         now = next;
         next = after;
         if (!begins) continue;
+        unit++;
         float higher = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, LANES)), fade = __expf(most - higher);
         sum *= fade;
         sum += __shfl_xor_sync(0xffffffffu, sum, LANES);
@@ -1230,6 +1438,7 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
             o[i] *= fade;
             o[i] += __shfl_xor_sync(0xffffffffu, o[i], LANES);
         }
+        __syncthreads();   // what was there of the unit before has been read
         if (tid % 32 < LANES) {
 #pragma unroll
             for (int i = 0; i < OWN; i++) room.o[tid / 32][lane * OWN + i] = o[i];
@@ -1237,7 +1446,7 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
             room.sum[tid / 32] = sum;
         }
         __syncthreads();
-        write_unit(unit, tid, room);
+        write_unit(done, tid, room);
     }
 }
 
@@ -1298,7 +1507,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
     begin();
     __syncthreads();
     fetch_ahead(s, stream, 0, (thread_number() & 31));
-    prefetch_product(s.products[0], s.tiles[0], thread_number(), THREADS);
+    prefetch_product(s.products[0], s.units[0], thread_number(), THREADS);
     meet(passed);
 #pragma unroll 1
     for (int op = 0; op < step.count; op++) {
@@ -1306,9 +1515,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
         if (op) {
             fetch_ahead(s, stream, op, (thread_number() & 31));
         }
+#if BY_COLUMNS
         Dense a;
         load_low_rank(p, first_low_rank_unit(), a);
-        bool here = BY_COLUMNS && p.source != FROM_ROWS && p.inner <= WARPS * SLICE && (p.source == FROM_RESIDUAL || step.splits > 1);
+        bool here = p.source != FROM_ROWS && p.inner <= WARPS * SLICE && (p.source == FROM_RESIDUAL || step.splits > 1);
+#else
+        constexpr bool here = false;
+#endif
         if (p.source == FROM_RESIDUAL) {
             normalise(p, s, here);
             if (!here) {
@@ -1320,7 +1533,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
             join_attention(p, s);
             __syncthreads();
         }
+#if BY_COLUMNS
         multiply_product(s, stream, op, here, a);
+#else
+        multiply_product(s, stream, op);
+#endif
         clear_low_rank((op + 1) % 3);
         const Product &next = s.products[(op + 1) % 3];
         if (op + 1 < step.count) {

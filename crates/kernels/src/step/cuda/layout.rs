@@ -5,8 +5,10 @@ use crate::limits::Limits;
 
 /// Columns that lie in one group of four scales.
 pub(super) const GROUP: usize = 256;
-/// Rows of a tile.
-pub(super) const TILE: usize = 16;
+/// Rows of a tile of one tensor core instruction.
+const TILE: usize = 16;
+/// Rows of a tile at most, and what layers that share an input have a multiple of.
+pub(super) const MOST_TILE_ROWS: usize = 2 * TILE;
 /// Ranks of a correction come in multiples of this: others are filled up with zeros.
 pub(super) const RANKS: usize = 64;
 /// Layers that share an input at most.
@@ -24,6 +26,14 @@ const MOST_ATTENTION_SPLITS: usize = 4;
 const WIDE_TABLE: usize = 1 << 16;
 /// Tiles that a block has sums of at a time at most: one for each warp to finish.
 const MOST_ROUND: usize = WARPS;
+/// Columns of a slice and how many slices a warp has in shared memory, the best first, where a warp has columns of its own.
+const RINGS_BY_COLUMNS: [(usize, usize); 9] =
+    [(256, 3), (256, 2), (256, 1), (128, 3), (128, 2), (128, 1), (64, 3), (64, 2), (64, 1)];
+/// The same where a warp has tiles of its own: as many columns as possible on their way, and of these the most slices.
+const RINGS_BY_TILES: [(usize, usize); 9] =
+    [(256, 3), (256, 2), (128, 3), (128, 2), (256, 1), (64, 3), (64, 2), (128, 1), (64, 1)];
+/// The same where a slice is only fetched when it is waited for.
+const RINGS_OF_ONE: [(usize, usize); 3] = [(256, 1), (128, 1), (64, 1)];
 /// The first cards that copy into shared memory without a register between.
 const ASYNCHRONOUS_COPIES: usize = 80;
 
@@ -67,12 +77,10 @@ pub(super) struct Product {
     pub(super) inner: i32,
     pub(super) rows: i32,
     pub(super) ranks: i32,
-    pub(super) tiles: i32,
     pub(super) source: i32,
     pub(super) target: i32,
-    pub(super) team: i32,
     pub(super) attends: i32,
-    pub(super) unused: i32,
+    pub(super) unused: [i32; 3],
 }
 
 /// `Step`.
@@ -98,6 +106,8 @@ pub(super) struct Step {
     pub(super) attended: u64,
     pub(super) log_sums: u64,
     pub(super) result: u64,
+    pub(super) partial: u64,
+    pub(super) arrived: u64,
     pub(super) count: i32,
     pub(super) n: i32,
     pub(super) d: i32,
@@ -137,7 +147,7 @@ pub(super) struct Variant {
     pub(super) slice: usize,
     /// `DEPTH`: slices of a warp in shared memory.
     pub(super) depth: usize,
-    /// `CHUNK`: columns of the inputs in shared memory, where warps are not by columns.
+    /// `CHUNK`: columns of a group, whose inputs a block has in shared memory, where warps are not by columns.
     pub(super) chunk: usize,
 }
 
@@ -157,24 +167,40 @@ impl Variant {
         self.by_columns() && columns <= self.columns()
     }
 
-    /// `STAGE`.
-    fn stage(self, plain: bool) -> usize {
-        8 * self.slice + if plain { self.slice.max(128) } else { 128 }
+    /// `ROW_TILES`.
+    fn row_tiles(self) -> usize {
+        if self.by_columns() { 1 } else { 2 }
+    }
+
+    /// `RING`: bytes of a warp's slices.
+    fn ring(self, plain: bool) -> usize {
+        let scales = if plain { self.slice.max(128) } else { 128 };
+        self.depth * self.row_tiles() * (8 * self.slice + scales)
+    }
+
+    /// Bytes of the sums that the groups of columns leave of a product of so many rows and columns.
+    pub(super) fn partial_bytes(self, rows: usize, columns: usize) -> usize {
+        if self.by_columns() {
+            return 0;
+        }
+        let tile_rows = self.row_tiles() * TILE;
+        columns.div_ceil(self.chunk) * rows.next_multiple_of(tile_rows) * 8 * self.tiles * size_of::<f32>()
     }
 
     /// Those that might do for n tokens, the best first.
     fn candidates(n: usize, limits: &Limits) -> impl Iterator<Item = Self> {
         let tiles = row_tiles(n);
-        let depths: &[usize] =
-            if limits.compute_capability < ASYNCHRONOUS_COPIES { &[1] } else { &[3, 2, 1] };
-        let shapes = move || {
-            [256, 128].into_iter().flat_map(move |table_row| {
-                [256, 128, 64]
-                    .into_iter()
-                    .flat_map(move |slice| depths.iter().map(move |&depth| (table_row, slice, depth)))
-            })
+        let rings: &[(usize, usize)] = match (limits.compute_capability < ASYNCHRONOUS_COPIES, tiles) {
+            (true, _) => &RINGS_OF_ONE,
+            (false, 1) => &RINGS_BY_COLUMNS,
+            (false, _) => &RINGS_BY_TILES,
         };
-        // Fewer columns at a time mean more waiting; where warps are by columns there are no chunks.
+        let shapes = move || {
+            [256, 128]
+                .into_iter()
+                .flat_map(move |table_row| rings.iter().map(move |&(slice, depth)| (table_row, slice, depth)))
+        };
+        // Fewer columns in a group mean more sums to add up; where warps are by columns there are no groups.
         let chunks = if tiles == 1 { vec![0] } else { [1, 2, 4, 8].map(|part| 4096 / tiles / part).to_vec() };
         chunks.into_iter().flat_map(move |chunk| {
             shapes()
@@ -214,7 +240,8 @@ impl Share {
             false => 1,
         };
         let rest = limits.shared_of_block.checked_sub(fixed_bytes(variant, n, needs, limits)?)?;
-        let mut work = attention_bytes(width);
+        let units = (n * queries * splits).div_ceil(limits.processors);
+        let mut work = attention_bytes(width, units);
         let mut round = 0;
         if variant.by_columns() {
             let here = [(needs.hidden, true), (joined, splits > 1)];
@@ -225,7 +252,7 @@ impl Share {
             round = (rest / tile).min(MOST_ROUND);
             work = work.max(round * tile);
         } else {
-            work = work.max(4 * WARPS * TILE * tokens).max(2 * n * (variant.chunk + 8));
+            work = work.max(2 * tokens * (variant.chunk + 8));
         }
         let work = work.next_multiple_of(16);
         let fits = work <= rest && (round > 0 || !variant.by_columns());
@@ -245,7 +272,7 @@ impl Share {
 
 /// `lay_out`: bytes of a block's shared memory without what is shared out; `None` where the table has no place.
 fn fixed_bytes(variant: Variant, n: usize, needs: &Needs, limits: &Limits) -> Option<usize> {
-    let ring = variant.depth * variant.stage(needs.plain);
+    let ring = variant.ring(needs.plain);
     let (table, rings) = if variant.table_row == 256 {
         // Rings lie on both sides of the table.
         let before = WIDE_TABLE.checked_sub(limits.reserved_shared)?;
@@ -254,28 +281,19 @@ fn fixed_bytes(variant: Variant, n: usize, needs: &Needs, limits: &Limits) -> Op
         (256 * variant.table_row, WARPS)
     };
     let tokens = 8 * variant.tiles;
-    // Levels of scales, three products with their offsets and tiles, lengths, positions of streams, and sums of squares.
-    let small = 4 * 256 + 3 * size_of::<Product>() + 4 * (12 + 4 + tokens + 5 * WARPS + 2 * 4 * WARPS);
+    // Levels of scales, three products with their offsets and units, lengths, positions of streams, and sums of squares.
+    let small = 4 * 256 + 3 * size_of::<Product>() + 4 * (12 + 8 + tokens + 5 * WARPS + 2 * 4 * WARPS);
     Some(table + rings * ring + small + 2 * n * (needs.ranks + 8))
 }
 
-/// `AttentionRoom`.
-fn attention_bytes(width: usize) -> usize {
-    4 * (width + 2 * WARPS + WARPS * width) + 2 * 2 * width
+/// `AttentionRoom`, and `Prepared` for each unit of a block.
+fn attention_bytes(width: usize, units: usize) -> usize {
+    4 * (2 * WARPS + WARPS * width) + units * (4 * width + 2 * 2 * width)
 }
 
 /// Tiles of eight rows of the input: kernels exist for 1, 2 and 4.
 pub(super) fn row_tiles(n: usize) -> usize {
     n.div_ceil(8).next_power_of_two()
-}
-
-/// Warps that share a tile where each has one of its own: as few as have room for all tiles of a block at a time.
-pub(super) fn team(tiles: usize, blocks: usize) -> usize {
-    let mut team = WARPS;
-    while team > 1 && WARPS / team < tiles.div_ceil(blocks) {
-        team /= 2;
-    }
-    team
 }
 
 /// The bytes of values without gaps, as words.
@@ -309,9 +327,12 @@ mod tests {
                 assert_eq!(share.is_some(), n <= most, "{n} on {limits:?}");
                 let Some(share) = share else { continue };
                 assert!(share.shared <= limits.shared_of_block);
-                assert!(share.work >= attention_bytes(128) && share.work.is_multiple_of(16));
+                let units = (n * 32 * share.splits).div_ceil(limits.processors);
+                assert!(share.work >= attention_bytes(128, units) && share.work.is_multiple_of(16));
                 if n > 8 {
-                    assert!(share.work >= 2 * n * (share.variant.chunk + 8) && share.splits == 1);
+                    assert!(
+                        share.work >= 2 * row_tiles(n) * 8 * (share.variant.chunk + 8) && share.splits == 1
+                    );
                 }
             }
         }
@@ -323,7 +344,16 @@ mod tests {
         let expected = Variant { tiles: 1, table_row: 256, slice: 256, depth: 3, chunk: 0 };
         assert_eq!((share.variant, share.round, share.splits), (expected, 16, 4));
         let share = Share::new(32, &SEVEN_BILLION, &H100).unwrap();
-        assert_eq!((share.variant.depth, share.variant.chunk), (2, 1024));
+        let expected = Variant { tiles: 4, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
+        assert_eq!(share.variant, expected);
+    }
+
+    #[test]
+    fn groups_of_columns_leave_sums_of_whole_tiles_of_32_rows() {
+        let many = Variant { tiles: 4, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
+        assert_eq!(many.partial_bytes(4096, 11008), 11 * 4096 * 32 * 4);
+        assert_eq!(many.partial_bytes(33, 1024), 64 * 32 * 4);
+        assert_eq!(Variant { tiles: 1, chunk: 0, ..many }.partial_bytes(4096, 11008), 0);
     }
 
     #[test]
@@ -338,12 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn teams_are_small_where_there_are_many_tiles() {
-        assert_eq!([256, 768, 1376, 5000].map(|tiles| team(tiles, 132)), [8, 2, 1, 1]);
-    }
-
-    #[test]
     fn structures_have_the_sizes_that_the_kernel_expects() {
-        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Step>()], [80, 320, 208]);
+        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Step>()], [80, 320, 224]);
     }
 }

@@ -3,7 +3,7 @@
 use burn::tensor::DType;
 use cubecl::cuda::CudaRuntime;
 
-use super::layout::{COUNT_BITS, GROUP, MOST_PARTS, Needs, Part, Product, RANKS, Share, TILE, team};
+use super::layout::{COUNT_BITS, GROUP, MOST_PARTS, MOST_TILE_ROWS, Needs, Part, Product, RANKS, Share};
 use super::{ROWS, Room, Shapes, unsupported};
 use crate::device::Cube;
 use crate::limits::Limits;
@@ -55,7 +55,7 @@ impl Outline {
         if !program.page_tokens.is_power_of_two() {
             return Err(unsupported(format!("pages of {} tokens, no power of two", program.page_tokens)));
         }
-        let (products, targets) = products(program, limits)?;
+        let (products, targets) = products(program)?;
         let [vocabulary, hidden] = program.embedding.dims();
         let needs = Needs {
             ranks: most(&products, |product| product.ranks),
@@ -98,6 +98,8 @@ impl Room {
             attended,
             log_sums,
             heads_result,
+            partial,
+            arrived,
             normalised,
             activated,
             low_rank,
@@ -106,15 +108,13 @@ impl Room {
             choices,
         } = *self;
         let rows = residual + joined + logits + heads_result + normalised + activated;
-        rows + attended + log_sums + low_rank + barrier + numbers + choices
+        let sums = attended + log_sums + partial + low_rank;
+        rows + sums + arrived + barrier + numbers + choices
     }
 }
 
 /// The products of a program, and where their results go.
-fn products(
-    program: &StepProgram<Device>,
-    limits: &Limits,
-) -> Result<(Vec<Product>, Vec<StepTarget>), StepError> {
+fn products(program: &StepProgram<Device>) -> Result<(Vec<Product>, Vec<StepTarget>), StepError> {
     let mut found = (Vec::new(), Vec::new());
     let mut attends = 0;
     for operation in &program.operations {
@@ -123,7 +123,7 @@ fn products(
                 if (attends == 1) != matches!(source, StepSource::Attention) {
                     return Err(unsupported("an attention whose result is not the next layers' input"));
                 }
-                found.0.push(Product { attends, ..product(source, parts, *target, limits)? });
+                found.0.push(Product { attends, ..product(source, parts, *target)? });
                 found.1.push(*target);
                 attends = 0;
             }
@@ -137,7 +137,6 @@ fn product(
     source: &StepSource<Device>,
     parts: &[LinearPart<Device>],
     target: StepTarget,
-    limits: &Limits,
 ) -> Result<Product, StepError> {
     let dims: Vec<_> = parts.iter().map(|part| dims(&part.weight)).collect();
     check(parts, &dims, target)?;
@@ -158,8 +157,6 @@ fn product(
         product.rows += own.rows;
         product.ranks += own.rank;
     }
-    let tiles = (product.rows as usize).div_ceil(TILE);
-    (product.tiles, product.team) = (tiles as i32, team(tiles, limits.processors) as i32);
     product.source = match source {
         StepSource::Residual(_, epsilon) => {
             product.epsilon = *epsilon as f32;
@@ -242,13 +239,14 @@ fn check(parts: &[LinearPart<Device>], dims: &[[usize; 2]], target: StepTarget) 
     if parts.iter().any(|part| packed(part) != packed(&parts[0])) {
         return Err(unsupported("layers that share an input are packed in different ways"));
     }
-    let (activated, whole) = (target == StepTarget::Activated, if parts.len() > 1 { TILE } else { 1 });
+    let (activated, whole) =
+        (target == StepTarget::Activated, if parts.len() > 1 { MOST_TILE_ROWS } else { 1 });
     if activated && (dims.len() != 2 || dims[0] != dims[1]) {
         return Err(unsupported(format!("layers {dims:?} are not two of a kind to be activated")));
     }
-    match dims.iter().find(|dims| dims[0] < TILE || !dims[0].is_multiple_of(whole)) {
+    match dims.iter().find(|dims| dims[0] < MOST_TILE_ROWS || !dims[0].is_multiple_of(whole)) {
         Some(dims) => Err(unsupported(format!(
-            "a layer has {} rows, which is less than {TILE} or no multiple of it",
+            "a layer has {} rows, which is less than {MOST_TILE_ROWS} or no multiple of it",
             dims[0]
         ))),
         None => Ok(()),
@@ -263,8 +261,15 @@ fn room(products: &[Product], targets: &[StepTarget], shapes: &Shapes, limits: &
         let rows = products.iter().zip(targets).filter(|&(_, &target)| target == to);
         rows.map(|(product, _)| product.rows as usize).max().unwrap_or(0)
     };
-    let splits = |n| Share::new(n, &needs, limits).map_or(0, |share| n * share.splits);
-    let splits = (1..=most_rows).map(splits).max().unwrap_or(0);
+    let shares: Vec<_> =
+        (1..=most_rows).filter_map(|n| Share::new(n, &needs, limits).map(|share| (n, share))).collect();
+    let splits = shares.iter().map(|(n, share)| n * share.splits).max().unwrap_or(0);
+    let partial = |share: &Share| {
+        let of =
+            |product: &Product| share.variant.partial_bytes(product.rows as usize, product.inner as usize);
+        products.iter().map(of).max().unwrap_or(0)
+    };
+    let partial = shares.iter().map(|(_, share)| partial(share)).max().unwrap_or(0);
     let [words, halves] = [4, 2].map(|size| move |count: usize| (size * count) as u64);
     Room {
         residual: words(most_rows * needs.hidden),
@@ -273,6 +278,9 @@ fn room(products: &[Product], targets: &[StepTarget], shapes: &Shapes, limits: &
         attended: words(splits * heads.queries * heads.width),
         log_sums: words(splits * heads.queries),
         heads_result: halves(most_rows * heads.queries * heads.width),
+        partial: partial as u64,
+        // A counter for each tile of a product.
+        arrived: words(most(products, |product| product.rows).div_ceil(MOST_TILE_ROWS)),
         normalised: halves(most_rows * needs.hidden),
         // Of the two layers that are activated together one is left.
         activated: halves(most_rows * rows_to(StepTarget::Activated) / 2),
