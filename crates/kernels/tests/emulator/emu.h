@@ -29,6 +29,7 @@ static uint3 threadIdx, blockIdx;
 static dim3e blockDim, gridDim;
 static const int warpSize = 32;
 alignas(1024) unsigned char dynamic_shared_mem[1 << 18];
+inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
 using std::abs; using std::max; using std::min; // abs of a float would be that of an int
 inline unsigned max(unsigned a, int b) { return a > (unsigned)b ? a : b; }
 inline unsigned min(int a, unsigned b) { return (unsigned)a < b ? a : b; }
