@@ -17,7 +17,7 @@ use std::time::Instant;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 use buzzer_kernels::{
-    KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE, StepError, StepRow, TokenChoice,
+    KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE, StepError, StepRow, TokenChoice, host_floats,
 };
 use buzzer_model::{AdapterRows, Llama, LoraSet, PagedCache, PagedPass};
 use buzzer_text::Tokenizer;
@@ -482,18 +482,22 @@ impl<B: KernelBackend> Engine<B> {
         if !whole.is_empty() {
             let ids = TensorData::new(whole.iter().map(|&row| row as i32).collect(), [whole.len()]);
             let ids = Tensor::<B, 1, Int>::from_data(ids, &logits.device());
-            let here: Vec<f32> = logits.clone().select(0, ids).into_data().iter().collect();
+            let here = host_floats(logits.clone().select(0, ids));
             let choose = |(&row, logits): (&usize, &[f32])| (row, sequences[row].choose(logits));
             let chosen: Vec<_> = whole.par_iter().zip(here.par_chunks(vocabulary)).map(choose).collect();
             chosen.into_iter().for_each(|(row, choice)| found[row] = choice);
         }
         if whole.len() < sequences.len() {
-            let mut choices: Vec<_> = sequences.iter().map(|sequence| sequence.token_choice()).collect();
+            let choice = |sequence: &&Sequence| {
+                // What is chosen on the host is not drawn here as well.
+                if sequence.needs_all_logits() { TokenChoice::default() } else { sequence.token_choice() }
+            };
+            let mut choices: Vec<_> = sequences.iter().map(choice).collect();
             choices.resize(rows, TokenChoice::default());
             let chosen = B::choose_tokens(logits, &choices);
             for (row, (sequence, chosen)) in sequences.iter().zip(chosen).enumerate() {
                 if !sequence.needs_all_logits() {
-                    found[row] = chosen.map(|chosen| sequence.take(chosen));
+                    found[row] = chosen.map(Sequence::taken);
                 }
             }
         }

@@ -6,7 +6,7 @@
 //! and after a pause.
 
 use buzzer_kernels::TokenChoice;
-use buzzer_kernels::choice::{self, argmax, keep_likeliest, likelier};
+use buzzer_kernels::choice::{self, argmax, keep_likeliest, likelier, log_sum};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -79,6 +79,7 @@ impl Sampling {
             top_p: self.top_p as f32,
             min_p: self.min_p as f32,
             draw: uniform(self.seed, drawn),
+            log_prob: false,
         }
     }
 
@@ -86,13 +87,14 @@ impl Sampling {
     /// logit is NaN. `logits` is `[v]`.
     #[must_use]
     pub fn choose(&self, logits: &[f32], before: &[u32], drawn: usize) -> Option<u32> {
-        let choice = self.token_choice(drawn);
+        let choose =
+            |logits: &[f32]| choice::choose(logits, &self.token_choice(drawn)).map(|chosen| chosen.id);
         if !self.penalizes() {
-            return choice::choose(logits, &choice).map(|chosen| chosen.id);
+            return choose(logits);
         }
         let mut logits = logits.to_vec();
         self.penalize(&mut logits, before);
-        choice::choose(&logits, &choice).map(|chosen| chosen.id)
+        choose(&logits)
     }
 
     /// Once a token, however often it stands there.
@@ -118,9 +120,7 @@ fn uniform(seed: u64, n: usize) -> f32 {
 
 /// Log-probabilities of a chosen token and of the `top` likeliest.
 pub(crate) fn log_probs(logits: &[f32], chosen: u32, top: usize) -> LogProb {
-    let best = logits[argmax(logits) as usize];
-    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - best).exp()).sum();
-    let normalizer = f64::from(best) + sum.ln();
+    let normalizer = log_sum(logits, argmax(logits));
     let log_prob = |logit: f64| (logit - normalizer) as f32;
     let all = (0..).zip(logits.iter().map(|&logit| f64::from(logit)));
     // Most ask for none, and a vocabulary is long.

@@ -144,13 +144,14 @@ impl Sequence {
 
     /// How its next token is chosen where the logits lie.
     pub(crate) fn token_choice(&self) -> TokenChoice {
-        self.request.sampling.token_choice(self.new_tokens())
+        let log_prob = self.request.log_probs.is_some();
+        TokenChoice { log_prob, ..self.request.sampling.token_choice(self.new_tokens()) }
     }
 
-    /// What was chosen there, as this request wants it.
-    pub(crate) fn take(&self, chosen: ChosenToken) -> Choice {
-        let log_prob = |_| LogProb { chosen: chosen.log_prob, top: Vec::new() };
-        Choice { token: chosen.id, log_prob: self.request.log_probs.map(log_prob) }
+    /// What was chosen there.
+    pub(crate) fn taken(chosen: ChosenToken) -> Choice {
+        let log_prob = |chosen| LogProb { chosen, top: Vec::new() };
+        Choice { token: chosen.id, log_prob: chosen.log_prob.map(log_prob) }
     }
 
     /// Chooses the next token from its logits `[v]`; `None` if one of them is no number.

@@ -17,8 +17,9 @@ use crate::{
     rotary, swiglu,
 };
 
-/// A tensor's elements in f32, row by row.
-pub(crate) fn host_floats<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+/// A tensor's elements in f32 on the host, row by row.
+#[must_use]
+pub fn host_floats<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
     let data = tensor.into_data();
     data.to_vec().unwrap_or_else(|_| data.iter().collect())
 }

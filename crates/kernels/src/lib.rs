@@ -73,7 +73,7 @@ pub use qlora_linear::{FrozenWeight, InputGradient, LinearPart, LoraTerm, Projec
 pub use rotary::RotaryAngles;
 pub use step::{StepError, StepOperation, StepProgram, StepRow, StepRunner, StepSource, StepTarget};
 
-pub use backend::KernelBackend;
+pub use backend::{KernelBackend, host_floats};
 pub use card::{
     Allocated, BANDWIDTH_EFFICIENCY, Card, CardModel, MATMUL_EFFICIENCY, MODELS, UnknownCard, WORKSPACE_BYTES,
 };

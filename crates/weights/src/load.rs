@@ -17,7 +17,7 @@ use burn::module::Param;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use buzzer_kernels::nf4::Nf4Host;
-use buzzer_kernels::{KernelBackend, Nf4Tensor};
+use buzzer_kernels::{KernelBackend, Nf4Tensor, host_floats};
 use buzzer_model::{Block, Llama, LlamaConfig, Lora, LoraSettings, Target, Weight, block_tensor};
 use serde_json::Value;
 
@@ -190,8 +190,7 @@ impl<B: KernelBackend> Loader<'_, B> {
         if B::PACKS_ON_DEVICE {
             let mut packed = Vec::new();
             self.runs(name, &shape, |run| packed.push(B::nf4_quantize(run, false)))?;
-            let packed = Nf4Tensor::join(packed, shape);
-            return Ok(Weight::Nf4(if double { packed.with_quantized_scales() } else { packed }));
+            return Ok(joined(packed, shape, double));
         }
         self.checkpoint.read_f32_into(name, &shape, &mut self.buffer)?;
         Ok(Weight::Nf4(Nf4Tensor::quantize(&self.buffer, shape, double, self.device)))
@@ -237,6 +236,16 @@ impl<B: KernelBackend> Loader<'_, B> {
         let values = self.checkpoint.read_f32(name, &shape)?;
         Ok(Tensor::from_data(TensorData::new(values, shape), (self.device, self.dtype)))
     }
+}
+
+/// A weight of packed runs of its values, whose scales are in 8 bits then if they are to be.
+pub(crate) fn joined<B: KernelBackend>(
+    runs: Vec<Nf4Tensor<B>>,
+    shape: [usize; 2],
+    double: bool,
+) -> Weight<B> {
+    let packed = Nf4Tensor::join(runs, shape);
+    Weight::Nf4(if double { packed.with_quantized_scales() } else { packed })
 }
 
 /// A tensor `[1, n]` that is filled with runs of its values as they come, so that one run exists beside it.
@@ -340,7 +349,7 @@ pub fn extract_adapter<B: KernelBackend>(
     let factors = |(layer, target, lora): (usize, Target, &Lora<B>)| {
         let [rank, in_features] = lora.a.val().dims();
         let [out_features, _] = lora.b.val().dims();
-        let [a, b] = [&lora.a, &lora.b].map(|factor| to_host(factor.val()));
+        let [a, b] = [&lora.a, &lora.b].map(|factor| host_floats(factor.val()));
         ((layer, target), Factors { a, b, rank, alpha: settings.alpha, in_features, out_features })
     };
     let tensors: BTreeMap<_, _> = model.loras().map(factors).collect();
@@ -354,12 +363,6 @@ pub fn extract_adapter<B: KernelBackend>(
         use_rslora: settings.rslora,
     };
     Adapter { config, tensors }
-}
-
-/// A tensor's elements in f32, row by row.
-fn to_host<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
-    let data = tensor.into_data();
-    data.to_vec().unwrap_or_else(|_| data.iter().collect())
 }
 
 /// The settings that an adapter was made with, less what patterns say about single modules.
@@ -395,5 +398,5 @@ pub fn model_tensors<B: KernelBackend>(model: &Llama<B>) -> Vec<TensorToWrite<'s
 
 fn to_write<B: Backend, const D: usize>(name: String, tensor: Tensor<B, D>) -> TensorToWrite<'static> {
     let shape = tensor.dims().to_vec();
-    TensorToWrite { name, shape, values: to_host(tensor).into() }
+    TensorToWrite { name, shape, values: host_floats(tensor).into() }
 }

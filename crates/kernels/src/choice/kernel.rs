@@ -42,7 +42,7 @@ pub(crate) fn choose<R: ProductRuntime>(
     let out = launch(into_contiguous(primitive(logits)), primitive(numbers), Form { draws, filters });
     let found = DenseTensor::<Cube<R>, 1, Int>::from_primitive(out).into_data();
     let found: Vec<i32> = found.iter::<i32>().collect();
-    found.as_chunks().0.iter().map(|&pair| chosen(pair)).collect()
+    found.as_chunks().0.iter().zip(choices).map(|(&pair, choice)| chosen(pair, choice)).collect()
 }
 
 /// The numbers of a choice as the kernel reads them.
@@ -51,9 +51,10 @@ fn numbers(choice: &TokenChoice, vocabulary: usize) -> [f32; NUMBERS] {
     [choice.temperature, most as f32, choice.top_p, choice.min_p, choice.draw]
 }
 
-fn chosen([id, log_prob]: [i32; 2]) -> Option<ChosenToken> {
+fn chosen([id, log_prob]: [i32; 2], choice: &TokenChoice) -> Option<ChosenToken> {
     let id = u32::try_from(id).ok()?;
-    Some(ChosenToken { id, log_prob: f32::from_bits(log_prob.cast_unsigned()) })
+    let log_prob = choice.log_prob.then(|| f32::from_bits(log_prob.cast_unsigned()));
+    Some(ChosenToken { id, log_prob })
 }
 
 fn launch<R: CubeRuntime>(logits: CubeTensor<R>, numbers: CubeTensor<R>, form: Form) -> CubeTensor<R> {

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! T of 0 takes the greatest logit. Of equal logits the lower ids are likelier. The order of filters is that of Hugging Face's
-//! transformers. With the token comes its log-probability under `softmax(l)`, whatever T and the filters are.
+//! transformers. With the token comes, if it is asked for, its log-probability under `softmax(l)`, whatever T and the filters are.
 //!
 //! Bytes moved for v logits of a row on a device: some 70 times v elements with filters, all but the first from its cache; n times
 //! 8 bytes come back, where the host would read n times v. What it refuses: penalties, which need to know what was said before.
@@ -33,22 +33,24 @@ pub struct TokenChoice {
     pub min_p: f32,
     /// From 0 to below 1.
     pub draw: f32,
+    /// Whether its log-probability is asked for, which on the host takes longer than the likeliest token itself.
+    pub log_prob: bool,
 }
 
 impl Default for TokenChoice {
     /// The likeliest token.
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, draw: 0.0 }
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, draw: 0.0, log_prob: false }
     }
 }
 
-/// A token and its log-probability.
+/// A token and, if it was asked for, its log-probability.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ChosenToken {
     /// The token.
     pub id: u32,
     /// ln of its share of `softmax(l)`.
-    pub log_prob: f32,
+    pub log_prob: Option<f32>,
 }
 
 /// The operation on the host for one row `[v]`, v at least 1; `None` if a logit is no number.
@@ -59,9 +61,15 @@ pub fn choose(logits: &[f32], choice: &TokenChoice) -> Option<ChosenToken> {
     }
     let best = argmax(logits);
     let id = if choice.temperature == 0.0 { best } else { draw(logits, best, choice) };
+    let log_prob = choice.log_prob.then(|| (f64::from(logits[id as usize]) - log_sum(logits, best)) as f32);
+    Some(ChosenToken { id, log_prob })
+}
+
+/// ln Σ exp l, what a logit's log-probability is less than it by; `best` is the place of the greatest.
+#[must_use]
+pub fn log_sum(logits: &[f32], best: u32) -> f64 {
     let greatest = f64::from(logits[best as usize]);
-    let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - greatest).exp()).sum();
-    Some(ChosenToken { id, log_prob: (f64::from(logits[id as usize]) - greatest - sum.ln()) as f32 })
+    greatest + logits.iter().map(|&logit| (f64::from(logit) - greatest).exp()).sum::<f64>().ln()
 }
 
 /// The first of the greatest.
@@ -142,7 +150,7 @@ mod tests {
     use super::*;
 
     const SAMPLED: TokenChoice =
-        TokenChoice { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, draw: 0.0 };
+        TokenChoice { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, draw: 0.0, log_prob: false };
 
     /// Ids that evenly spread draws give.
     fn draws(choice: TokenChoice, logits: &[f32]) -> Vec<u32> {
@@ -202,9 +210,10 @@ mod tests {
     #[test]
     fn the_log_probability_is_that_of_the_softmax() {
         for choice in [TokenChoice::default(), TokenChoice { temperature: 0.3, top_k: 1, ..SAMPLED }] {
-            let chosen = choose(&one_three_six(), &choice).unwrap();
+            let chosen = choose(&one_three_six(), &TokenChoice { log_prob: true, ..choice }).unwrap();
             assert_eq!(chosen.id, 2);
-            assert!((chosen.log_prob - 0.6_f32.ln()).abs() < 1e-6);
+            assert!((chosen.log_prob.unwrap() - 0.6_f32.ln()).abs() < 1e-6);
+            assert_eq!(choose(&one_three_six(), &choice).unwrap().log_prob, None);
         }
     }
 }

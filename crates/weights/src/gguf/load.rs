@@ -13,7 +13,7 @@ use buzzer_model::{Block, Llama, LlamaConfig, Weight};
 
 use super::{Gguf, Metadata, from_gguf_rows, reordered_heads};
 use crate::error::Place;
-use crate::load::{Filling, RUN, on_device};
+use crate::load::{Filling, RUN, joined, on_device};
 use crate::open::WEIGHT_FILES;
 use crate::parts::Part;
 use crate::{Quantization, WeightsError, meta};
@@ -222,9 +222,8 @@ impl<B: KernelBackend> Loader<'_, B> {
         };
         let double = self.quantization == Quantization::Nf4Double;
         if B::PACKS_ON_DEVICE {
-            let packed =
-                Nf4Tensor::join(self.runs().map(|run| B::nf4_quantize(run, false)).collect(), [out, inner]);
-            return Ok(Weight::Nf4(if double { packed.with_quantized_scales() } else { packed }));
+            let packed = self.runs().map(|run| B::nf4_quantize(run, false)).collect();
+            return Ok(joined(packed, [out, inner], double));
         }
         Ok(Weight::Nf4(Nf4Tensor::quantize(&self.values, [out, inner], double, self.device)))
     }
