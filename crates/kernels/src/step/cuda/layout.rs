@@ -121,7 +121,7 @@ pub(super) struct Step {
     pub(super) key_heads: i32,
     pub(super) splits: i32,
     pub(super) scale: f32,
-    pub(super) unused: i32,
+    pub(super) most_tiles: i32,
 }
 
 /// What decides how a program's steps are shared out.
@@ -129,11 +129,20 @@ pub(super) struct Step {
 pub(super) struct Needs {
     /// Ranks of the layers of a product at most.
     pub(super) ranks: usize,
+    /// Rows of the layers of a product at most.
+    pub(super) rows: usize,
     /// Columns of the residual stream.
     pub(super) hidden: usize,
     pub(super) heads: Heads,
     /// Whether scales are stored as they are.
     pub(super) plain: bool,
+}
+
+impl Needs {
+    /// Tiles of a product at most, where warps are not by columns.
+    pub(super) fn most_tiles(&self) -> usize {
+        self.rows.div_ceil(MOST_TILE_ROWS)
+    }
 }
 
 /// What a kernel is compiled for, besides dtypes and the width of heads.
@@ -317,7 +326,7 @@ mod tests {
     const T4: Limits =
         Limits { compute_capability: 75, processors: 40, shared_of_block: 65_536, reserved_shared: 0 };
     const SEVEN_BILLION: Needs =
-        Needs { ranks: 192, hidden: 4096, heads: Heads { queries: 32, keys: 32, width: 128 }, plain: false };
+        Needs { ranks: 192, rows: 32_000, hidden: 4096, heads: Heads { queries: 32, keys: 32, width: 128 }, plain: false };
 
     #[test]
     fn every_batch_of_seven_billion_has_a_share_on_large_and_small_cards() {

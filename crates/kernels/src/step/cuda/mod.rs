@@ -187,7 +187,7 @@ impl CudaRunner {
             key_heads: heads.keys as i32,
             splits: share.splits as i32,
             scale: 1.0 / (heads.width as f32).sqrt(),
-            unused: 0,
+            most_tiles: needs.most_tiles() as i32,
         }
     }
 

@@ -54,6 +54,7 @@ impl Outline {
         let [vocabulary, hidden] = program.embedding.dims();
         let needs = Needs {
             ranks: most(&products, |product| product.ranks),
+            rows: most(&products, |product| product.rows),
             hidden,
             heads: program.heads,
             plain: plain(program)?,
@@ -272,8 +273,8 @@ fn room(products: &[Product], targets: &[StepTarget], shapes: &Shapes, limits: &
         log_sums: words(splits * heads.queries),
         heads_result: halves(most_rows * heads.queries * heads.width),
         partial: partial as u64,
-        // A counter for each tile of a product.
-        arrived: words(most(products, |product| product.rows).div_ceil(MOST_TILE_ROWS)),
+        // A counter for each tile of three products.
+        arrived: words(3 * needs.most_tiles()),
         normalised: halves(most_rows * needs.hidden),
         // Of the two layers that are activated together one is left.
         activated: halves(most_rows * rows_to(StepTarget::Activated) / 2),
