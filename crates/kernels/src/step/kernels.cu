@@ -94,6 +94,7 @@ struct Step {
     u16 *result;             // [n, heads WIDTH]
     float4 *partial;         // [groups of columns, tiles, ROW_TILES TILES, 32]: sums as lanes have them, where warps are not by columns
     u32 *arrived;            // [3, most_tiles]: groups that left theirs
+    long long *squares;      // [3, TOKENS, SQUARES_APART]: sums of squares of rows of the residual stream, where warps are not by columns
     int count, n, d, vocabulary;
     int round;               // tiles that a block has sums of at a time, where warps are by columns
     int work_bytes;          // of shared memory for sums, inputs and attention
@@ -463,14 +464,15 @@ __device__ __forceinline__ uint2 normalised(float4 x, float factor, uint2 weight
 
 __device__ __forceinline__ float squares(float4 x) { return x.x * x.x + x.y * x.y + (x.z * x.z + x.w * x.w); }
 
-__device__ __forceinline__ float factor_of(const float *scratch, const Product &p) {
+__device__ __forceinline__ float sum_of_warps(const float *scratch) {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += scratch[w];
-    return rsqrtf(sum / p.inner + p.epsilon);
+    return sum;
 }
 
-#define ROWS_AT_A_TIME (BY_COLUMNS ? 4 : 1)   // where blocks share out the rows each has hardly more than one
+#if BY_COLUMNS
+#define ROWS_AT_A_TIME 4
 #define GROUPS_KEPT 2     // groups of four columns that a thread keeps
 
 // The normalised residual stream: all rows as [n, inner + 8] in shared memory, or each block some rows of [n, inner] in global memory.
@@ -512,7 +514,7 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
             int row = first + r * apart;
             if (row >= step.n) break;
             const float4 *from = (const float4 *)(step.residual + (size_t)row * p.inner);
-            float factor = factor_of(scratch + r * WARPS, p);
+            float factor = rsqrtf(sum_of_warps(scratch + r * WARPS) / p.inner + p.epsilon);
             uint2 *own = (uint2 *)(to + (size_t)row * pitch);
 #pragma unroll
             for (int e = 0; e < GROUPS_KEPT; e++)
@@ -575,6 +577,8 @@ __device__ __forceinline__ void load_input(const Product &p, const Shared &s, bo
         unpack(__ldcg(from), __ldcg(from + 1), x);
     }
 }
+
+#endif
 
 // ---- Products of a tile ---------------------------------------------------------------------------------------------------
 
@@ -781,6 +785,10 @@ __device__ __forceinline__ void multiply_halves(const Dense &a, const u32 *x, co
 #define COUNT_BITS 10
 #define LOW_RANK_ONE 1073741824.0f
 
+// So are the squares of the residual stream, where warps are not by columns; these sums hold up to 8.6e9.
+#define SQUARES_ONE 1073741824.0f
+#define SQUARES_APART 16   // so that neighbouring sums are in different lines of the cache
+
 #if BY_COLUMNS
 #define UNIT_COLUMNS 64
 #else
@@ -923,7 +931,7 @@ __device__ __forceinline__ void gather_low_rank(const Product &p, const Shared &
 }
 #endif
 
-// Sums of x A, and what counts the groups that left sums, for another product.
+// Sums of x A and of squares, and what counts the groups that left sums, for another product.
 __device__ __forceinline__ void clear_counted(int buffer) {
     long long *to = step.low_rank + (size_t)buffer * step.most_low_rank;
 #pragma unroll 1
@@ -931,6 +939,7 @@ __device__ __forceinline__ void clear_counted(int buffer) {
 #if !BY_COLUMNS
 #pragma unroll 1
     for (int i = blockIdx.x * THREADS + thread_number(); i < step.most_tiles; i += gridDim.x * THREADS) step.arrived[buffer * step.most_tiles + i] = 0;
+    if (blockIdx.x == 0 && thread_number() < TOKENS) step.squares[(buffer * TOKENS + thread_number()) * SQUARES_APART] = 0;
 #endif
 }
 
@@ -985,7 +994,7 @@ __device__ __forceinline__ void put_rows(const Product &p, int tile, int first, 
         }
         return;
     }
-    bool adds = p.target == TO_RESIDUAL, there[2] = {own >= TILE_ROWS * tile, own + 8 >= TILE_ROWS * tile};
+    bool adds = BY_COLUMNS && p.target == TO_RESIDUAL, there[2] = {own >= TILE_ROWS * tile, own + 8 >= TILE_ROWS * tile};
     float *to = p.to + (size_t)column * p.rows + own;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
@@ -999,6 +1008,39 @@ __device__ __forceinline__ void put_rows(const Product &p, int tile, int first, 
         }
     }
 }
+
+#if !BY_COLUMNS
+// Adds 16 rows of a tile to the residual stream, and the squares of what it is then to the sums of the tokens.
+__device__ __forceinline__ void add_to_residual(const Product &p, int tile, int first, int buffer, const float (*sums)[4]) {
+    int lane = (thread_number() & 31), column = 2 * (lane % 4), own = place_of(p, tile, first).own + lane / 4;
+    bool there[2] = {own >= TILE_ROWS * tile, own + 8 >= TILE_ROWS * tile};
+    float *to = p.to + (size_t)column * p.rows + own, now[TILES][4];
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            bool is = 8 * t + column + i % 2 < step.n && there[i / 2];
+            now[t][i] = is ? __ldcg(to + (size_t)(8 * t + i % 2) * p.rows + 8 * (i / 2)) + sums[t][i] : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float *at = to + (size_t)(8 * t + i % 2) * p.rows + 8 * (i / 2);
+            if (8 * t + column + i % 2 < step.n && there[i / 2]) asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(now[t][i]) : "memory");
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float sum = now[t][i] * now[t][i] + now[t][i + 2] * now[t][i + 2];
+#pragma unroll
+            for (int other = 16; other >= 4; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+            long long term = llrintf(sum * SQUARES_ONE), *at = step.squares + (buffer * TOKENS + 8 * t + column + i) * SQUARES_APART;
+            if (lane < 4) asm volatile("red.global.add.u64 [%0], %1;" ::"l"(at), "l"(term) : "memory");
+        }
+    }
+}
+#endif
 
 #if BY_COLUMNS
 // Adds up what `warps` warps left from `from` on, corrects it and puts it where it belongs. `b` are the first 64 ranks.
@@ -1089,7 +1131,8 @@ __device__ __forceinline__ void finish_tiles(const Product &p, const Shared &s, 
             }
         }
         correct(p, s, tile, 2 * row_tile, b, sums);
-        put_rows(p, tile, 2 * row_tile, sums);
+        if (p.target == TO_RESIDUAL) add_to_residual(p, tile, 2 * row_tile, buffer, sums);
+        else put_rows(p, tile, 2 * row_tile, sums);
     }
 }
 #endif
@@ -1242,6 +1285,31 @@ __device__ __forceinline__ void copy_inputs(const Product &p, const Shared &s, i
     end_copies();
 }
 
+#define PIECES (CHUNK / 4)                       // of four columns
+#define ROUNDS (TOKENS * PIECES / THREADS)       // of the threads over all pieces
+#define IN_FLIGHT (ROUNDS < 8 ? ROUNDS : 8)
+
+// The same of the residual stream, which is normalised on the way. `buffer` has the sums of its squares.
+__device__ __forceinline__ void copy_normalised(const Product &p, const Shared &s, int group, int buffer) {
+    int tid = thread_number(), piece = tid % PIECES, token = tid / PIECES;
+    bool there = 4 * piece < columns_of(p, group);
+    const float *from = step.residual + group * CHUNK + (there ? 4 * piece : 0);
+    uint2 weight = __ldg((const uint2 *)(p.norm + group * CHUNK + (there ? 4 * piece : 0)));
+    if (tid < TOKENS) s.scratch[tid] = rsqrtf(__ldcg(step.squares + (buffer * TOKENS + tid) * SQUARES_APART) * (1.0f / SQUARES_ONE) / p.inner + p.epsilon);
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS; round += IN_FLIGHT) {
+        float4 x[IN_FLIGHT];
+#pragma unroll
+        for (int k = 0; k < IN_FLIGHT; k++) x[k] = __ldcg((const float4 *)(from + (size_t)min(token + (round + k) * (THREADS / PIECES), step.n - 1) * p.inner));
+        if (round == 0) __syncthreads();
+#pragma unroll
+        for (int k = 0; k < IN_FLIGHT; k++) {
+            int row = token + (round + k) * (THREADS / PIECES);
+            if (there) *(uint2 *)((unsigned char *)s.work + row * PITCH + 8 * piece) = normalised(x[k], s.scratch[row], weight);
+        }
+    }
+}
+
 // The sums of a tile over a group of columns.
 __device__ __forceinline__ void multiply_tile(const Shared &s, Stream &stream, int op, int group, int tile, int lane, TileSums &sums) {
     const Product &p = s.products[op % 3];
@@ -1282,7 +1350,8 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
 #pragma unroll 1
     for (int group = units.begin / tiles, first = group; group * tiles < units.end; group++) {
         if (group > first) __syncthreads();
-        copy_inputs(p, s, group);
+        if (p.source == FROM_RESIDUAL) copy_normalised(p, s, group, (op + 2) % 3);
+        else copy_inputs(p, s, group);
         int end = min(units.end, (group + 1) * tiles);
         wait_for_copies<0>();
         __syncthreads();
@@ -1542,11 +1611,23 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
 // ---- The step -------------------------------------------------------------------------------------------------------------
 
 // The rows of the embedding that the tokens name, as the residual stream.
-__device__ __forceinline__ void begin() {
+__device__ __forceinline__ void begin(const Shared &s) {
     for (int row = blockIdx.x; row < step.n; row += gridDim.x) {
         const u16 *from = step.embedding + (size_t)step.ids[row] * step.d;
+        float sum = 0.0f;
 #pragma unroll 1
-        for (int i = thread_number(); i < step.d; i += THREADS) step.residual[(size_t)row * step.d + i] = widen(from[i]);
+        for (int i = thread_number(); i < step.d; i += THREADS) {
+            float x = widen(from[i]);
+            step.residual[(size_t)row * step.d + i] = x;
+            sum += x * x;
+        }
+#if !BY_COLUMNS
+        sum = sum_of_warp(sum);
+        __syncthreads();
+        if (thread_number() % 32 == 0) s.scratch[warp_number()] = sum;
+        __syncthreads();
+        if (thread_number() == 0) step.squares[(2 * TOKENS + row) * SQUARES_APART] = llrintf(sum_of_warps(s.scratch) * SQUARES_ONE);
+#endif
     }
 }
 
@@ -1594,7 +1675,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
     fetch_tables(s, memory);
     if (thread_number() < step.n) s.lengths[thread_number()] = __ldg(step.lengths + thread_number());
     clear_counted(0);
-    begin();
+    begin(s);
     __syncthreads();
     fetch_ahead(s, stream, 0, (thread_number() & 31));
     prefetch_product(s.products[0], s.units[0], thread_number(), THREADS);
@@ -1609,9 +1690,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
         Dense a;
         load_low_rank(p, first_low_rank_unit(), a);
         bool here = p.source != FROM_ROWS && p.inner <= WARPS * SLICE && (p.source == FROM_RESIDUAL || step.splits > 1);
-#else
-        constexpr bool here = false;
-#endif
         if (p.source == FROM_RESIDUAL) {
             normalise(p, s, here);
             if (!here) {
@@ -1623,7 +1701,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
             join_attention(p, s);
             __syncthreads();
         }
-#if BY_COLUMNS
         multiply_product(s, stream, op, here, a);
 #else
         take_product(s, op + 2);

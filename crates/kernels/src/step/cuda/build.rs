@@ -217,6 +217,7 @@ impl Builder {
             heads_result: room(bytes.heads_result)?,
             partial: room(bytes.partial)?,
             arrived: room(bytes.arrived)?,
+            squares: room(bytes.squares)?,
             normalised: room(bytes.normalised)?,
             activated: room(bytes.activated)?,
             low_rank: room(bytes.low_rank)?,

@@ -19,6 +19,8 @@ pub(super) const COUNT_BITS: u32 = 10;
 pub(super) const THREADS: usize = 512;
 /// `WARPS`.
 const WARPS: usize = THREADS / 32;
+/// `SQUARES_APART`: sums of squares, of 64 bits each, are so many of them apart.
+pub(super) const SQUARES_APART: usize = 16;
 /// `MOST_ATTENTION_SPLITS`.
 const MOST_ATTENTION_SPLITS: usize = 4;
 /// Where the table of pairs begins in shared memory if its rows are 256 bytes apart: an address of a pair is put together from bytes
@@ -108,6 +110,7 @@ pub(super) struct Step {
     pub(super) result: u64,
     pub(super) partial: u64,
     pub(super) arrived: u64,
+    pub(super) squares: u64,
     pub(super) count: i32,
     pub(super) n: i32,
     pub(super) d: i32,
@@ -271,8 +274,9 @@ impl Share {
     /// Times that the blocks of a step meet.
     pub(super) fn meetings(&self, products: &[Product], from_residual: i32) -> u32 {
         let of = |product: &Product| {
-            let apart =
-                product.source == from_residual && !self.variant.normalises_here(product.inner as usize);
+            let apart = product.source == from_residual
+                && self.variant.by_columns()
+                && !self.variant.normalises_here(product.inner as usize);
             1 + product.attends as u32 + u32::from(apart)
         };
         1 + products.iter().map(of).sum::<u32>()
@@ -371,11 +375,11 @@ mod tests {
         let one = Share::new(1, &SEVEN_BILLION, &H100).unwrap();
         assert_eq!(one.meetings(&products, residual), 1 + 1 + 2 + 2);
         let many = Share::new(32, &SEVEN_BILLION, &H100).unwrap();
-        assert_eq!(many.meetings(&products, residual), 1 + 2 + 2 + 2);
+        assert_eq!(many.meetings(&products, residual), 1 + 1 + 2 + 1);
     }
 
     #[test]
     fn structures_have_the_sizes_that_the_kernel_expects() {
-        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Step>()], [80, 320, 224]);
+        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Step>()], [80, 320, 232]);
     }
 }

@@ -4,7 +4,7 @@ use burn::tensor::DType;
 use cubecl::cuda::CudaRuntime;
 
 use super::driver::Limits;
-use super::layout::{COUNT_BITS, GROUP, MOST_PARTS, MOST_TILE_ROWS, Needs, Part, Product, RANKS, Share};
+use super::layout::{COUNT_BITS, GROUP, MOST_PARTS, MOST_TILE_ROWS, Needs, Part, Product, RANKS, SQUARES_APART, Share};
 use super::{ROWS, Room, Shapes, unsupported};
 use crate::device::Cube;
 use crate::step::{StepError, StepOperation, StepProgram, StepSource, StepTarget};
@@ -96,6 +96,7 @@ impl Room {
             heads_result,
             partial,
             arrived,
+            squares,
             normalised,
             activated,
             low_rank,
@@ -104,7 +105,7 @@ impl Room {
             choices,
         } = *self;
         let rows = residual + joined + logits + heads_result + normalised + activated;
-        let sums = attended + log_sums + partial + low_rank;
+        let sums = attended + log_sums + partial + low_rank + squares;
         rows + sums + arrived + barrier + numbers + choices
     }
 }
@@ -116,6 +117,10 @@ fn products(program: &StepProgram<Device>) -> Result<(Vec<Product>, Vec<StepTarg
     for operation in &program.operations {
         match operation {
             StepOperation::Linear { source, parts, target } => {
+                let follows = found.1.last().is_none_or(|&target| target == StepTarget::Residual);
+                if matches!(source, StepSource::Residual(..)) && !follows {
+                    return Err(unsupported("layers that read the residual stream after others than those that add to it"));
+                }
                 if (attends == 1) != matches!(source, StepSource::Attention) {
                     return Err(unsupported("an attention whose result is not the next layers' input"));
                 }
@@ -275,6 +280,8 @@ fn room(products: &[Product], targets: &[StepTarget], shapes: &Shapes, limits: &
         partial: partial as u64,
         // A counter for each tile of three products.
         arrived: words(3 * needs.most_tiles()),
+        // Those of three products too, in 64 bits.
+        squares: words(3 * 2 * most_rows * SQUARES_APART),
         normalised: halves(most_rows * needs.hidden),
         // Of the two layers that are activated together one is left.
         activated: halves(most_rows * rows_to(StepTarget::Activated) / 2),
