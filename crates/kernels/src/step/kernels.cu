@@ -2,9 +2,9 @@
 // product: products that read four-bit weights where they lie, with their low-rank corrections in the same pass; attention
 // over pages; the choice of the likeliest token.
 //
-// Compiled when it is first used, with TILES (1, 2 or 4), BF16 (0 or 1), PLAIN (1 where scales are stored as they are), WIDTH (of
-// a head), TABLE_ROW (256 or 128), SLICE (256, 128 or 64), DEPTH and CHUNK defined. See mod.rs for what is computed and cuda/layout.rs for how
-// these are chosen and for the bytes of shared memory.
+// Compiled when it is first used, with TILES (1, 2 or 4), ONE (1 where n is 1), BF16 (0 or 1), PLAIN (1 where scales are stored as they
+// are), WIDTH (of a head), TABLE_ROW (256 or 128), SLICE (256, 128 or 64), DEPTH and CHUNK defined. See mod.rs for what is computed and
+// cuda/layout.rs for how these are chosen and for the bytes of shared memory.
 //
 // How a product works. A slice, TILE_ROWS rows by SLICE columns of packed weights, is what a warp multiplies at a time. Each warp fetches its own
 // slices into its own ring in shared memory, DEPTH ahead and across the end of a product, for weights depend on nothing: so memory is busy
@@ -106,6 +106,9 @@ struct Step {
 
 // What the step is; the host puts it there.
 __constant__ Step step;
+
+// Its tokens.
+#define N (ONE ? 1 : step.n)
 
 __device__ __forceinline__ u32 bits(float x) { return __float_as_uint(x); }
 
@@ -472,7 +475,7 @@ __device__ __forceinline__ float sum_of_warps(const float *scratch) {
 }
 
 #if BY_COLUMNS
-#define ROWS_AT_A_TIME 4
+#define ROWS_AT_A_TIME (ONE ? 1 : 4)
 #define GROUPS_KEPT 2     // groups of four columns that a thread keeps
 
 // The normalised residual stream: all rows as [n, inner + 8] in shared memory, or each block some rows of [n, inner] in global memory.
@@ -483,7 +486,7 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
 #pragma unroll
     for (int e = 0; e < GROUPS_KEPT; e++) weights[e] = __ldg((const uint2 *)p.norm + min(tid + e * THREADS, groups - 1));
 #pragma unroll 1
-    for (int first = here ? 0 : blockIdx.x, round = 0; first < step.n; first += ROWS_AT_A_TIME * apart, round++) {
+    for (int first = here ? 0 : blockIdx.x, round = 0; first < N; first += ROWS_AT_A_TIME * apart, round++) {
         float4 x[ROWS_AT_A_TIME][GROUPS_KEPT];
         float *scratch = s.scratch + round % 2 * ROWS_AT_A_TIME * WARPS;
 #pragma unroll
@@ -492,13 +495,13 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
             for (int e = 0; e < GROUPS_KEPT; e++) {
                 int row = first + r * apart, i = tid + e * THREADS;
                 x[r][e] = make_float4(0, 0, 0, 0);
-                if (row < step.n && i < groups) x[r][e] = __ldcg((const float4 *)(step.residual + (size_t)row * p.inner) + i);
+                if (row < N && i < groups) x[r][e] = __ldcg((const float4 *)(step.residual + (size_t)row * p.inner) + i);
             }
         }
 #pragma unroll
         for (int r = 0; r < ROWS_AT_A_TIME; r++) {
             int row = first + r * apart;
-            if (row >= step.n) break;
+            if (row >= N) break;
             const float4 *from = (const float4 *)(step.residual + (size_t)row * p.inner);
             float sum = 0.0f;
 #pragma unroll
@@ -512,7 +515,7 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
 #pragma unroll
         for (int r = 0; r < ROWS_AT_A_TIME; r++) {
             int row = first + r * apart;
-            if (row >= step.n) break;
+            if (row >= N) break;
             const float4 *from = (const float4 *)(step.residual + (size_t)row * p.inner);
             float factor = rsqrtf(sum_of_warps(scratch + r * WARPS) / p.inner + p.epsilon);
             uint2 *own = (uint2 *)(to + (size_t)row * pitch);
@@ -527,7 +530,7 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
 
 // What the blocks found that share out the places of a head, each with a softmax of its own, as [n, inner + 8] in shared memory.
 __device__ __forceinline__ void join_attention(const Product &p, const Shared &s) {
-    int tid = thread_number(), all = step.n * p.inner / 4;
+    int tid = thread_number(), all = N * p.inner / 4;
 #pragma unroll 1
     for (int first = tid; first < all; first += GROUPS_KEPT * THREADS) {
         float log_sums[GROUPS_KEPT][MOST_ATTENTION_SPLITS];
@@ -819,7 +822,7 @@ __device__ __forceinline__ void add_low_rank(const Product &p, const LowRankUnit
         int token = tokens + 2 * (lane % 4) + i % 2;
         long long term = (llrintf(sums[i] * LOW_RANK_ONE) << COUNT_BITS) + 1;
         long long *at = to + (size_t)token * p.ranks + 8 * (i / 2);
-        if (token < step.n) asm volatile("red.global.add.u64 [%0], %1;" ::"l"(at), "l"(term) : "memory");
+        if (token < N) asm volatile("red.global.add.u64 [%0], %1;" ::"l"(at), "l"(term) : "memory");
     }
 }
 
@@ -857,7 +860,7 @@ __device__ __forceinline__ void multiply_low_rank(const Product &p, const Shared
         LowRankUnit unit = low_rank_unit(p, number, p.inner / UNIT_COLUMNS);
         float sums[4] = {};
         u32 x[8];
-        load_input(p, s, here, min(lane / 4, step.n - 1), unit.column, lane, x);
+        load_input(p, s, here, min(lane / 4, N - 1), unit.column, lane, x);
         multiply_dense(a, x, sums);
         add_low_rank(p, unit, buffer, 0, sums, lane);
         load_low_rank(p, number + WARPS * gridDim.x, a);
@@ -868,7 +871,7 @@ __device__ __forceinline__ void multiply_low_rank(const Product &p, const Shared
 __device__ __forceinline__ void gather_low_rank(const Product &p, const Shared &s, int buffer) {
     const long long *from = step.low_rank + (size_t)buffer * step.most_low_rank;
 #pragma unroll 4
-    for (int place = thread_number(); place < p.ranks * step.n; place += THREADS) {
+    for (int place = thread_number(); place < p.ranks * N; place += THREADS) {
         long long sum = whole_sum(from + place, __ldcg(from + place), p.inner / UNIT_COLUMNS);
         int rank = place % p.ranks, token = place / p.ranks, part = (rank >= p.parts[1].first_rank) + (rank >= p.parts[2].first_rank);
         s.low_rank[token * (p.ranks + 8) + rank] = low_rank_of(p, part, sum);
@@ -905,7 +908,7 @@ __device__ __forceinline__ void multiply_low_rank(const Product &p, const Shared
 // Waits for the sums and takes them into shared memory: 64 ranks of some tokens at a time by a warp that has nothing else to do yet.
 __device__ __forceinline__ void gather_low_rank(const Product &p, const Shared &s, int buffer) {
     const long long *sums = step.low_rank + (size_t)buffer * step.most_low_rank;
-    int lane = (thread_number() & 31), pieces = p.ranks / 64, all = pieces * ((step.n + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE);
+    int lane = (thread_number() & 31), pieces = p.ranks / 64, all = pieces * ((N + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE);
 #pragma unroll 1
     for (;;) {
         int number = lane == 0 ? atomicAdd(s.gathered, 1) : 0;
@@ -915,13 +918,13 @@ __device__ __forceinline__ void gather_low_rank(const Product &p, const Shared &
         long long found[TOKENS_AT_ONCE][2];
 #pragma unroll
         for (int t = 0; t < TOKENS_AT_ONCE; t++) {
-            const long long *from = sums + min(tokens + t, step.n - 1) * p.ranks + rank + lane;
+            const long long *from = sums + min(tokens + t, N - 1) * p.ranks + rank + lane;
             found[t][0] = __ldcg(from);
             found[t][1] = __ldcg(from + 32);
         }
 #pragma unroll
         for (int t = 0; t < TOKENS_AT_ONCE; t++) {
-            int token = min(tokens + t, step.n - 1);
+            int token = min(tokens + t, N - 1);
             const long long *from = sums + token * p.ranks + rank + lane;
             u16 *to = s.low_rank + token * (p.ranks + 8) + rank + lane;
             to[0] = low_rank_of(p, part, whole_sum(from, found[t][0], p.inner / UNIT_COLUMNS));
@@ -969,7 +972,7 @@ __device__ __forceinline__ void correct(const Product &p, const Shared &s, int t
         if (rank) load_factors(p, tile, first, rank, b);
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            const u16 *rows = s.low_rank + min(8 * t + lane / 4, step.n - 1) * (p.ranks + 8) + rank + 16 * (lane % 4);
+            const u16 *rows = s.low_rank + min(8 * t + lane / 4, N - 1) * (p.ranks + 8) + rank + 16 * (lane % 4);
             u32 x[8], y[8];
             load_shared(rows + p.parts[part].first_rank, x);
             load_shared(rows + p.parts[second].first_rank, y);
@@ -989,7 +992,7 @@ __device__ __forceinline__ void put_rows(const Product &p, int tile, int first, 
             for (int i = 0; i < 2; i++) {
                 int token = 8 * t + column + i;
                 float x = sums[t][i] / (1.0f + __expf(-sums[t][i])) * sums[t][i + 2];
-                if (token < step.n) step.activated[(size_t)token * p.parts[0].rows + own] = narrow(x);
+                if (token < N) step.activated[(size_t)token * p.parts[0].rows + own] = narrow(x);
             }
         }
         return;
@@ -1001,7 +1004,7 @@ __device__ __forceinline__ void put_rows(const Product &p, int tile, int first, 
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             float *at = to + (size_t)(8 * t + i % 2) * p.rows + 8 * (i / 2);
-            if (8 * t + column + i % 2 >= step.n || !there[i / 2]) continue;
+            if (8 * t + column + i % 2 >= N || !there[i / 2]) continue;
             // Nobody else adds to it.
             if (adds) asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at), "f"(sums[t][i]) : "memory");
             else asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(sums[t][i]) : "memory");
@@ -1019,7 +1022,7 @@ __device__ __forceinline__ void add_to_residual(const Product &p, int tile, int 
     for (int t = 0; t < TILES; t++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            bool is = 8 * t + column + i % 2 < step.n && there[i / 2];
+            bool is = 8 * t + column + i % 2 < N && there[i / 2];
             now[t][i] = is ? __ldcg(to + (size_t)(8 * t + i % 2) * p.rows + 8 * (i / 2)) + sums[t][i] : 0.0f;
         }
     }
@@ -1028,7 +1031,7 @@ __device__ __forceinline__ void add_to_residual(const Product &p, int tile, int 
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             float *at = to + (size_t)(8 * t + i % 2) * p.rows + 8 * (i / 2);
-            if (8 * t + column + i % 2 < step.n && there[i / 2]) asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(now[t][i]) : "memory");
+            if (8 * t + column + i % 2 < N && there[i / 2]) asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(now[t][i]) : "memory");
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -1048,7 +1051,7 @@ __device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, i
     int lane = (thread_number() & 31), row = lane / 4, column = 2 * (lane % 4);
     float sums[1][4] = {};
     for (int w = 0; w < warps; w++) {
-        if (step.n == 1) {
+        if (N == 1) {
             sums[0][0] += from[row];
             sums[0][2] += from[row + 8];
             from += 16;
@@ -1069,7 +1072,7 @@ __device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, i
 // Leaves a warp's sums of a tile, or adds to what it left before.
 __device__ __forceinline__ void leave_sums(float *to, const float (*sums)[4], bool adds, int lane) {
     int row = lane / 4, column = 2 * (lane % 4);
-    if (step.n == 1) {
+    if (N == 1) {
         if (column == 0) {
             to[row] = sums[0][0] + (adds ? to[row] : 0.0f);
             to[row + 8] = sums[0][2] + (adds ? to[row + 8] : 0.0f);
@@ -1228,7 +1231,7 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
     if (p.ranks) multiply_low_rank(p, s, here, op % 3, a);
     take_product(s, op + 2);
     Inputs x = {};
-    int area = step.n == 1 ? 16 : 16 * TOKENS, slots = slots_of(p), most = (p.inner / SLICE + WARPS - 1) / WARPS;
+    int area = N == 1 ? 16 : 16 * TOKENS, slots = slots_of(p), most = (p.inner / SLICE + WARPS - 1) / WARPS;
 #pragma unroll 1
     for (int first = 0, pass = 0; first < tiles; first += step.round, pass++) {
         int end = min(tiles, first + step.round);
@@ -1238,7 +1241,7 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
             int column = column_of(slot);
             if (most > 1 || pass == 0) {
 #pragma unroll
-                for (int b = 0; b < SCALES; b++) load_input(p, s, here, min(lane / 4, step.n - 1), column + 64 * b, lane, x[b]);
+                for (int b = 0; b < SCALES; b++) load_input(p, s, here, min(lane / 4, N - 1), column + 64 * b, lane, x[b]);
             }
             if (here && pass == 0) __syncthreads();   // sums lie where the inputs were
 #pragma unroll 1
@@ -1278,7 +1281,7 @@ __device__ __forceinline__ void copy_inputs(const Product &p, const Shared &s, i
     int pieces = columns_of(p, group) / 8;
     const u16 *from = p.rows_in + group * CHUNK;
 #pragma unroll 1
-    for (int i = thread_number(); i < step.n * (CHUNK / 8); i += THREADS) {
+    for (int i = thread_number(); i < N * (CHUNK / 8); i += THREADS) {
         int token = i / (CHUNK / 8), piece = i % (CHUNK / 8);
         if (piece < pieces) copy_16(place + token * PITCH + 16 * piece, from + (size_t)token * p.inner + 8 * piece);
     }
@@ -1300,7 +1303,7 @@ __device__ __forceinline__ void copy_normalised(const Product &p, const Shared &
     for (int round = 0; round < ROUNDS; round += IN_FLIGHT) {
         float4 x[IN_FLIGHT];
 #pragma unroll
-        for (int k = 0; k < IN_FLIGHT; k++) x[k] = __ldcg((const float4 *)(from + (size_t)min(token + (round + k) * (THREADS / PIECES), step.n - 1) * p.inner));
+        for (int k = 0; k < IN_FLIGHT; k++) x[k] = __ldcg((const float4 *)(from + (size_t)min(token + (round + k) * (THREADS / PIECES), N - 1) * p.inner));
         if (round == 0) __syncthreads();
 #pragma unroll
         for (int k = 0; k < IN_FLIGHT; k++) {
@@ -1439,10 +1442,10 @@ struct Reading {
 
 __device__ __forceinline__ Reading first_reading(const int *lengths, int number) {
     Reading r;
-    int unit = min(number, step.heads * step.n * step.splits - 1), split = unit / step.heads / step.n;
+    int unit = min(number, step.heads * N * step.splits - 1), split = unit / step.heads / N;
     r.number = number;
     r.head = unit % step.heads;
-    r.row = unit / step.heads % step.n;
+    r.row = unit / step.heads % N;
     int length = lengths[r.row], share = (length + step.splits - 1) / step.splits;
     r.base = split * share;
     r.end = min(length, r.base + share);
@@ -1505,7 +1508,7 @@ __device__ __forceinline__ void prepare(const Product &p, const int *lengths, in
 
 __device__ __forceinline__ void write_unit(const Reading &unit, int i, const AttentionRoom &room) {
     if (i >= WIDTH) return;
-    int split = unit.number / step.heads / step.n;
+    int split = unit.number / step.heads / N;
     float highest = NOTHING, total = 0.0f, value = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, room.most[w]);
@@ -1531,7 +1534,7 @@ __device__ __forceinline__ void write_unit(const Reading &unit, int i, const Att
 __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &passed) {
     AttentionRoom &room = *(AttentionRoom *)s.work;
     const Prepared *unit = (Prepared *)(&room + 1);
-    int tid = thread_number(), lane = tid % LANES, units = step.heads * step.n * step.splits;
+    int tid = thread_number(), lane = tid % LANES, units = step.heads * N * step.splits;
     Reading now = first_reading(s.lengths, blockIdx.x), next = reading_after(s.lengths, now);
     Places places;
     u32 numbers[PLACES];
@@ -1612,7 +1615,7 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
 
 // The rows of the embedding that the tokens name, as the residual stream.
 __device__ __forceinline__ void begin(const Shared &s) {
-    for (int row = blockIdx.x; row < step.n; row += gridDim.x) {
+    for (int row = blockIdx.x; row < N; row += gridDim.x) {
         const u16 *from = step.embedding + (size_t)step.ids[row] * step.d;
         float sum = 0.0f;
 #pragma unroll 1
@@ -1636,7 +1639,7 @@ __device__ __forceinline__ void choose(const Shared &s) {
     int tid = thread_number();
     float *best_of = s.work;
     int *place_of_best = (int *)(s.work + THREADS);
-    for (int r = blockIdx.x; r < step.n; r += gridDim.x) {
+    for (int r = blockIdx.x; r < N; r += gridDim.x) {
         const float *row = step.logits + (size_t)r * step.vocabulary;
         float best = __ldcg(row);
         int place = 0;
@@ -1673,7 +1676,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
     take_product(s, 0);
     take_product(s, 1);
     fetch_tables(s, memory);
-    if (thread_number() < step.n) s.lengths[thread_number()] = __ldg(step.lengths + thread_number());
+    if (thread_number() < N) s.lengths[thread_number()] = __ldg(step.lengths + thread_number());
     clear_counted(0);
     begin(s);
     __syncthreads();

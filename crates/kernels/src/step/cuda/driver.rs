@@ -97,9 +97,10 @@ impl Driver {
         plain: bool,
         width: usize,
     ) -> Result<Kernel, StepError> {
-        let Variant { tiles, table_row, slice, depth, chunk } = variant;
+        let Variant { tiles, one, table_row, slice, depth, chunk } = variant;
         let defines = [
             ("TILES", tiles),
+            ("ONE", usize::from(one)),
             ("TABLE_ROW", table_row),
             ("SLICE", slice),
             ("DEPTH", depth),

@@ -153,6 +153,8 @@ impl Needs {
 pub(super) struct Variant {
     /// `TILES`: tiles of eight tokens.
     pub(super) tiles: usize,
+    /// `ONE`: whether there is one token only, which takes less code.
+    pub(super) one: bool,
     /// `TABLE_ROW`: bytes between the rows of the table of pairs, of which there are 256.
     pub(super) table_row: usize,
     /// `SLICE`: columns that a warp multiplies at a time.
@@ -217,7 +219,7 @@ impl Variant {
         chunks.into_iter().flat_map(move |chunk| {
             shapes()
                 .filter(move |&(_, slice, _)| chunk == 0 || slice <= chunk)
-                .map(move |(table_row, slice, depth)| Self { tiles, table_row, slice, depth, chunk })
+                .map(move |(table_row, slice, depth)| Self { tiles, one: n == 1, table_row, slice, depth, chunk })
         })
     }
 }
@@ -352,16 +354,16 @@ mod tests {
     #[test]
     fn one_answer_on_a_large_card_fetches_three_slices_ahead() {
         let share = Share::new(1, &SEVEN_BILLION, &H100).unwrap();
-        let expected = Variant { tiles: 1, table_row: 256, slice: 256, depth: 3, chunk: 0 };
+        let expected = Variant { tiles: 1, one: true, table_row: 256, slice: 256, depth: 3, chunk: 0 };
         assert_eq!((share.variant, share.round, share.splits), (expected, 16, 4));
         let share = Share::new(32, &SEVEN_BILLION, &H100).unwrap();
-        let expected = Variant { tiles: 4, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
+        let expected = Variant { tiles: 4, one: false, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
         assert_eq!(share.variant, expected);
     }
 
     #[test]
     fn groups_of_columns_leave_sums_of_whole_tiles_of_32_rows() {
-        let many = Variant { tiles: 4, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
+        let many = Variant { tiles: 4, one: false, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
         assert_eq!(many.partial_bytes(4096, 11008), 11 * 4096 * 32 * 4);
         assert_eq!(many.partial_bytes(33, 1024), 64 * 32 * 4);
         assert_eq!(Variant { tiles: 1, chunk: 0, ..many }.partial_bytes(4096, 11008), 0);
