@@ -345,7 +345,9 @@ mod tests {
                 let units = (n * 32 * share.splits).div_ceil(limits.processors);
                 assert!(share.work >= attention_bytes(128, units) && share.work.is_multiple_of(16));
                 if n > 8 {
-                    assert!(share.work >= 2 * row_tiles(n) * 8 * (share.variant.chunk + 8) && share.splits == 1);
+                    assert!(
+                        share.work >= 2 * row_tiles(n) * 8 * (share.variant.chunk + 8) && share.splits == 1
+                    );
                 }
             }
         }

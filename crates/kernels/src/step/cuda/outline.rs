@@ -240,7 +240,8 @@ fn check(parts: &[LinearPart<Device>], dims: &[[usize; 2]], target: StepTarget) 
     if parts.iter().any(|part| packed(part) != packed(&parts[0])) {
         return Err(unsupported("layers that share an input are packed in different ways"));
     }
-    let (activated, whole) = (target == StepTarget::Activated, if parts.len() > 1 { MOST_TILE_ROWS } else { 1 });
+    let (activated, whole) =
+        (target == StepTarget::Activated, if parts.len() > 1 { MOST_TILE_ROWS } else { 1 });
     if activated && (dims.len() != 2 || dims[0] != dims[1]) {
         return Err(unsupported(format!("layers {dims:?} are not two of a kind to be activated")));
     }
@@ -265,7 +266,8 @@ fn room(products: &[Product], targets: &[StepTarget], shapes: &Shapes, limits: &
         (1..=most_rows).filter_map(|n| Share::new(n, &needs, limits).map(|share| (n, share))).collect();
     let splits = shares.iter().map(|(n, share)| n * share.splits).max().unwrap_or(0);
     let partial = |share: &Share| {
-        let of = |product: &Product| share.variant.partial_bytes(product.rows as usize, product.inner as usize);
+        let of =
+            |product: &Product| share.variant.partial_bytes(product.rows as usize, product.inner as usize);
         products.iter().map(of).max().unwrap_or(0)
     };
     let partial = shares.iter().map(|(_, share)| partial(share)).max().unwrap_or(0);
