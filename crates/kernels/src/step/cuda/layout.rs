@@ -217,9 +217,9 @@ impl Variant {
         // Fewer columns in a group mean more sums to add up; where warps are by columns there are no groups.
         let chunks = if tiles == 1 { vec![0] } else { [1, 2, 4, 8].map(|part| 4096 / tiles / part).to_vec() };
         chunks.into_iter().flat_map(move |chunk| {
-            shapes()
-                .filter(move |&(_, slice, _)| chunk == 0 || slice <= chunk)
-                .map(move |(table_row, slice, depth)| Self { tiles, one: n == 1, table_row, slice, depth, chunk })
+            shapes().filter(move |&(_, slice, _)| chunk == 0 || slice <= chunk).map(
+                move |(table_row, slice, depth)| Self { tiles, one: n == 1, table_row, slice, depth, chunk },
+            )
         })
     }
 }
@@ -331,8 +331,13 @@ mod tests {
         Limits { compute_capability: 89, processors: 58, shared_of_block: 101_376, reserved_shared: 1024 };
     const T4: Limits =
         Limits { compute_capability: 75, processors: 40, shared_of_block: 65_536, reserved_shared: 0 };
-    const SEVEN_BILLION: Needs =
-        Needs { ranks: 192, rows: 32_000, hidden: 4096, heads: Heads { queries: 32, keys: 32, width: 128 }, plain: false };
+    const SEVEN_BILLION: Needs = Needs {
+        ranks: 192,
+        rows: 32_000,
+        hidden: 4096,
+        heads: Heads { queries: 32, keys: 32, width: 128 },
+        plain: false,
+    };
 
     #[test]
     fn every_batch_of_seven_billion_has_a_share_on_large_and_small_cards() {

@@ -4,7 +4,9 @@ use burn::tensor::DType;
 use cubecl::cuda::CudaRuntime;
 
 use super::driver::Limits;
-use super::layout::{COUNT_BITS, GROUP, MOST_PARTS, MOST_TILE_ROWS, Needs, Part, Product, RANKS, SQUARES_APART, Share};
+use super::layout::{
+    COUNT_BITS, GROUP, MOST_PARTS, MOST_TILE_ROWS, Needs, Part, Product, RANKS, SQUARES_APART, Share,
+};
 use super::{ROWS, Room, Shapes, unsupported};
 use crate::device::Cube;
 use crate::step::{StepError, StepOperation, StepProgram, StepSource, StepTarget};
@@ -119,7 +121,9 @@ fn products(program: &StepProgram<Device>) -> Result<(Vec<Product>, Vec<StepTarg
             StepOperation::Linear { source, parts, target } => {
                 let follows = found.1.last().is_none_or(|&target| target == StepTarget::Residual);
                 if matches!(source, StepSource::Residual(..)) && !follows {
-                    return Err(unsupported("layers that read the residual stream after others than those that add to it"));
+                    return Err(unsupported(
+                        "layers that read the residual stream after others than those that add to it",
+                    ));
                 }
                 if (attends == 1) != matches!(source, StepSource::Attention) {
                     return Err(unsupported("an attention whose result is not the next layers' input"));
