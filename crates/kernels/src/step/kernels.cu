@@ -30,6 +30,7 @@ typedef unsigned long long u64;
 #define TILE_ROWS (16 * ROW_TILES)
 #define MOST_PARTS 3
 #define MOST_ATTENTION_SPLITS 4
+#define SQUARES_APART 16          // sums of squares, so that neighbouring ones are in different lines of the cache
 #define NOTHING -1e30f
 #define SCALES (SLICE / 64)                // scales of a row of a slice
 #define STAGE_CODES (8 * SLICE)            // bytes of the codes of 16 rows of a slice, and of all of them
@@ -790,7 +791,6 @@ __device__ __forceinline__ void multiply_halves(const Dense &a, const u32 *x, co
 
 // So are the squares of the residual stream, where warps are not by columns; these sums hold up to 8.6e9.
 #define SQUARES_ONE 1073741824.0f
-#define SQUARES_APART 16   // so that neighbouring sums are in different lines of the cache
 
 #if BY_COLUMNS
 #define UNIT_COLUMNS 64
@@ -1627,7 +1627,7 @@ __device__ __forceinline__ void begin(const Shared &s) {
 #if !BY_COLUMNS
         sum = sum_of_warp(sum);
         __syncthreads();
-        if (thread_number() % 32 == 0) s.scratch[warp_number()] = sum;
+        if (thread_number() % 32 == 0) s.scratch[thread_number() / 32] = sum;
         __syncthreads();
         if (thread_number() == 0) step.squares[(2 * TOKENS + row) * SQUARES_APART] = llrintf(sum_of_warps(s.scratch) * SQUARES_ONE);
 #endif
