@@ -3,7 +3,8 @@
 //! `cargo bench --bench load --features cuda -- --checkpoint DIR --json FILE`. Without `--checkpoint` it writes a tiny one of random
 //! weights in several files and loads that. `benches/load/make_checkpoint.py` writes one of Llama-2-7B's shape. The files are read
 //! twice before they are loaded: after the first pass the page cache holds what it can of them, so the second pass and the load
-//! meet it in the same state, and the first pass tells how far the disk is behind it.
+//! meet it in the same state, and the first pass tells how far the disk is behind it. A tiny checkpoint is loaded before all, so that
+//! kernels are compiled by then.
 //!
 //! Files are mapped, so pages of the page cache count in the resident size while they are looked at, though the kernel can take
 //! them back at any time. The figure for memory is therefore the peak of the anonymous pages (`RssAnon`), sampled while the
@@ -79,16 +80,13 @@ impl DeviceJob for Job<'_> {
         let card = B::card(device);
         let dtype = Compute::dtype(self.0.dtype, card.as_ref());
         let name = card.map_or_else(|| self.0.common.device.to_string(), |card| card.name);
-        let (folder, _temporary) = match &self.0.checkpoint {
-            Some(folder) => (folder.clone(), None),
-            None => {
-                let tiny = tiny_checkpoint::<B>(device)?;
-                (tiny.path().to_owned(), Some(tiny))
-            }
-        };
+        let tiny = tiny_checkpoint::<B>(device)?;
+        let folder = self.0.checkpoint.as_deref().unwrap_or(tiny.path());
         println!("load on {name}, {dtype:?}: {}", folder.display());
-        let files = Files::read_twice(weight_files(&folder)?)?;
-        let loaded = load::<B>(&folder, dtype, device)?;
+        let warm_up = load::<B>(tiny.path(), dtype, device)?;
+        println!("a tiny model, with compiling kernels: {:.3} s", warm_up.seconds);
+        let files = Files::read_twice(weight_files(folder)?)?;
+        let loaded = load::<B>(folder, dtype, device)?;
         let rows = table(&name, dtype, &files, &loaded);
         self.0.common.write(&rows)
     }

@@ -70,13 +70,20 @@ impl Device {
             Self::Cpu => job.run::<Flex>(&FlexDevice),
             #[cfg(feature = "cuda")]
             Self::Cuda(index) => {
-                buzzer_kernels::configure(crate::kept_kernels::folder(index));
+                buzzer_kernels::configure(kept_kernels(index));
                 job.run::<buzzer_kernels::Cuda>(&buzzer_kernels::CudaDevice::new(index))
             }
             #[cfg(feature = "wgpu")]
             Self::Wgpu => job.run::<buzzer_kernels::Wgpu>(&buzzer_kernels::WgpuDevice::DefaultDevice),
         }
     }
+}
+
+/// Where kernels in CUDA C++ stay compiled for the next start on a card of this kind: a folder of the user's caches, if there is one.
+#[cfg(feature = "cuda")]
+fn kept_kernels(index: usize) -> Option<std::path::PathBuf> {
+    let target = buzzer_kernels::cuda_target(index)?;
+    Some(dirs::cache_dir()?.join("buzzer").join("kernels").join(target))
 }
 
 impl Device {

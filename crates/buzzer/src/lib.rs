@@ -43,7 +43,5 @@ pub use buzzer_weights as weights;
 pub use burn;
 
 mod device;
-#[cfg(any(feature = "cuda", test))]
-mod kept_kernels;
 
 pub use device::{Device, DeviceError, DeviceJob};

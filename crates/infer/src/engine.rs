@@ -258,8 +258,8 @@ impl<B: KernelBackend> Engine<B> {
         let now = Instant::now();
         self.end_those(FinishReason::Deadline, |sequence| sequence.is_late(now))?;
         let plan = self.plan();
-        match self.step_of(&plan) {
-            Some(adapter) => self.run_step(adapter, plan)?,
+        match self.steps_of(&plan) {
+            Some(steps) => self.run_steps(&steps, plan)?,
             None if plan.is_empty() => {}
             None => self.run(plan)?,
         }
@@ -409,6 +409,7 @@ impl<B: KernelBackend> Engine<B> {
             adapters: rows.adapters.iter().map(adapter).collect(),
         };
         let hidden = self.model.hidden_paged(&pass, &mut self.cache);
+        self.steps.follow();
         if places.is_empty() {
             return Ok(());
         }
@@ -423,37 +424,56 @@ impl<B: KernelBackend> Engine<B> {
         self.advance(&places, choices)
     }
 
-    /// The adapter of a plan's rows, if a program can run them: one new token each for sequences with one adapter, none of
-    /// which reads what another one writes.
-    fn step_of(&mut self, plan: &[Planned]) -> Option<usize> {
-        let adapter = plan.first()?.adapter;
-        let suits = |planned: &Planned| {
-            planned.sequence.rows == 1 && planned.complete && !planned.begins && planned.adapter == adapter
-        };
-        if !self.settings.step_programs || !plan.iter().all(suits) {
+    /// The steps that a plan's rows are for, each an adapter and so many rows, if programs can run them all: one new token each for
+    /// sequences none of which reads what another one writes.
+    fn steps_of(&mut self, plan: &[Planned]) -> Option<Vec<(usize, usize)>> {
+        let suits = |planned: &Planned| planned.sequence.rows == 1 && planned.complete && !planned.begins;
+        if plan.is_empty() || !self.settings.step_programs || !plan.iter().all(suits) {
             return None;
         }
         let Self { steps, model, adapters, cache, .. } = self;
-        let make = || {
-            let program = model.step_program(&adapters[adapter].1, cache.page_tokens(), cache.format());
-            B::step_runner(&program, cache.pages())
-        };
-        steps.prepare(adapter, plan.len(), make).then_some(adapter)
+        let mut sizes = Vec::new();
+        for rows in plan.chunk_by(|one, next| one.adapter == next.adapter) {
+            let adapter = rows[0].adapter;
+            let make = || {
+                let program = model.step_program(&adapters[adapter].1, cache.page_tokens(), cache.format());
+                B::step_runner(&program, cache.pages())
+            };
+            let most = steps.prepare(adapter, rows.len(), make)?;
+            sizes.extend(rows.chunks(most).map(|rows| (adapter, rows.len())));
+        }
+        Some(sizes)
     }
 
-    /// Runs a plan of single tokens as one program.
-    fn run_step(&mut self, adapter: usize, plan: Vec<Planned>) -> Result<(), InferError> {
-        let Some(runner) = self.steps.get(adapter) else { return self.run(plan) };
+    /// Runs a plan of single tokens in the steps that it is for.
+    fn run_steps(&mut self, steps: &[(usize, usize)], plan: Vec<Planned>) -> Result<(), InferError> {
         let places: Vec<usize> = plan.iter().map(|planned| planned.place).collect();
         let row = |planned: Planned| StepRow { id: planned.ids[0], sequence: planned.sequence };
-        let likeliest = runner.run(&plan.into_iter().map(row).collect::<Vec<_>>())?;
-        let choices = if places.iter().all(|&place| self.running[place].takes_likeliest()) {
-            likeliest.into_iter().map(|id| id.map(|token| Choice { token, log_prob: None })).collect()
-        } else {
-            let logits = runner.logits();
-            self.choices(&places, logits)
-        };
+        let mut rows = plan.into_iter().map(row);
+        let mut choices = Vec::with_capacity(places.len());
+        for &(adapter, count) in steps {
+            let rows: Vec<StepRow> = rows.by_ref().take(count).collect();
+            let of_step = self.run_step(adapter, &rows, &places[choices.len()..][..count])?;
+            choices.extend(of_step);
+        }
         self.advance(&places, choices)
+    }
+
+    /// Runs rows, whose sequences are at these places, as one step of an adapter's program.
+    fn run_step(
+        &mut self,
+        adapter: usize,
+        rows: &[StepRow],
+        places: &[usize],
+    ) -> Result<Vec<Option<Choice>>, InferError> {
+        let runner = self.steps.get(adapter)?;
+        let likeliest = runner.run(rows)?;
+        if places.iter().all(|&place| self.running[place].takes_likeliest()) {
+            let choice = |id: Option<u32>| id.map(|token| Choice { token, log_prob: None });
+            return Ok(likeliest.into_iter().map(choice).collect());
+        }
+        let logits = runner.logits();
+        Ok(self.choices(places, logits))
     }
 
     /// Kernels that a step of single tokens launches where it runs as a program, for the model's own corrections.

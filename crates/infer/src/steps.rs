@@ -21,31 +21,41 @@ impl<B: Backend> Default for Steps<B> {
 }
 
 impl<B: Backend> Steps<B> {
-    /// Whether an adapter's program is ready for so many rows; `make` makes it if that has not been tried.
+    /// Rows of one step, if an adapter's program is ready for so many in steps that are as large as can be; `make` makes it if that has
+    /// not been tried.
     pub(crate) fn prepare(
         &mut self,
         adapter: usize,
         rows: usize,
         make: impl FnOnce() -> Result<Box<dyn StepRunner<B>>, StepError>,
-    ) -> bool {
+    ) -> Option<usize> {
         let program = self.by_adapter.entry(adapter).or_insert_with(make);
-        let prepared = match program {
-            Ok(runner) if rows <= runner.most_rows() => runner.prepare(rows),
-            _ => return false,
-        };
-        let ready = prepared.is_ok();
+        let runner = program.as_mut().ok()?;
+        let most = rows.min(runner.most_rows()).max(1);
+        let mut sizes = [most, rows % most].into_iter().filter(|&rows| rows > 0);
+        let prepared = sizes.try_for_each(|rows| runner.prepare(rows));
         if let Err(error) = prepared {
             *program = Err(error);
+            return None;
         }
-        ready
+        Some(most)
     }
 
-    /// An adapter's program, if there is one.
-    pub(crate) fn get(&mut self, adapter: usize) -> Option<&mut dyn StepRunner<B>> {
+    /// An adapter's program.
+    ///
+    /// # Errors
+    /// If it was not prepared.
+    pub(crate) fn get(&mut self, adapter: usize) -> Result<&mut dyn StepRunner<B>, StepError> {
         match self.by_adapter.get_mut(&adapter) {
-            Some(Ok(runner)) => Some(runner.as_mut()),
-            _ => None,
+            Some(Ok(runner)) => Ok(runner.as_mut()),
+            Some(Err(error)) => Err(error.clone()),
+            None => Err(StepError::Unsupported(format!("adapter {adapter} has no program"))),
         }
+    }
+
+    /// Lets every program's next step run after what was asked of the device until now.
+    pub(crate) fn follow(&mut self) {
+        self.by_adapter.values_mut().flatten().for_each(|runner| runner.follow());
     }
 
     /// Kernels that a step with the adapter launches, if it has a program.
@@ -82,7 +92,7 @@ mod tests {
 
     impl StepRunner<Flex> for Fake {
         fn most_rows(&self) -> usize {
-            8
+            4
         }
 
         fn launches(&self) -> usize {
@@ -90,8 +100,10 @@ mod tests {
         }
 
         fn prepare(&mut self, rows: usize) -> Result<(), StepError> {
-            if rows > 4 { Err(StepError::Refused(format!("no kernels for {rows}"))) } else { Ok(()) }
+            if rows == 3 { Err(StepError::Refused(format!("no kernels for {rows}"))) } else { Ok(()) }
         }
+
+        fn follow(&mut self) {}
 
         fn run(&mut self, rows: &[StepRow]) -> Result<Vec<Option<u32>>, StepError> {
             Ok(vec![None; rows.len()])
@@ -114,23 +126,27 @@ mod tests {
     fn a_program_is_made_once_and_kept_for_the_rows_it_can_run() {
         let mut steps = Steps::default();
         assert_eq!(steps.launches(3), Ok(None));
-        assert!(steps.prepare(3, 2, fake));
-        assert!(steps.prepare(3, 4, not_again));
-        assert!(!steps.prepare(3, 9, not_again), "more rows than it has room for");
-        assert!(steps.get(3).is_some() && steps.get(0).is_none());
+        assert_eq!(steps.prepare(3, 2, fake), Some(2));
+        assert_eq!(steps.prepare(3, 4, not_again), Some(4));
+        assert_eq!(
+            steps.prepare(3, 11, not_again),
+            Some(4),
+            "more rows than it has room for go in several steps"
+        );
+        assert!(steps.get(3).is_ok() && steps.get(0).is_err());
         assert_eq!((steps.launches(3), steps.refusal()), (Ok(Some(5)), None));
         steps.drop_programs();
-        assert!(steps.get(3).is_none());
-        assert!(steps.prepare(3, 1, fake));
+        assert!(steps.get(3).is_err());
+        assert_eq!(steps.prepare(3, 1, fake), Some(1));
     }
 
     #[test]
     fn a_size_that_the_device_refuses_ends_the_program_and_is_told() {
         let mut steps = Steps::default();
-        assert!(steps.prepare(0, 4, fake));
-        assert!(!steps.prepare(0, 5, not_again));
-        assert!(!steps.prepare(0, 4, not_again), "one by one from then on");
-        let refusal = StepError::Refused("no kernels for 5".into());
+        assert_eq!(steps.prepare(0, 4, fake), Some(4));
+        assert_eq!(steps.prepare(0, 7, not_again), None, "three of them are in a step of their own");
+        assert_eq!(steps.prepare(0, 4, not_again), None, "one by one from then on");
+        let refusal = StepError::Refused("no kernels for 3".into());
         assert_eq!(steps.refusal(), Some(&refusal));
         steps.drop_programs();
         assert_eq!(steps.refusal(), Some(&refusal));
@@ -139,7 +155,7 @@ mod tests {
     #[test]
     fn a_device_without_programs_has_refused_nothing() {
         let mut steps = Steps::<Flex>::default();
-        assert!(!steps.prepare(0, 1, || Err(StepError::Unsupported("one by one".into()))));
+        assert_eq!(steps.prepare(0, 1, || Err(StepError::Unsupported("one by one".into()))), None);
         assert_eq!(steps.refusal(), None);
         assert!(steps.launches(0).is_err());
     }

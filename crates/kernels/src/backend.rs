@@ -14,7 +14,7 @@ use crate::{
     CrossEntropyGradient, Dropout, FrozenWeight, Heads, InputGradient, LinearPart, PagedIndex, Pages,
     Projection, RotaryAngles, RowGroup, SpaciousRows, Spent, StepError, StepProgram, StepRunner, TokenChoice,
     adamw, attention, choice, cross_entropy, grouped_linear, nf4, paged_attention, qlora_linear, rms_norm,
-    rotary, swiglu,
+    rotary, swiglu, upload,
 };
 
 /// A tensor's elements in f32 on the host, row by row.
@@ -42,6 +42,18 @@ pub trait KernelBackend: Backend {
     fn allocated(device: &Self::Device) -> Option<Allocated> {
         let _ = device;
         None
+    }
+
+    /// Floats `[1, n]` of a dtype on the device. `fill` is given memory for their bytes, which hold anything, and writes all of them,
+    /// little-endian; it may be called again if the device refuses the first way. The device may still be copying when this returns,
+    /// so that the next ones can be written meanwhile.
+    fn upload(
+        device: &Self::Device,
+        dtype: DType,
+        count: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Tensor<Self, 2> {
+        upload::plain(device, dtype, count, fill)
     }
 
     /// Dense weight `[out, in]` of a packed one; see [`nf4`].

@@ -22,8 +22,8 @@ const PROBE: &str = "extern \"C\" __global__ void probe() {}";
 /// Where what was compiled stays for the next start.
 static KEPT: OnceLock<Option<PathBuf>> = OnceLock::new();
 
-/// Keeps compiled sources in a folder that belongs to this program file and [`cuda_target`](crate::cuda_target) from now on. Does
-/// nothing if it was called before.
+/// Keeps compiled sources in a folder that belongs to one [`cuda_target`](crate::cuda_target) from now on. Does nothing if it was called
+/// before.
 pub(crate) fn keep_in(folder: Option<PathBuf>) {
     KEPT.get_or_init(|| folder);
 }
@@ -102,7 +102,7 @@ fn load_image(image: &str) -> Result<sys::CUmodule, CompilerError> {
     unsafe { driver::module::load_data(image.as_ptr().cast::<c_void>()) }.map_err(refusal)
 }
 
-/// Where a source is kept; the folder belongs to one compiler and one program file, and with that to one hasher.
+/// Where a source is kept; the folder belongs to one compiler. Another version of the hasher finds nothing, and compiles again.
 fn file_name(source: &str, options: &[String]) -> String {
     let mut hasher = DefaultHasher::new();
     (source, options).hash(&mut hasher);

@@ -13,7 +13,7 @@ use crate::{
     CrossEntropyGradient, Dropout, Heads, InputGradient, KernelBackend, LinearPart, Nf4Tensor, PagedIndex,
     Pages, Projection, RotaryAngles, SpaciousRows, Spent, StepError, StepProgram, StepRunner, TokenChoice,
     adamw, attention, choice, cross_entropy, dropout, nf4, paged_attention, qlora_linear, rms_norm, rotary,
-    swiglu,
+    swiglu, upload,
 };
 
 impl<R: ProductRuntime> KernelBackend for Cube<R> {
@@ -21,6 +21,16 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
 
     fn card(device: &Self::Device) -> Option<Card> {
         Some(R::card(device))
+    }
+
+    fn upload(
+        device: &Self::Device,
+        dtype: DType,
+        count: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Tensor<Self, 2> {
+        R::own_upload(device, dtype, count, fill)
+            .map_or_else(|| upload::plain(device, dtype, count, fill), tensor)
     }
 
     fn allocated(device: &Self::Device) -> Option<Allocated> {

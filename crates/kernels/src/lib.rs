@@ -47,6 +47,8 @@ mod device;
 mod limits;
 #[cfg(feature = "cuda")]
 mod module;
+#[cfg(feature = "cuda")]
+mod pinned;
 #[cfg(feature = "cubecl")]
 mod product;
 #[cfg(feature = "cubecl")]
@@ -57,6 +59,7 @@ mod rows;
 mod side_stream;
 #[cfg(test)]
 mod testing;
+mod upload;
 
 pub use adamw::{AdamW, AdamWState, AdamWState8};
 pub use attention::{Attended, AttentionIndex, AttentionRanges, Heads, SEPARATE};
@@ -107,16 +110,17 @@ pub type Wgpu = Cube<cubecl::wgpu::WgpuRuntime>;
 /// what it takes from the card is what it needs, and stays the same from step to step. CubeCL's default takes pages of up to a
 /// quarter of the card instead.
 ///
-/// `kept_kernels` is a folder in which compiled kernels stay for the next start, CubeCL's and those in CUDA C++. CubeCL knows its
-/// own by name and settings and not by source, so a folder is for one program file; and for one [`cuda_target`].
+/// `kept_kernels` is a folder in which kernels in CUDA C++ stay compiled for the next start; it is for one [`cuda_target`]. CubeCL's
+/// own are compiled at each start: what CubeCL 0.10 keeps, it finds again by a hash that leaves out which variant of an enum a kernel
+/// was made for, so that one kernel is taken for another.
 #[cfg(feature = "cubecl")]
 pub fn configure(kept_kernels: Option<std::path::PathBuf>) {
-    use cubecl::config::cache::CacheConfig;
     use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig, memory::PersistentMemory};
     #[cfg(feature = "cuda")]
-    compiler::keep_in(kept_kernels.clone());
+    compiler::keep_in(kept_kernels);
+    #[cfg(not(feature = "cuda"))]
+    drop(kept_kernels);
     let mut config = CubeClRuntimeConfig::default();
     config.memory.persistent_memory = PersistentMemory::Enforced;
-    config.compilation.cache = kept_kernels.map(CacheConfig::File);
     CubeClRuntimeConfig::storage().lock().get_or_insert_with(|| config.into());
 }

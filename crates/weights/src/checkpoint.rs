@@ -2,17 +2,18 @@
 //!
 //! Files are mapped, not read, and tensors are converted a window at a time whose pages are handed back at once, so a
 //! 13 GB checkpoint passes through the memory of its largest tensor. What it trades: one element type out, f32, for
-//! every float that comes in, but for [`Checkpoint::read_runs`]. What it refuses: NaN or infinity, which would only show up as a loss much later.
+//! every float that comes in, but for [`Checkpoint::read_values`]. What it refuses: NaN or infinity, which would only show up as a loss much later.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{DType, TensorData};
+use burn::tensor::DType;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::WeightsError;
+use crate::error::Place;
 use crate::layout::Layout;
 use crate::mapped::MappedFile;
 use crate::open::{self, Opened};
@@ -37,6 +38,13 @@ pub(crate) struct Entry {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
     pub(crate) layout: Layout,
+}
+
+/// Why a part of a tensor is not there.
+enum Fault {
+    Read(std::io::Error),
+    /// Number of the value in the tensor, and what it is.
+    NotFinite(usize, f32),
 }
 
 impl Checkpoint {
@@ -156,47 +164,59 @@ impl Checkpoint {
         self.float_entry(name).map(|entry| burn_dtype(entry.dtype))
     }
 
-    /// Shows the values of a tensor row by row, `length` at a time and in the end what is left, each run as `[1, n]`: in the dtype
-    /// that the tensor is stored in (F32, F16 or BF16), or in f32. Memory of one run is used at a time.
+    /// Writes values of a tensor of floats, row by row and from number `first` on, as many as have room in `out`: in the dtype that the
+    /// tensor is stored in (F32, F16 or BF16), or in f32. Little-endian; all cores read.
     ///
     /// # Errors
-    /// As [`Self::read_f32`]. Runs before the one with the value that is not finite have been shown then.
-    pub fn read_runs(
+    /// If there is no such tensor, if it is no tensor of floats, has not so many values, or one of these is a NaN or an infinity, or if
+    /// the file cannot be read.
+    pub fn read_values(
         &self,
         name: &str,
-        expected_shape: &[usize],
-        length: usize,
+        first: usize,
         as_f32: bool,
-        mut show: impl FnMut(TensorData),
+        out: &mut [u8],
     ) -> Result<(), WeightsError> {
-        self.expect_shape(name, expected_shape)?;
-        let (entry, stored) = (self.float_entry(name)?, self.float_dtype(name)?);
-        let run_bytes = length * stored.size();
-        let mut run = Vec::with_capacity(run_bytes);
-        let mut first = 0;
-        let mut result = Ok(());
-        let mut end_run = |run: Vec<u8>| {
-            let count = run.len() / stored.size();
-            if result.is_ok() {
-                let data = if as_f32 { widened(entry.dtype, &run) } else { finite(entry.dtype, run) };
-                result = data.map(&mut show).map_err(|(place, value)| (first + place, value));
-            }
-            first += count;
-        };
-        self.for_each_window(entry, |_, mut bytes| {
-            while !bytes.is_empty() {
-                let (next, rest) = bytes.split_at(bytes.len().min(run_bytes - run.len()));
-                run.extend_from_slice(next);
-                bytes = rest;
-                if run.len() == run_bytes {
-                    end_run(std::mem::replace(&mut run, Vec::with_capacity(run_bytes)));
-                }
-            }
-        });
-        if !run.is_empty() {
-            end_run(run);
+        let entry = self.float_entry(name)?;
+        let value_bytes = if as_f32 { size_of::<f32>() } else { entry.dtype.bitsize() / 8 };
+        let (found, count) = (entry.elements(), out.len() / value_bytes);
+        if first.checked_add(count).is_none_or(|end| end > found) {
+            let message = format!("has {found} values, and {count} from number {first} on were asked for");
+            return Err(Place { path: self.file(entry).path(), flag: self.flag }.entry(name, message));
         }
-        result.map_err(|(place, value)| self.not_finite(name, entry, place, value))
+        let read = |(part, out): (usize, &mut [u8])| {
+            self.read_part(entry, first + part * PART, as_f32, out).map_err(|fault| (part, fault)).err()
+        };
+        let faults = out.par_chunks_mut(PART * value_bytes).enumerate().filter_map(read);
+        match faults.min_by_key(|(part, _)| *part) {
+            None => Ok(()),
+            Some((_, Fault::NotFinite(place, value))) => Err(self.not_finite(name, entry, place, value)),
+            Some((_, Fault::Read(source))) => {
+                Err(Place { path: self.file(entry).path(), flag: self.flag }.read(source))
+            }
+        }
+    }
+
+    /// The part of [`Self::read_values`] that one core takes at a time.
+    fn read_part(&self, entry: &Entry, first: usize, as_f32: bool, out: &mut [u8]) -> Result<(), Fault> {
+        let stored_bytes = entry.dtype.bitsize() / 8;
+        let read = |out: &mut [u8]| entry.layout.read_at(&self.files, first * stored_bytes, out);
+        let not_finite = |place: usize, value: f32| Fault::NotFinite(first + place, value);
+        if !as_f32 {
+            read(out).map_err(Fault::Read)?;
+            let Some(place) = first_not_finite(entry.dtype, out) else { return Ok(()) };
+            let mut value = [0.0];
+            convert(entry.dtype, &out[place * stored_bytes..][..stored_bytes], &mut value);
+            return Err(not_finite(place, value[0]));
+        }
+        let count = out.len() / size_of::<f32>();
+        let (mut stored, mut values) = (vec![0; count * stored_bytes], vec![0.0; count]);
+        read(&mut stored).map_err(Fault::Read)?;
+        if let Some(place) = convert(entry.dtype, &stored, &mut values) {
+            return Err(not_finite(place, values[place]));
+        }
+        out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_le_bytes());
+        Ok(())
     }
 
     /// A tensor of bytes and its shape.
@@ -344,31 +364,6 @@ fn convert_shared(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Option<usize> 
     let part_bytes = PART * dtype.bitsize() / 8;
     let parts = bytes.par_chunks(part_bytes).zip(out.par_chunks_mut(PART)).enumerate();
     parts.filter_map(|(part, (bytes, out))| Some(part * PART + convert(dtype, bytes, out)?)).min()
-}
-
-/// A run of little-endian floats `[1, n]` in the dtype that they are stored in, looked at by all cores; or the first one that is
-/// not finite, and its place.
-fn finite(dtype: Dtype, bytes: Vec<u8>) -> Result<TensorData, (usize, f32)> {
-    let element_bytes = dtype.bitsize() / 8;
-    let parts = bytes.par_chunks(PART * element_bytes).enumerate();
-    let bad = parts.filter_map(|(part, bytes)| Some(part * PART + first_not_finite(dtype, bytes)?)).min();
-    let Some(place) = bad else {
-        let shape = [1, bytes.len() / element_bytes];
-        return Ok(TensorData::from_bytes_vec(bytes, shape, burn_dtype(dtype)));
-    };
-    let mut value = [0.0];
-    convert(dtype, &bytes[place * element_bytes..][..element_bytes], &mut value);
-    Err((place, value[0]))
-}
-
-/// The same in f32.
-fn widened(dtype: Dtype, bytes: &[u8]) -> Result<TensorData, (usize, f32)> {
-    let count = 8 * bytes.len() / dtype.bitsize();
-    let mut values = vec![0.0; count];
-    match convert_shared(dtype, bytes, &mut values) {
-        None => Ok(TensorData::new(values, [1, count])),
-        Some(place) => Err((place, values[place])),
-    }
 }
 
 /// Burn's name of a dtype of floats.

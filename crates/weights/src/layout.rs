@@ -4,6 +4,7 @@
 //! which it was. What it trades: rows one by one for what was split, which is slower than one run. What it refuses:
 //! nothing; whoever makes a layout has checked it against the files.
 
+use std::io;
 use std::ops::Range;
 
 use crate::mapped::MappedFile;
@@ -64,6 +65,17 @@ impl Layout {
             Self::Joined(joined) => joined.for_each_row(files, visit),
         }
     }
+
+    /// Reads bytes of the tensor from an offset in it on. They must be there.
+    ///
+    /// # Errors
+    /// If the system does not give them.
+    pub(crate) fn read_at(&self, files: &[MappedFile], offset: usize, out: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::Run { file, bytes } => files[*file].read_at(bytes.start + offset, out),
+            Self::Joined(joined) => joined.read_at(files, offset, out),
+        }
+    }
 }
 
 impl Joined {
@@ -74,20 +86,35 @@ impl Joined {
         start + if place < half { 2 * place } else { 2 * (place - half) + 1 }
     }
 
-    fn for_each_row(&self, files: &[MappedFile], mut visit: impl FnMut(usize, &[u8])) {
-        let mut offset = 0;
-        let mut show = |&(file, start): &(usize, usize), row: usize| {
-            let start = start + row * self.row_bytes;
-            visit(offset, &files[file].bytes()[start..start + self.row_bytes]);
-            offset += self.row_bytes;
+    /// File number and first byte of a row of a part, by its place among all of them as they come out.
+    fn place(&self, number: usize) -> (usize, usize) {
+        let (part, row) = if self.side_by_side {
+            (number % self.parts.len(), self.source(number / self.parts.len()))
+        } else {
+            let row = self.source(number);
+            (row / self.rows, row % self.rows)
         };
-        let below = if self.side_by_side { 1 } else { self.parts.len() };
-        for row in (0..below * self.rows).map(|row| self.source(row)) {
-            if self.side_by_side {
-                self.parts.iter().for_each(|part| show(part, row));
-            } else {
-                show(&self.parts[row / self.rows], row % self.rows);
-            }
+        let (file, start) = self.parts[part];
+        (file, start + row * self.row_bytes)
+    }
+
+    /// Reads bytes from an offset on, row by row.
+    fn read_at(&self, files: &[MappedFile], mut offset: usize, mut out: &mut [u8]) -> io::Result<()> {
+        while !out.is_empty() {
+            let (file, start) = self.place(offset / self.row_bytes);
+            let inside = offset % self.row_bytes;
+            let (next, rest) = out.split_at_mut(out.len().min(self.row_bytes - inside));
+            files[file].read_at(start + inside, next)?;
+            offset += next.len();
+            out = rest;
+        }
+        Ok(())
+    }
+
+    fn for_each_row(&self, files: &[MappedFile], mut visit: impl FnMut(usize, &[u8])) {
+        for number in 0..self.parts.len() * self.rows {
+            let (file, start) = self.place(number);
+            visit(number * self.row_bytes, &files[file].bytes()[start..start + self.row_bytes]);
         }
         for &(file, start) in &self.parts {
             files[file].release(start, start + self.rows * self.row_bytes);

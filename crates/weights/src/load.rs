@@ -8,10 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::panic::resume_unwind;
 use std::path::Path;
-use std::sync::mpsc;
-use std::thread;
 
 use burn::module::Param;
 use burn::tensor::backend::Backend;
@@ -30,12 +27,9 @@ use crate::{
 /// The flag that names a model's folder.
 const FLAG: &str = "--model";
 
-/// Values that go to a device at a time. CubeCL copies what it is given into memory of its own, and fresh memory costs more than
-/// all the rest of loading, a page at a time: pieces of this size lie in memory that the allocator has had before. A multiple of
-/// the values that share a scale.
-pub(crate) const RUN: usize = 1 << 20;
-/// Runs that wait for the device.
-const RUNS_AHEAD: usize = 4;
+/// Values that go to a device at a time, through memory that is filled again and again: fresh memory costs a page fault every 4 KiB,
+/// which took most of loading. A multiple of the values that share a scale.
+pub(crate) const RUN: usize = 1 << 22;
 
 /// How the linears of the blocks are held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -197,18 +191,26 @@ impl<B: KernelBackend> Loader<'_, B> {
     }
 
     /// The values of a tensor on the device, in runs `[1, n]` of the dtype of the file, or of f32 if the device does not compute in
-    /// that. While one run goes to the device, the next ones are read.
-    fn runs(&self, name: &str, shape: &[usize], each: impl FnMut(Tensor<B, 2>)) -> Result<(), WeightsError> {
-        let (checkpoint, device) = (self.checkpoint, self.device);
-        let as_f32 = !B::supports_dtype(device, checkpoint.float_dtype(name)?);
-        let (send, receive) = mpsc::sync_channel(RUNS_AHEAD);
-        thread::scope(|scope| {
-            // Whoever receives takes all, so nothing that is sent is lost.
-            let read = move || checkpoint.read_runs(name, shape, RUN, as_f32, |run| drop(send.send(run)));
-            let reader = scope.spawn(read);
-            receive.into_iter().map(|run| on_device(run, device)).for_each(each);
-            reader.join().unwrap_or_else(|panic| resume_unwind(panic))
-        })
+    /// that. While one run goes to the device, the next one is read.
+    fn runs(
+        &self,
+        name: &str,
+        shape: &[usize],
+        mut each: impl FnMut(Tensor<B, 2>),
+    ) -> Result<(), WeightsError> {
+        self.checkpoint.expect_shape(name, shape)?;
+        let stored = self.checkpoint.float_dtype(name)?;
+        let as_f32 = !B::supports_dtype(self.device, stored);
+        let dtype = if as_f32 { DType::F32 } else { stored };
+        let count: usize = shape.iter().product();
+        for first in (0..count).step_by(RUN) {
+            let mut read = Ok(());
+            let fill = &mut |out: &mut [u8]| read = self.checkpoint.read_values(name, first, as_f32, out);
+            let run = B::upload(self.device, dtype, RUN.min(count - first), fill);
+            read?;
+            each(run);
+        }
+        Ok(())
     }
 
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<B, 2>>, WeightsError> {
@@ -265,12 +267,6 @@ impl<B: Backend> Filling<B> {
         let end = self.filled;
         self.tensor.inplace(|tensor| tensor.slice_assign([0..1, begin..end], run));
     }
-}
-
-/// A run of values `[1, n]` on a device.
-pub(crate) fn on_device<B: KernelBackend>(run: TensorData, device: &B::Device) -> Tensor<B, 2> {
-    let dtype = run.dtype;
-    Tensor::from_data(run, (device, dtype))
 }
 
 /// bitsandbytes' parts as a packed weight.

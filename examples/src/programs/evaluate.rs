@@ -298,8 +298,10 @@ impl Evaluate<'_> {
         let style = ProgressStyle::with_template("answering {bar:30} {pos}/{len}  {eta} left")?;
         let bar = ProgressBar::new(clues.len() as u64).with_style(style);
         let done = |count: usize| bar.set_position(count as u64);
+        let started = Instant::now();
         let answered = answer_clues(&model, &renderer, clues, &self.args.with.answer, done)?;
         bar.finish_and_clear();
+        println!("answered  {} clues in {:.1} s", clues.len(), started.elapsed().as_secs_f64());
         Ok(answered)
     }
 }

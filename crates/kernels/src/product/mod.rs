@@ -76,6 +76,16 @@ pub trait ProductRuntime: CubeRuntime {
         joined: &CubeTensor<Self>,
     ) -> bool;
 
+    /// Floats `[1, n]` on the device by a way that is for this runtime alone, if it has one that works; see
+    /// [`KernelBackend::upload`](crate::KernelBackend::upload).
+    #[doc(hidden)]
+    fn own_upload(
+        device: &Self::Device,
+        dtype: DType,
+        count: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<CubeTensor<Self>>;
+
     /// See [`KernelBackend::step_runner`](crate::KernelBackend::step_runner).
     #[doc(hidden)]
     fn step_runner(
@@ -102,6 +112,15 @@ impl ProductRuntime for cubecl::wgpu::WgpuRuntime {
             library_waits: None,
             without_compiler: None,
         }
+    }
+
+    fn own_upload(
+        _: &Self::Device,
+        _: DType,
+        _: usize,
+        _: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<CubeTensor<Self>> {
+        None
     }
 
     fn vendor_product(_: &Product<Self>) -> bool {
@@ -154,6 +173,15 @@ impl ProductRuntime for cubecl::cuda::CudaRuntime {
             library_waits,
             ..crate::card::cuda(device.index)
         }
+    }
+
+    fn own_upload(
+        device: &Self::Device,
+        dtype: DType,
+        count: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Option<CubeTensor<Self>> {
+        crate::upload::cuda::upload(device, dtype, count, fill)
     }
 
     fn vendor_product(product: &Product<Self>) -> bool {

@@ -2,15 +2,15 @@
 // product: products that read four-bit weights where they lie, with their low-rank corrections in the same pass; attention
 // over pages; the choice of the likeliest token.
 //
-// Compiled when it is first used, with TILES (1, 2 or 4), BF16 (0 or 1), PLAIN (1 where scales are stored as they are), WIDTH (of
-// a head), TABLE_ROW (256 or 128), SLICE (256, 128 or 64), DEPTH and CHUNK defined. See mod.rs for what is computed and cuda/layout.rs for how
-// these are chosen and for the bytes of shared memory.
+// Compiled when it is first used, with TILES (1, 2 or 4), ONE (1 where n is 1), BF16 (0 or 1), PLAIN (1 where scales are stored as they
+// are), WIDTH (of a head), TABLE_ROW (256 or 128), SLICE (256, 128 or 64), DEPTH and CHUNK defined. See mod.rs for what is computed and
+// cuda/layout.rs for how these are chosen and for the bytes of shared memory.
 //
 // How a product works. A slice, TILE_ROWS rows by SLICE columns of packed weights, is what a warp multiplies at a time. Each warp fetches its own
 // slices into its own ring in shared memory, DEPTH ahead and across the end of a product, for weights depend on nothing: so memory is busy
 // while blocks wait for each other. Up to eight tokens (TILES 1) blocks share out the tiles of rows; each warp keeps the inputs of its own columns
 // in registers and goes over all tiles of its block. With more, blocks share out tiles and columns: a block has the inputs of
-// a group of CHUNK columns in shared memory, each of its warps multiplies tiles of its own with them, and the warp that comes last to a tile adds up
+// a group of CHUNK columns in shared memory, each of its warps multiplies tiles of its own with them and leaves sums, and the warp that owns half of a tile adds up
 // the sums of all groups, in their order.
 //
 // A tile is the left factor of mma.m16n8k16, the inputs are the right one, and because a sum does not depend on the order of its terms,
@@ -30,6 +30,7 @@ typedef unsigned long long u64;
 #define TILE_ROWS (16 * ROW_TILES)
 #define MOST_PARTS 3
 #define MOST_ATTENTION_SPLITS 4
+#define SQUARES_APART 16          // sums of squares, so that neighbouring ones are in different lines of the cache
 #define NOTHING -1e30f
 #define SCALES (SLICE / 64)                // scales of a row of a slice
 #define STAGE_CODES (8 * SLICE)            // bytes of the codes of 16 rows of a slice, and of all of them
@@ -93,18 +94,22 @@ struct Step {
     float *log_sums;         // [n, heads, splits]
     u16 *result;             // [n, heads WIDTH]
     float4 *partial;         // [groups of columns, tiles, ROW_TILES TILES, 32]: sums as lanes have them, where warps are not by columns
-    u32 *arrived;            // [tiles]: groups that left theirs
+    u32 *arrived;            // [3, most_tiles]: groups that left theirs
+    long long *squares;      // [3, TOKENS, SQUARES_APART]: sums of squares of rows of the residual stream, where warps are not by columns
     int count, n, d, vocabulary;
     int round;               // tiles that a block has sums of at a time, where warps are by columns
     int work_bytes;          // of shared memory for sums, inputs and attention
     int most_low_rank;
     int table, page_shift, heads, key_heads, splits;
     float scale;
-    int unused;
+    int most_tiles;
 };
 
 // What the step is; the host puts it there.
 __constant__ Step step;
+
+// Its tokens.
+#define N (ONE ? 1 : step.n)
 
 __device__ __forceinline__ u32 bits(float x) { return __float_as_uint(x); }
 
@@ -250,7 +255,8 @@ struct Shared {
     float *dynamic;    // [256]
     Product *products; // [3]: of product number op in place op % 3
     float *offsets;    // [3, 4]
-    Range *units;      // [3], and one that keeps what follows at multiples of 16 bytes: of this block
+    Range *units;      // [3]: of this block
+    int *gathered;     // sums of x A that warps have taken upon themselves; what follows is at a multiple of 16 bytes
     int *lengths;      // [TOKENS]
     Position *position; // of this warp's stream
     float *scratch;    // [2, 4, WARPS]
@@ -276,7 +282,8 @@ __device__ __forceinline__ Shared lay_out(unsigned char *memory) {
     s.products = (Product *)(s.dynamic + 256);
     s.offsets = (float *)(s.products + 3);
     s.units = (Range *)(s.offsets + 12);
-    s.lengths = (int *)(s.units + 4);
+    s.gathered = (int *)(s.units + 3);
+    s.lengths = s.gathered + 2;
     s.position = (Position *)(s.lengths + TOKENS) + warp;
     s.scratch = (float *)((Position *)(s.lengths + TOKENS) + WARPS);
     s.work = s.scratch + 2 * 4 * WARPS;
@@ -461,14 +468,15 @@ __device__ __forceinline__ uint2 normalised(float4 x, float factor, uint2 weight
 
 __device__ __forceinline__ float squares(float4 x) { return x.x * x.x + x.y * x.y + (x.z * x.z + x.w * x.w); }
 
-__device__ __forceinline__ float factor_of(const float *scratch, const Product &p) {
+__device__ __forceinline__ float sum_of_warps(const float *scratch) {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += scratch[w];
-    return rsqrtf(sum / p.inner + p.epsilon);
+    return sum;
 }
 
-#define ROWS_AT_A_TIME 4
+#if BY_COLUMNS
+#define ROWS_AT_A_TIME (ONE ? 1 : 4)
 #define GROUPS_KEPT 2     // groups of four columns that a thread keeps
 
 // The normalised residual stream: all rows as [n, inner + 8] in shared memory, or each block some rows of [n, inner] in global memory.
@@ -479,7 +487,7 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
 #pragma unroll
     for (int e = 0; e < GROUPS_KEPT; e++) weights[e] = __ldg((const uint2 *)p.norm + min(tid + e * THREADS, groups - 1));
 #pragma unroll 1
-    for (int first = here ? 0 : blockIdx.x, round = 0; first < step.n; first += ROWS_AT_A_TIME * apart, round++) {
+    for (int first = here ? 0 : blockIdx.x, round = 0; first < N; first += ROWS_AT_A_TIME * apart, round++) {
         float4 x[ROWS_AT_A_TIME][GROUPS_KEPT];
         float *scratch = s.scratch + round % 2 * ROWS_AT_A_TIME * WARPS;
 #pragma unroll
@@ -488,13 +496,13 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
             for (int e = 0; e < GROUPS_KEPT; e++) {
                 int row = first + r * apart, i = tid + e * THREADS;
                 x[r][e] = make_float4(0, 0, 0, 0);
-                if (row < step.n && i < groups) x[r][e] = __ldcg((const float4 *)(step.residual + (size_t)row * p.inner) + i);
+                if (row < N && i < groups) x[r][e] = __ldcg((const float4 *)(step.residual + (size_t)row * p.inner) + i);
             }
         }
 #pragma unroll
         for (int r = 0; r < ROWS_AT_A_TIME; r++) {
             int row = first + r * apart;
-            if (row >= step.n) break;
+            if (row >= N) break;
             const float4 *from = (const float4 *)(step.residual + (size_t)row * p.inner);
             float sum = 0.0f;
 #pragma unroll
@@ -508,9 +516,9 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
 #pragma unroll
         for (int r = 0; r < ROWS_AT_A_TIME; r++) {
             int row = first + r * apart;
-            if (row >= step.n) break;
+            if (row >= N) break;
             const float4 *from = (const float4 *)(step.residual + (size_t)row * p.inner);
-            float factor = factor_of(scratch + r * WARPS, p);
+            float factor = rsqrtf(sum_of_warps(scratch + r * WARPS) / p.inner + p.epsilon);
             uint2 *own = (uint2 *)(to + (size_t)row * pitch);
 #pragma unroll
             for (int e = 0; e < GROUPS_KEPT; e++)
@@ -523,7 +531,7 @@ __device__ __forceinline__ void normalise(const Product &p, const Shared &s, boo
 
 // What the blocks found that share out the places of a head, each with a softmax of its own, as [n, inner + 8] in shared memory.
 __device__ __forceinline__ void join_attention(const Product &p, const Shared &s) {
-    int tid = thread_number(), all = step.n * p.inner / 4;
+    int tid = thread_number(), all = N * p.inner / 4;
 #pragma unroll 1
     for (int first = tid; first < all; first += GROUPS_KEPT * THREADS) {
         float log_sums[GROUPS_KEPT][MOST_ATTENTION_SPLITS];
@@ -573,6 +581,8 @@ __device__ __forceinline__ void load_input(const Product &p, const Shared &s, bo
         unpack(__ldcg(from), __ldcg(from + 1), x);
     }
 }
+
+#endif
 
 // ---- Products of a tile ---------------------------------------------------------------------------------------------------
 
@@ -658,6 +668,11 @@ __device__ __forceinline__ void multiply_slice(
 #else
 #define PITCH (2 * (CHUNK + 8))   // bytes between the inputs of two tokens
 #define LEAST_SCALE 1e-30f
+
+// Where a lane finds the inputs of its first token and columns.
+__device__ __forceinline__ u32 inputs_of(const Shared &s, int lane) {
+    return (u32)__cvta_generic_to_shared(s.work) + lane / 4 * PITCH + 32 * (lane % 4);
+}
 
 // A warp's sums of a tile, in units of what the scale of each row was last: the tensor cores add to them where they are. For a second set
 // beside them, whose sums of 64 columns are scaled when they are added, there are not enough registers.
@@ -756,21 +771,42 @@ __device__ __forceinline__ void multiply_dense(const Dense &a, const u32 *x, flo
     multiply(sums, a.rows[0][1].z, a.rows[1][1].z, a.rows[0][1].w, a.rows[1][1].w, x[6], x[7]);
 }
 
+// The same with inputs of their own for the first eight rows and for the second.
+__device__ __forceinline__ void multiply_halves(const Dense &a, const u32 *x, const u32 *y, float *sums) {
+    multiply(sums, a.rows[0][0].x, 0, a.rows[0][0].y, 0, x[0], x[1]);
+    multiply(sums, a.rows[0][0].z, 0, a.rows[0][0].w, 0, x[2], x[3]);
+    multiply(sums, a.rows[0][1].x, 0, a.rows[0][1].y, 0, x[4], x[5]);
+    multiply(sums, a.rows[0][1].z, 0, a.rows[0][1].w, 0, x[6], x[7]);
+    multiply(sums, 0, a.rows[1][0].x, 0, a.rows[1][0].y, y[0], y[1]);
+    multiply(sums, 0, a.rows[1][0].z, 0, a.rows[1][0].w, y[2], y[3]);
+    multiply(sums, 0, a.rows[1][1].x, 0, a.rows[1][1].y, y[4], y[5]);
+    multiply(sums, 0, a.rows[1][1].z, 0, a.rows[1][1].w, y[6], y[7]);
+}
+
 // ---- Low-rank corrections -------------------------------------------------------------------------------------------------
 
 // x A is summed up by all blocks in fixed point, so that a sum does not depend on the order of its terms. The lower bits count them.
 #define COUNT_BITS 10
 #define LOW_RANK_ONE 1073741824.0f
 
-// 16 ranks by 64 columns of a factor A are a unit; where a warp's unit is.
+// So are the squares of the residual stream, where warps are not by columns; these sums hold up to 8.6e9.
+#define SQUARES_ONE 1073741824.0f
+
+#if BY_COLUMNS
+#define UNIT_COLUMNS 64
+#else
+#define UNIT_COLUMNS 128
+#endif
+
+// 16 ranks by UNIT_COLUMNS columns of a factor A are a unit; where the one is that is number `unit` of those whose columns are `pieces` times as many.
 struct LowRankUnit {
     int part, row, column;
 };
 
-__device__ __forceinline__ LowRankUnit low_rank_unit(const Product &p, int unit) {
-    int pieces = p.inner / 64, tile = unit / pieces, part = 0;
+__device__ __forceinline__ LowRankUnit low_rank_unit(const Product &p, int unit, int pieces) {
+    int tile = unit / pieces, part = 0;
     LowRankUnit found;
-    found.column = unit % pieces * 64;
+    found.column = unit % pieces * UNIT_COLUMNS;
 #pragma unroll 1
     while (tile >= p.parts[part].rank / 16) tile -= p.parts[part++].rank / 16;
     found.part = part;
@@ -778,18 +814,38 @@ __device__ __forceinline__ LowRankUnit low_rank_unit(const Product &p, int unit)
     return found;
 }
 
-// Where warps have tiles of their own the last ones have the fewest, or none.
-__device__ __forceinline__ int first_low_rank_unit() {
-    return gridDim.x - 1 - blockIdx.x + (BY_COLUMNS ? warp_number() : WARPS - 1 - warp_number()) * gridDim.x;
+// Adds a warp's share of x A, of eight tokens, to what the others found.
+__device__ __forceinline__ void add_low_rank(const Product &p, const LowRankUnit &unit, int buffer, int tokens, const float *sums, int lane) {
+    long long *to = step.low_rank + (size_t)buffer * step.most_low_rank + p.parts[unit.part].first_rank + unit.row + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int token = tokens + 2 * (lane % 4) + i % 2;
+        long long term = (llrintf(sums[i] * LOW_RANK_ONE) << COUNT_BITS) + 1;
+        long long *at = to + (size_t)token * p.ranks + 8 * (i / 2);
+        if (token < N) asm volatile("red.global.add.u64 [%0], %1;" ::"l"(at), "l"(term) : "memory");
+    }
 }
-__device__ __forceinline__ int low_rank_units(const Product &p) { return p.ranks / 16 * (p.inner / 64); }
+
+// A sum of x A, once all its terms are there.
+__device__ __forceinline__ long long whole_sum(const long long *from, long long sum, int terms) {
+    while ((sum & ((1 << COUNT_BITS) - 1)) != terms) sum = *(volatile const long long *)from;
+    return sum;
+}
+
+__device__ __forceinline__ u16 low_rank_of(const Product &p, int part, long long sum) {
+    return narrow((float)(sum >> COUNT_BITS) * (p.parts[part].lora_scale / LOW_RANK_ONE));
+}
+
+#if BY_COLUMNS
+__device__ __forceinline__ int first_low_rank_unit() { return gridDim.x - 1 - blockIdx.x + warp_number() * gridDim.x; }
+__device__ __forceinline__ int low_rank_units(const Product &p) { return p.ranks / 16 * (p.inner / UNIT_COLUMNS); }
 
 __device__ __forceinline__ void load_low_rank(const Product &p, int number, Dense &a) {
     int lane = (thread_number() & 31);
     // Without a unit something is loaded all the same: a value that is there on some ways only would be kept in memory.
     const u16 *first = step.embedding, *second = step.embedding;
     if (number < low_rank_units(p)) {
-        LowRankUnit unit = low_rank_unit(p, number);
+        LowRankUnit unit = low_rank_unit(p, number, p.inner / UNIT_COLUMNS);
         first = p.parts[unit.part].a + (size_t)(unit.row + lane / 4) * p.inner + unit.column + 16 * (lane % 4);
         second = first + 8 * (size_t)p.inner;
     }
@@ -801,22 +857,12 @@ __device__ __forceinline__ void multiply_low_rank(const Product &p, const Shared
     int lane = (thread_number() & 31);
 #pragma unroll 1
     for (int number = first_low_rank_unit(); number < low_rank_units(p); number += WARPS * gridDim.x) {
-        LowRankUnit unit = low_rank_unit(p, number);
-        long long *to = step.low_rank + (size_t)buffer * step.most_low_rank + p.parts[unit.part].first_rank + unit.row + lane / 4;
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            float sums[4] = {};
-            u32 x[8];
-            load_input(p, s, here, min(8 * t + lane / 4, step.n - 1), unit.column, lane, x);
-            multiply_dense(a, x, sums);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int token = 8 * t + 2 * (lane % 4) + i % 2;
-                long long term = (llrintf(sums[i] * LOW_RANK_ONE) << COUNT_BITS) + 1;
-                long long *at = to + (size_t)token * p.ranks + 8 * (i / 2);
-                if (token < step.n) asm volatile("red.global.add.u64 [%0], %1;" ::"l"(at), "l"(term) : "memory");
-            }
-        }
+        LowRankUnit unit = low_rank_unit(p, number, p.inner / UNIT_COLUMNS);
+        float sums[4] = {};
+        u32 x[8];
+        load_input(p, s, here, min(lane / 4, N - 1), unit.column, lane, x);
+        multiply_dense(a, x, sums);
+        add_low_rank(p, unit, buffer, 0, sums, lane);
         load_low_rank(p, number + WARPS * gridDim.x, a);
     }
 }
@@ -824,20 +870,80 @@ __device__ __forceinline__ void multiply_low_rank(const Product &p, const Shared
 // Waits for all terms of the sums that this thread takes into shared memory.
 __device__ __forceinline__ void gather_low_rank(const Product &p, const Shared &s, int buffer) {
     const long long *from = step.low_rank + (size_t)buffer * step.most_low_rank;
-    int terms = p.inner / 64;
 #pragma unroll 4
-    for (int place = thread_number(); place < p.ranks * step.n; place += THREADS) {
-        long long sum = __ldcg(from + place);
-        while ((sum & ((1 << COUNT_BITS) - 1)) != terms) sum = *(volatile const long long *)(from + place);
+    for (int place = thread_number(); place < p.ranks * N; place += THREADS) {
+        long long sum = whole_sum(from + place, __ldcg(from + place), p.inner / UNIT_COLUMNS);
         int rank = place % p.ranks, token = place / p.ranks, part = (rank >= p.parts[1].first_rank) + (rank >= p.parts[2].first_rank);
-        s.low_rank[token * (p.ranks + 8) + rank] = narrow((float)(sum >> COUNT_BITS) * (p.parts[part].lora_scale / LOW_RANK_ONE));
+        s.low_rank[token * (p.ranks + 8) + rank] = low_rank_of(p, part, sum);
+    }
+}
+#else
+// The units of a group of columns are shared out as its tiles are; the last warps begin, for they have the fewest tiles, or none.
+__device__ __forceinline__ void multiply_low_rank(const Product &p, const Shared &s, int group, int first_tile, int end_tile, int buffer) {
+    int lane = (thread_number() & 31), pieces = columns_of(p, group) / UNIT_COLUMNS, all = p.ranks / 16 * pieces, tiles = tiles_of(p);
+    u32 inputs = inputs_of(s, lane);
+#pragma unroll 1
+    for (int number = first_tile * all / tiles + WARPS - 1 - warp_number(); number < end_tile * all / tiles; number += WARPS) {
+        LowRankUnit unit = low_rank_unit(p, number, pieces);
+        const u16 *first = p.parts[unit.part].a + (size_t)(unit.row + lane / 4) * p.inner + group * CHUNK + unit.column + 16 * (lane % 4);
+        Dense a[2];
+#pragma unroll
+        for (int part = 0; part < 2; part++) load_dense(first + 64 * part, first + 8 * (size_t)p.inner + 64 * part, a[part]);
+#pragma unroll 1
+        for (int t = 0; t < TILES; t++) {
+            float sums[4] = {};
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                u32 x[8], from = inputs + 8 * t * PITCH + 2 * unit.column + 128 * part;
+                unpack(shared_16(from), shared_16(from + 16), x);
+                multiply_dense(a[part], x, sums);
+            }
+            add_low_rank(p, unit, buffer, 8 * t, sums, lane);
+        }
     }
 }
 
-__device__ __forceinline__ void clear_low_rank(int buffer) {
+#define TOKENS_AT_ONCE 4
+
+// Waits for the sums and takes them into shared memory: 64 ranks of some tokens at a time by a warp that has nothing else to do yet.
+__device__ __forceinline__ void gather_low_rank(const Product &p, const Shared &s, int buffer) {
+    const long long *sums = step.low_rank + (size_t)buffer * step.most_low_rank;
+    int lane = (thread_number() & 31), pieces = p.ranks / 64, all = pieces * ((N + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE);
+#pragma unroll 1
+    for (;;) {
+        int number = lane == 0 ? atomicAdd(s.gathered, 1) : 0;
+        number = __shfl_sync(0xffffffffu, number, 0);
+        if (number >= all) break;
+        int tokens = number / pieces * TOKENS_AT_ONCE, rank = number % pieces * 64, part = (rank >= p.parts[1].first_rank) + (rank >= p.parts[2].first_rank);
+        long long found[TOKENS_AT_ONCE][2];
+#pragma unroll
+        for (int t = 0; t < TOKENS_AT_ONCE; t++) {
+            const long long *from = sums + min(tokens + t, N - 1) * p.ranks + rank + lane;
+            found[t][0] = __ldcg(from);
+            found[t][1] = __ldcg(from + 32);
+        }
+#pragma unroll
+        for (int t = 0; t < TOKENS_AT_ONCE; t++) {
+            int token = min(tokens + t, N - 1);
+            const long long *from = sums + token * p.ranks + rank + lane;
+            u16 *to = s.low_rank + token * (p.ranks + 8) + rank + lane;
+            to[0] = low_rank_of(p, part, whole_sum(from, found[t][0], p.inner / UNIT_COLUMNS));
+            to[32] = low_rank_of(p, part, whole_sum(from + 32, found[t][1], p.inner / UNIT_COLUMNS));
+        }
+    }
+}
+#endif
+
+// Sums of x A and of squares, and what counts the groups that left sums, for another product.
+__device__ __forceinline__ void clear_counted(int buffer) {
     long long *to = step.low_rank + (size_t)buffer * step.most_low_rank;
 #pragma unroll 1
     for (int i = blockIdx.x * THREADS + thread_number(); i < step.most_low_rank; i += gridDim.x * THREADS) to[i] = 0;
+#if !BY_COLUMNS
+#pragma unroll 1
+    for (int i = blockIdx.x * THREADS + thread_number(); i < step.most_tiles; i += gridDim.x * THREADS) step.arrived[buffer * step.most_tiles + i] = 0;
+    if (blockIdx.x == 0 && thread_number() < TOKENS) step.squares[(buffer * TOKENS + thread_number()) * SQUARES_APART] = 0;
+#endif
 }
 
 // ---- A tile's end ---------------------------------------------------------------------------------------------------------
@@ -866,18 +972,11 @@ __device__ __forceinline__ void correct(const Product &p, const Shared &s, int t
         if (rank) load_factors(p, tile, first, rank, b);
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            const u16 *rows = s.low_rank + min(8 * t + lane / 4, step.n - 1) * (p.ranks + 8) + rank + 16 * (lane % 4);
-            u32 x[8];
+            const u16 *rows = s.low_rank + min(8 * t + lane / 4, N - 1) * (p.ranks + 8) + rank + 16 * (lane % 4);
+            u32 x[8], y[8];
             load_shared(rows + p.parts[part].first_rank, x);
-            if (part == second) {
-                multiply_dense(b, x, sums[t]);
-                continue;
-            }
-            float more[4] = {sums[t][0], sums[t][1], 0, 0}, other[4] = {0, 0, sums[t][2], sums[t][3]};
-            multiply_dense(b, x, more);
-            load_shared(rows + p.parts[second].first_rank, x);
-            multiply_dense(b, x, other);
-            sums[t][0] = more[0]; sums[t][1] = more[1]; sums[t][2] = other[2]; sums[t][3] = other[3];
+            load_shared(rows + p.parts[second].first_rank, y);
+            multiply_halves(b, x, y, sums[t]);
         }
     }
 }
@@ -893,19 +992,19 @@ __device__ __forceinline__ void put_rows(const Product &p, int tile, int first, 
             for (int i = 0; i < 2; i++) {
                 int token = 8 * t + column + i;
                 float x = sums[t][i] / (1.0f + __expf(-sums[t][i])) * sums[t][i + 2];
-                if (token < step.n) step.activated[(size_t)token * p.parts[0].rows + own] = narrow(x);
+                if (token < N) step.activated[(size_t)token * p.parts[0].rows + own] = narrow(x);
             }
         }
         return;
     }
-    bool adds = p.target == TO_RESIDUAL, there[2] = {own >= TILE_ROWS * tile, own + 8 >= TILE_ROWS * tile};
+    bool adds = BY_COLUMNS && p.target == TO_RESIDUAL, there[2] = {own >= TILE_ROWS * tile, own + 8 >= TILE_ROWS * tile};
     float *to = p.to + (size_t)column * p.rows + own;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             float *at = to + (size_t)(8 * t + i % 2) * p.rows + 8 * (i / 2);
-            if (8 * t + column + i % 2 >= step.n || !there[i / 2]) continue;
+            if (8 * t + column + i % 2 >= N || !there[i / 2]) continue;
             // Nobody else adds to it.
             if (adds) asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at), "f"(sums[t][i]) : "memory");
             else asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(sums[t][i]) : "memory");
@@ -913,13 +1012,46 @@ __device__ __forceinline__ void put_rows(const Product &p, int tile, int first, 
     }
 }
 
+#if !BY_COLUMNS
+// Adds 16 rows of a tile to the residual stream, and the squares of what it is then to the sums of the tokens.
+__device__ __forceinline__ void add_to_residual(const Product &p, int tile, int first, int buffer, const float (*sums)[4]) {
+    int lane = (thread_number() & 31), column = 2 * (lane % 4), own = place_of(p, tile, first).own + lane / 4;
+    bool there[2] = {own >= TILE_ROWS * tile, own + 8 >= TILE_ROWS * tile};
+    float *to = p.to + (size_t)column * p.rows + own, now[TILES][4];
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            bool is = 8 * t + column + i % 2 < N && there[i / 2];
+            now[t][i] = is ? __ldcg(to + (size_t)(8 * t + i % 2) * p.rows + 8 * (i / 2)) + sums[t][i] : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float *at = to + (size_t)(8 * t + i % 2) * p.rows + 8 * (i / 2);
+            if (8 * t + column + i % 2 < N && there[i / 2]) asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(now[t][i]) : "memory");
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float sum = now[t][i] * now[t][i] + now[t][i + 2] * now[t][i + 2];
+#pragma unroll
+            for (int other = 16; other >= 4; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+            long long term = llrintf(sum * SQUARES_ONE), *at = step.squares + (buffer * TOKENS + 8 * t + column + i) * SQUARES_APART;
+            if (lane < 4) asm volatile("red.global.add.u64 [%0], %1;" ::"l"(at), "l"(term) : "memory");
+        }
+    }
+}
+#endif
+
 #if BY_COLUMNS
 // Adds up what `warps` warps left from `from` on, corrects it and puts it where it belongs. `b` are the first 64 ranks.
 __device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, int tile, const float *from, int warps, Dense &b) {
     int lane = (thread_number() & 31), row = lane / 4, column = 2 * (lane % 4);
     float sums[1][4] = {};
     for (int w = 0; w < warps; w++) {
-        if (step.n == 1) {
+        if (N == 1) {
             sums[0][0] += from[row];
             sums[0][2] += from[row + 8];
             from += 16;
@@ -940,7 +1072,7 @@ __device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, i
 // Leaves a warp's sums of a tile, or adds to what it left before.
 __device__ __forceinline__ void leave_sums(float *to, const float (*sums)[4], bool adds, int lane) {
     int row = lane / 4, column = 2 * (lane % 4);
-    if (step.n == 1) {
+    if (N == 1) {
         if (column == 0) {
             to[row] = sums[0][0] + (adds ? to[row] : 0.0f);
             to[row + 8] = sums[0][2] + (adds ? to[row + 8] : 0.0f);
@@ -956,8 +1088,8 @@ __device__ __forceinline__ void leave_sums(float *to, const float (*sums)[4], bo
 #else
 #define UNIT_SUMS (ROW_TILES * TILES * 32)   // of four floats
 
-// Leaves a warp's sums of a tile for whoever finishes it; whether that is this warp, because the other groups have left theirs.
-__device__ __forceinline__ bool leave_sums(const Product &p, int group, int tile, const TileSums &sums, int lane) {
+// Leaves a warp's sums of a tile for those who finish it.
+__device__ __forceinline__ void leave_sums(const Product &p, int group, int tile, int buffer, const TileSums &sums, int lane) {
     float4 *to = step.partial + (size_t)(group * tiles_of(p) + tile) * UNIT_SUMS + lane;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
@@ -968,33 +1100,42 @@ __device__ __forceinline__ bool leave_sums(const Product &p, int group, int tile
         }
     }
     __syncwarp();
-    u32 before, last = groups_of(p) - 1;
-    // The counter begins again at 0 after the last one.
-    if (lane == 0) asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(step.arrived + tile), "r"(last) : "memory");
-    return __shfl_sync(0xffffffffu, before, 0) == last;
+    u32 *arrived = step.arrived + buffer * step.most_tiles + tile;
+    if (lane == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
 }
 
-// Adds up what all groups left of a tile, corrects it and puts it where it belongs.
-__device__ __forceinline__ void finish_tile(const Product &p, const Shared &s, int tile, int lane) {
-    float sums[ROW_TILES][TILES][4] = {};
-    const float4 *from = step.partial + (size_t)tile * UNIT_SUMS + lane;
-#pragma unroll 2
-    for (int group = groups_of(p); group > 0; group--, from += tiles_of(p) * UNIT_SUMS) {
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; r++) {
+// Waits until all groups have left their sums of a tile.
+__device__ __forceinline__ void wait_for_groups(const Product &p, int tile, int buffer, int lane) {
+    if (lane == 0) {
+        u32 found, *arrived = step.arrived + buffer * step.most_tiles + tile;
+        do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(arrived) : "memory");
+        while (found != groups_of(p));
+        __threadfence();
+    }
+    __syncwarp();
+}
+
+// Halves of tiles, of 16 rows each, have owners, who add up what all groups left, correct it and put it where it belongs.
+__device__ __forceinline__ void finish_tiles(const Product &p, const Shared &s, int buffer, int lane) {
+#pragma unroll 1
+    for (int half = blockIdx.x + warp_number() * gridDim.x; half < ROW_TILES * tiles_of(p); half += WARPS * gridDim.x) {
+        int tile = half / ROW_TILES, row_tile = half % ROW_TILES;
+        Dense b;
+        load_factors(p, tile, 2 * row_tile, 0, b);
+        wait_for_groups(p, tile, buffer, lane);
+        float sums[TILES][4] = {};
+        const float4 *from = step.partial + (size_t)tile * UNIT_SUMS + 32 * row_tile * TILES + lane;
+#pragma unroll 4
+        for (int group = groups_of(p); group > 0; group--, from += tiles_of(p) * UNIT_SUMS) {
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
-                float4 v = __ldcg(from + 32 * (r * TILES + t));
-                sums[r][t][0] += v.x; sums[r][t][1] += v.y; sums[r][t][2] += v.z; sums[r][t][3] += v.w;
+                float4 v = __ldcg(from + 32 * t);
+                sums[t][0] += v.x; sums[t][1] += v.y; sums[t][2] += v.z; sums[t][3] += v.w;
             }
         }
-    }
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; r++) {
-        Dense b;
-        load_factors(p, tile, 2 * r, 0, b);
-        correct(p, s, tile, 2 * r, b, sums[r]);
-        put_rows(p, tile, 2 * r, sums[r]);
+        correct(p, s, tile, 2 * row_tile, b, sums);
+        if (p.target == TO_RESIDUAL) add_to_residual(p, tile, 2 * row_tile, buffer, sums);
+        else put_rows(p, tile, 2 * row_tile, sums);
     }
 }
 #endif
@@ -1006,7 +1147,7 @@ __device__ __forceinline__ Range units_of(int rows, int inner) {
     return Range{0, (tiles - block + blocks - 1) / blocks};
 #else
     int all = (inner + CHUNK - 1) / CHUNK * tiles;
-    return Range{(int)((long long)all * block / blocks), (int)((long long)all * (block + 1) / blocks)};
+    return Range{all * block / blocks, all * (block + 1) / blocks};
 #endif
 }
 
@@ -1037,21 +1178,28 @@ __device__ __forceinline__ void prefetch_product(const Product &p, Range units, 
         const Part &part = p.parts[place.part];
         if (part.rank) prefetch(part.b + (size_t)(place.own + i % 8) * part.rank);
     }
-#else
-    // Nobody knows yet who finishes which tile.
-#pragma unroll 1
-    for (int row = blockIdx.x + tid * gridDim.x; row < p.rows; row += threads * gridDim.x) {
-        const Part &part = p.parts[(row >= p.parts[1].first_row) + (row >= p.parts[2].first_row)];
-        if (part.rank) prefetch(part.b + (size_t)(row - part.first_row) * part.rank);
-    }
-#endif
 #pragma unroll 1
     for (int i = tid; i < WARPS * 16; i += threads) {
         int number = gridDim.x - 1 - blockIdx.x + i / 16 * gridDim.x;
         if (number >= low_rank_units(p)) break;
-        LowRankUnit unit = low_rank_unit(p, number);
+        LowRankUnit unit = low_rank_unit(p, number, p.inner / UNIT_COLUMNS);
         prefetch(p.parts[unit.part].a + (size_t)(unit.row + i % 16) * p.inner + unit.column);
     }
+#else
+    // Other blocks may need what this one brings.
+    int first = blockIdx.x + tid * gridDim.x, all = threads * gridDim.x;
+#pragma unroll 1
+    for (int row = first; row < p.rows; row += all) {
+        const Part &part = p.parts[(row >= p.parts[1].first_row) + (row >= p.parts[2].first_row)];
+        if (part.rank) prefetch(part.b + (size_t)(row - part.first_row) * part.rank);
+    }
+#pragma unroll 1
+    for (int line = first; line < p.ranks * (p.inner / 64); line += all) {
+        int rank = line / (p.inner / 64);
+        const Part &part = p.parts[(rank >= p.parts[1].first_rank) + (rank >= p.parts[2].first_rank)];
+        prefetch(part.a + (size_t)(rank - part.first_rank) * p.inner + line % (p.inner / 64) * 64);
+    }
+#endif
 }
 
 // What can be done for the products to come while other warps finish tiles.
@@ -1083,7 +1231,7 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
     if (p.ranks) multiply_low_rank(p, s, here, op % 3, a);
     take_product(s, op + 2);
     Inputs x = {};
-    int area = step.n == 1 ? 16 : 16 * TOKENS, slots = slots_of(p), most = (p.inner / SLICE + WARPS - 1) / WARPS;
+    int area = N == 1 ? 16 : 16 * TOKENS, slots = slots_of(p), most = (p.inner / SLICE + WARPS - 1) / WARPS;
 #pragma unroll 1
     for (int first = 0, pass = 0; first < tiles; first += step.round, pass++) {
         int end = min(tiles, first + step.round);
@@ -1093,7 +1241,7 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
             int column = column_of(slot);
             if (most > 1 || pass == 0) {
 #pragma unroll
-                for (int b = 0; b < SCALES; b++) load_input(p, s, here, min(lane / 4, step.n - 1), column + 64 * b, lane, x[b]);
+                for (int b = 0; b < SCALES; b++) load_input(p, s, here, min(lane / 4, N - 1), column + 64 * b, lane, x[b]);
             }
             if (here && pass == 0) __syncthreads();   // sums lie where the inputs were
 #pragma unroll 1
@@ -1133,18 +1281,43 @@ __device__ __forceinline__ void copy_inputs(const Product &p, const Shared &s, i
     int pieces = columns_of(p, group) / 8;
     const u16 *from = p.rows_in + group * CHUNK;
 #pragma unroll 1
-    for (int i = thread_number(); i < step.n * (CHUNK / 8); i += THREADS) {
+    for (int i = thread_number(); i < N * (CHUNK / 8); i += THREADS) {
         int token = i / (CHUNK / 8), piece = i % (CHUNK / 8);
         if (piece < pieces) copy_16(place + token * PITCH + 16 * piece, from + (size_t)token * p.inner + 8 * piece);
     }
     end_copies();
 }
 
+#define PIECES (CHUNK / 4)                       // of four columns
+#define ROUNDS (TOKENS * PIECES / THREADS)       // of the threads over all pieces
+#define IN_FLIGHT (ROUNDS < 8 ? ROUNDS : 8)
+
+// The same of the residual stream, which is normalised on the way. `buffer` has the sums of its squares.
+__device__ __forceinline__ void copy_normalised(const Product &p, const Shared &s, int group, int buffer) {
+    int tid = thread_number(), piece = tid % PIECES, token = tid / PIECES;
+    bool there = 4 * piece < columns_of(p, group);
+    const float *from = step.residual + group * CHUNK + (there ? 4 * piece : 0);
+    uint2 weight = __ldg((const uint2 *)(p.norm + group * CHUNK + (there ? 4 * piece : 0)));
+    if (tid < TOKENS) s.scratch[tid] = rsqrtf(__ldcg(step.squares + (buffer * TOKENS + tid) * SQUARES_APART) * (1.0f / SQUARES_ONE) / p.inner + p.epsilon);
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS; round += IN_FLIGHT) {
+        float4 x[IN_FLIGHT];
+#pragma unroll
+        for (int k = 0; k < IN_FLIGHT; k++) x[k] = __ldcg((const float4 *)(from + (size_t)min(token + (round + k) * (THREADS / PIECES), N - 1) * p.inner));
+        if (round == 0) __syncthreads();
+#pragma unroll
+        for (int k = 0; k < IN_FLIGHT; k++) {
+            int row = token + (round + k) * (THREADS / PIECES);
+            if (there) *(uint2 *)((unsigned char *)s.work + row * PITCH + 8 * piece) = normalised(x[k], s.scratch[row], weight);
+        }
+    }
+}
+
 // The sums of a tile over a group of columns.
 __device__ __forceinline__ void multiply_tile(const Shared &s, Stream &stream, int op, int group, int tile, int lane, TileSums &sums) {
     const Product &p = s.products[op % 3];
     int columns = columns_of(p, group);
-    u32 inputs = (u32)__cvta_generic_to_shared(s.work) + lane / 4 * PITCH + 32 * (lane % 4);
+    u32 inputs = inputs_of(s, lane);
     if (p.parts[0].codes) {
         float2 offsets = offsets_of(p, s, op, tile);
 #pragma unroll 1
@@ -1180,37 +1353,25 @@ __device__ __forceinline__ void multiply_product(const Shared &s, Stream &stream
 #pragma unroll 1
     for (int group = units.begin / tiles, first = group; group * tiles < units.end; group++) {
         if (group > first) __syncthreads();
-        copy_inputs(p, s, group);
-        if (group == first) {
-            if (p.ranks) {
-                Dense a;
-                load_low_rank(p, first_low_rank_unit(), a);
-                multiply_low_rank(p, s, false, op % 3, a);
-            }
-            take_product(s, op + 2);
-        }
+        if (p.source == FROM_RESIDUAL) copy_normalised(p, s, group, (op + 2) % 3);
+        else copy_inputs(p, s, group);
+        int end = min(units.end, (group + 1) * tiles);
         wait_for_copies<0>();
         __syncthreads();
-        int end = min(units.end, (group + 1) * tiles);
-        bool gathers = group == first && p.ranks;
+        if (p.ranks) multiply_low_rank(p, s, group, max(units.begin - group * tiles, 0), end - group * tiles, op % 3);
 #pragma unroll 1
-        while (unit < end || gathers) {
-            int tile = unit - group * tiles;
-            bool finishes = false;
-            if (unit < end) {
-                TileSums sums = no_sums();
-                multiply_tile(s, stream, op, group, tile, lane, sums);
-                finishes = leave_sums(p, group, tile, sums, lane);
-                unit += WARPS;
-            }
-            if (gathers) {
-                gather_low_rank(p, s, op % 3);
-                __syncthreads();
-                gathers = false;
-            }
-            if (finishes) finish_tile(p, s, tile, lane);
+        for (; unit < end; unit += WARPS) {
+            TileSums sums = no_sums();
+            multiply_tile(s, stream, op, group, unit - group * tiles, lane, sums);
+            leave_sums(p, group, unit - group * tiles, op % 3, sums, lane);
         }
     }
+    if (p.ranks) {
+        gather_low_rank(p, s, op % 3);
+        __syncthreads();
+        *s.gathered = 0;   // all have the sums
+    }
+    finish_tiles(p, s, op % 3, lane);
     prepare_next(s, op, warp_number(), WARPS);
 }
 #endif
@@ -1281,10 +1442,10 @@ struct Reading {
 
 __device__ __forceinline__ Reading first_reading(const int *lengths, int number) {
     Reading r;
-    int unit = min(number, step.heads * step.n * step.splits - 1), split = unit / step.heads / step.n;
+    int unit = min(number, step.heads * N * step.splits - 1), split = unit / step.heads / N;
     r.number = number;
     r.head = unit % step.heads;
-    r.row = unit / step.heads % step.n;
+    r.row = unit / step.heads % N;
     int length = lengths[r.row], share = (length + step.splits - 1) / step.splits;
     r.base = split * share;
     r.end = min(length, r.base + share);
@@ -1347,7 +1508,7 @@ __device__ __forceinline__ void prepare(const Product &p, const int *lengths, in
 
 __device__ __forceinline__ void write_unit(const Reading &unit, int i, const AttentionRoom &room) {
     if (i >= WIDTH) return;
-    int split = unit.number / step.heads / step.n;
+    int split = unit.number / step.heads / N;
     float highest = NOTHING, total = 0.0f, value = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, room.most[w]);
@@ -1373,7 +1534,7 @@ __device__ __forceinline__ void write_unit(const Reading &unit, int i, const Att
 __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &passed) {
     AttentionRoom &room = *(AttentionRoom *)s.work;
     const Prepared *unit = (Prepared *)(&room + 1);
-    int tid = thread_number(), lane = tid % LANES, units = step.heads * step.n * step.splits;
+    int tid = thread_number(), lane = tid % LANES, units = step.heads * N * step.splits;
     Reading now = first_reading(s.lengths, blockIdx.x), next = reading_after(s.lengths, now);
     Places places;
     u32 numbers[PLACES];
@@ -1453,11 +1614,23 @@ __device__ __forceinline__ void attend(const Product &p, const Shared &s, u32 &p
 // ---- The step -------------------------------------------------------------------------------------------------------------
 
 // The rows of the embedding that the tokens name, as the residual stream.
-__device__ __forceinline__ void begin() {
-    for (int row = blockIdx.x; row < step.n; row += gridDim.x) {
+__device__ __forceinline__ void begin(const Shared &s) {
+    for (int row = blockIdx.x; row < N; row += gridDim.x) {
         const u16 *from = step.embedding + (size_t)step.ids[row] * step.d;
+        float sum = 0.0f;
 #pragma unroll 1
-        for (int i = thread_number(); i < step.d; i += THREADS) step.residual[(size_t)row * step.d + i] = widen(from[i]);
+        for (int i = thread_number(); i < step.d; i += THREADS) {
+            float x = widen(from[i]);
+            step.residual[(size_t)row * step.d + i] = x;
+            sum += x * x;
+        }
+#if !BY_COLUMNS
+        sum = sum_of_warp(sum);
+        __syncthreads();
+        if (thread_number() % 32 == 0) s.scratch[thread_number() / 32] = sum;
+        __syncthreads();
+        if (thread_number() == 0) step.squares[(2 * TOKENS + row) * SQUARES_APART] = llrintf(sum_of_warps(s.scratch) * SQUARES_ONE);
+#endif
     }
 }
 
@@ -1466,7 +1639,7 @@ __device__ __forceinline__ void choose(const Shared &s) {
     int tid = thread_number();
     float *best_of = s.work;
     int *place_of_best = (int *)(s.work + THREADS);
-    for (int r = blockIdx.x; r < step.n; r += gridDim.x) {
+    for (int r = blockIdx.x; r < N; r += gridDim.x) {
         const float *row = step.logits + (size_t)r * step.vocabulary;
         float best = __ldcg(row);
         int place = 0;
@@ -1499,12 +1672,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
     Shared s = lay_out(memory);
     Stream stream = {};
     *s.position = Position{};
+    if (!BY_COLUMNS) *s.gathered = 0;
     take_product(s, 0);
     take_product(s, 1);
     fetch_tables(s, memory);
-    if (thread_number() < step.n) s.lengths[thread_number()] = __ldg(step.lengths + thread_number());
-    clear_low_rank(0);
-    begin();
+    if (thread_number() < N) s.lengths[thread_number()] = __ldg(step.lengths + thread_number());
+    clear_counted(0);
+    begin(s);
     __syncthreads();
     fetch_ahead(s, stream, 0, (thread_number() & 31));
     prefetch_product(s.products[0], s.units[0], thread_number(), THREADS);
@@ -1519,9 +1693,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
         Dense a;
         load_low_rank(p, first_low_rank_unit(), a);
         bool here = p.source != FROM_ROWS && p.inner <= WARPS * SLICE && (p.source == FROM_RESIDUAL || step.splits > 1);
-#else
-        constexpr bool here = false;
-#endif
         if (p.source == FROM_RESIDUAL) {
             normalise(p, s, here);
             if (!here) {
@@ -1533,12 +1704,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_step(u32 passed) {
             join_attention(p, s);
             __syncthreads();
         }
-#if BY_COLUMNS
         multiply_product(s, stream, op, here, a);
 #else
+        take_product(s, op + 2);
         multiply_product(s, stream, op);
 #endif
-        clear_low_rank((op + 1) % 3);
+        clear_counted((op + 1) % 3);
         const Product &next = s.products[(op + 1) % 3];
         if (op + 1 < step.count) {
             if (next.attends) attend(next, s, passed);

@@ -117,6 +117,10 @@ pub trait StepRunner<B: Backend>: std::fmt::Debug + Send {
     /// If the device, its driver or its compiler refuse it, or there are too many rows.
     fn prepare(&mut self, rows: usize) -> Result<(), StepError>;
 
+    /// Lets the next step run after everything that was asked of the device until now. A step runs after those before it by itself, and
+    /// what is asked later runs after it, because it waits for its result.
+    fn follow(&mut self);
+
     /// Runs one step; gives each row's likeliest next token, `None` where a logit is no number. Waits for the result.
     ///
     /// Pages that one row fills must not be read by another one in the same step.

@@ -84,10 +84,10 @@ def compile_steps(nvidia, out):
     out.mkdir()
     nvrtc = ctypes.CDLL(str(nvidia / "cuda_nvrtc/lib/libnvrtc.so.12"))
     source = (SOURCES / "step/kernels.cu").read_bytes()
-    for width, plain in itertools.product((64, 128), (0, 1)):
+    for width, plain, one in itertools.product((64, 128), (0, 1), (0, 1)):
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
         nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, None, 0, None, None)
-        defines = dict(TILES=1, TABLE_ROW=128, SLICE=64, DEPTH=1, CHUNK=0, WIDTH=width, PLAIN=plain, BF16=0)
+        defines = dict(TILES=1, ONE=one, TABLE_ROW=128, SLICE=64, DEPTH=1, CHUNK=0, WIDTH=width, PLAIN=plain, BF16=0)
         options = [f"--gpu-architecture=compute_{ARCH}", *(f"-D{name}={value}" for name, value in defines.items())]
         status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options)))
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -98,7 +98,7 @@ def compile_steps(nvidia, out):
         nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
         ptx = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetPTX(program, ptx)
-        (out / f"{width}-{plain}.ptx").write_bytes(ptx.value)
+        (out / f"{width}-{plain}-{one}.ptx").write_bytes(ptx.value)
 
 
 def translate(ptx, nvidia):

@@ -10,10 +10,11 @@ use burn::module::Param;
 use burn::tensor::{DType, Shape, Tensor, TensorData};
 use buzzer_kernels::{KernelBackend, Nf4Tensor};
 use buzzer_model::{Block, Llama, LlamaConfig, Weight};
+use rayon::prelude::*;
 
 use super::{Gguf, Metadata, from_gguf_rows, reordered_heads};
 use crate::error::Place;
-use crate::load::{Filling, RUN, joined, on_device};
+use crate::load::{Filling, RUN, joined};
 use crate::open::WEIGHT_FILES;
 use crate::parts::Part;
 use crate::{Quantization, WeightsError, meta};
@@ -204,8 +205,13 @@ impl<B: KernelBackend> Loader<'_, B> {
 
     /// What was read last on the device, in runs `[1, n]`.
     fn runs(&self) -> impl Iterator<Item = Tensor<B, 2>> {
-        let data = |run: &[f32]| TensorData::new(run.to_vec(), [1, run.len()]);
-        self.values.chunks(RUN).map(move |run| on_device(data(run), self.device))
+        self.values.chunks(RUN).map(|run| {
+            let fill = &mut |out: &mut [u8]| {
+                let out = out.as_chunks_mut().0;
+                out.par_iter_mut().zip(run).for_each(|(out, value)| *out = value.to_le_bytes());
+            };
+            B::upload(self.device, DType::F32, run.len(), fill)
+        })
     }
 
     fn frozen<const D: usize>(&mut self, part: Part) -> Result<Param<Tensor<B, D>>, WeightsError> {

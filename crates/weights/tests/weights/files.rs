@@ -67,14 +67,16 @@ fn numbers_that_are_none_are_found_at_their_place() {
         let message = ["`w`", &place, "model.safetensors", "--model"];
         expect(checkpoint.read_f32("w", &[3, 1 << 20]), &message);
         for as_f32 in [false, true] {
-            expect(checkpoint.read_runs("w", &[3, 1 << 20], 1000, as_f32, drop), &message);
+            let mut out = vec![0; 8000];
+            expect(checkpoint.read_values("w", count - 1000, as_f32, &mut out[..2000]), &message);
+            checkpoint.read_values("w", place - 2000, as_f32, &mut out).unwrap();
         }
     }
 }
 
 #[test]
-fn runs_come_in_the_dtype_of_the_file_or_in_f32() {
-    let values: Vec<f32> = (0..3_000_000).map(|i| (i % 2001) as f32 - 1000.0).collect();
+fn values_come_in_the_dtype_of_the_file_or_in_f32() {
+    let values: Vec<f32> = (0..300_000).map(|i| (i % 2001) as f32 - 1000.0).collect();
     let halves = |bits: fn(f32) -> u16| values.iter().flat_map(|&value| bits(value).to_le_bytes()).collect();
     let stored: [(_, Vec<u8>); 3] = [
         ("F32", floats(&values)),
@@ -82,26 +84,20 @@ fn runs_come_in_the_dtype_of_the_file_or_in_f32() {
         ("BF16", halves(|value| half::bf16::from_f32(value).to_bits())),
     ];
     for (dtype, bytes) in stored {
-        let folder =
-            folder_with(&[("model.safetensors", &raw_file(&[("w", dtype, &[3, 1_000_000], &bytes)]))]);
+        let folder = folder_with(&[("model.safetensors", &raw_file(&[("w", dtype, &[3, 100_000], &bytes)]))]);
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
-        for length in [7_001, 1 << 20, 4_000_000] {
-            let (mut in_file, mut wide) = (Vec::new(), Vec::new());
-            let shape = [3, 1_000_000];
-            let lengths = |data: &TensorData| assert!(data.shape.to_vec()[1] <= length, "{dtype}");
-            checkpoint
-                .read_runs("w", &shape, length, false, |data| {
-                    lengths(&data);
-                    in_file.extend_from_slice(data.as_bytes());
-                })
-                .unwrap();
-            assert!(in_file == bytes, "{dtype}, {length} at a time");
-            let mut take = |data: TensorData| wide.extend(data.to_vec::<f32>().unwrap());
-            checkpoint.read_runs("w", &shape, length, true, &mut take).unwrap();
-            let rounded =
-                |&value: &f32| if dtype == "BF16" { half::bf16::from_f32(value).to_f32() } else { value };
-            assert!(wide == values.iter().map(rounded).collect::<Vec<_>>(), "{dtype}, {length} at a time");
+        let size = bytes.len() / values.len();
+        let wide = floats(&checkpoint.read_f32("w", &[3, 100_000]).unwrap());
+        for (first, count) in [(0, 300_000), (7_001, 1), (65_537, 200_003), (299_999, 1), (300_000, 0)] {
+            let mut found = vec![0; count * size];
+            checkpoint.read_values("w", first, false, &mut found).unwrap();
+            assert!(found == bytes[first * size..][..count * size], "{dtype}, {count} from {first} on");
+            let mut found = vec![0; count * 4];
+            checkpoint.read_values("w", first, true, &mut found).unwrap();
+            assert!(found == wide[first * 4..][..count * 4], "{dtype}, {count} from {first} on in f32");
         }
+        let beyond = checkpoint.read_values("w", 299_999, false, &mut vec![0; 2 * size]);
+        expect(beyond, &["`w`", "300000 values", "2 from number 299999", "model.safetensors"]);
     }
 }
 

@@ -228,12 +228,12 @@ impl Builder {
             log_sums: room(bytes.log_sums)?,
             heads_result: room(bytes.heads_result)?,
             partial: room(bytes.partial)?,
+            arrived: room(bytes.arrived)?,
+            squares: room(bytes.squares)?,
             normalised: room(bytes.normalised)?,
             activated: room(bytes.activated)?,
             low_rank: room(bytes.low_rank)?,
             numbers: room(bytes.numbers)?,
-            choices: room(bytes.choices)?,
-            arrived: self.kept.zeros(like, bytes.arrived)?,
             barrier: self.kept.zeros(like, bytes.barrier)?,
         })
     }

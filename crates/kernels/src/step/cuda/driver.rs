@@ -41,6 +41,8 @@ pub(super) struct Kernel {
     pub(super) function: sys::CUfunction,
     /// Where it finds what the step is.
     pub(super) step: sys::CUdeviceptr,
+    /// Rows of the step that it finds there.
+    pub(super) told: Option<usize>,
     /// What both are parts of. The runner waits for every step.
     _module: Module,
 }
@@ -61,9 +63,10 @@ impl Driver {
         plain: bool,
         width: usize,
     ) -> Result<Kernel, StepError> {
-        let Variant { tiles, table_row, slice, depth, chunk } = variant;
+        let Variant { tiles, one, table_row, slice, depth, chunk } = variant;
         let defines = [
             ("TILES", tiles),
+            ("ONE", usize::from(one)),
             ("TABLE_ROW", table_row),
             ("SLICE", slice),
             ("DEPTH", depth),
@@ -74,7 +77,7 @@ impl Driver {
         ];
         let module = Module::load(SOURCE, &self.limits.compute_capability.to_string(), &defines)?;
         let function = module.kernel(KERNEL, self.limits.shared_of_block)?;
-        Ok(Kernel { function, step: module.global(STEP)?, _module: module })
+        Ok(Kernel { function, step: module.global(STEP)?, told: None, _module: module })
     }
 
     /// Blocks of a kernel that a multiprocessor runs at a time with so much shared memory.

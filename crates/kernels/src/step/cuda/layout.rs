@@ -19,6 +19,8 @@ pub(super) const COUNT_BITS: u32 = 10;
 pub(super) const THREADS: usize = 512;
 /// `WARPS`.
 const WARPS: usize = THREADS / 32;
+/// `SQUARES_APART`: sums of squares, of 64 bits each, are so many of them apart.
+pub(super) const SQUARES_APART: usize = 16;
 /// `MOST_ATTENTION_SPLITS`.
 const MOST_ATTENTION_SPLITS: usize = 4;
 /// Where the table of pairs begins in shared memory if its rows are 256 bytes apart: an address of a pair is put together from bytes
@@ -108,6 +110,7 @@ pub(super) struct Step {
     pub(super) result: u64,
     pub(super) partial: u64,
     pub(super) arrived: u64,
+    pub(super) squares: u64,
     pub(super) count: i32,
     pub(super) n: i32,
     pub(super) d: i32,
@@ -121,7 +124,7 @@ pub(super) struct Step {
     pub(super) key_heads: i32,
     pub(super) splits: i32,
     pub(super) scale: f32,
-    pub(super) unused: i32,
+    pub(super) most_tiles: i32,
 }
 
 /// What decides how a program's steps are shared out.
@@ -129,6 +132,8 @@ pub(super) struct Step {
 pub(super) struct Needs {
     /// Ranks of the layers of a product at most.
     pub(super) ranks: usize,
+    /// Rows of the layers of a product at most.
+    pub(super) rows: usize,
     /// Columns of the residual stream.
     pub(super) hidden: usize,
     pub(super) heads: Heads,
@@ -136,11 +141,20 @@ pub(super) struct Needs {
     pub(super) plain: bool,
 }
 
+impl Needs {
+    /// Tiles of a product at most, where warps are not by columns.
+    pub(super) fn most_tiles(&self) -> usize {
+        self.rows.div_ceil(MOST_TILE_ROWS)
+    }
+}
+
 /// What a kernel is compiled for, besides dtypes and the width of heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Variant {
     /// `TILES`: tiles of eight tokens.
     pub(super) tiles: usize,
+    /// `ONE`: whether there is one token only, which takes less code.
+    pub(super) one: bool,
     /// `TABLE_ROW`: bytes between the rows of the table of pairs, of which there are 256.
     pub(super) table_row: usize,
     /// `SLICE`: columns that a warp multiplies at a time.
@@ -203,9 +217,9 @@ impl Variant {
         // Fewer columns in a group mean more sums to add up; where warps are by columns there are no groups.
         let chunks = if tiles == 1 { vec![0] } else { [1, 2, 4, 8].map(|part| 4096 / tiles / part).to_vec() };
         chunks.into_iter().flat_map(move |chunk| {
-            shapes()
-                .filter(move |&(_, slice, _)| chunk == 0 || slice <= chunk)
-                .map(move |(table_row, slice, depth)| Self { tiles, table_row, slice, depth, chunk })
+            shapes().filter(move |&(_, slice, _)| chunk == 0 || slice <= chunk).map(
+                move |(table_row, slice, depth)| Self { tiles, one: n == 1, table_row, slice, depth, chunk },
+            )
         })
     }
 }
@@ -262,8 +276,9 @@ impl Share {
     /// Times that the blocks of a step meet.
     pub(super) fn meetings(&self, products: &[Product], from_residual: i32) -> u32 {
         let of = |product: &Product| {
-            let apart =
-                product.source == from_residual && !self.variant.normalises_here(product.inner as usize);
+            let apart = product.source == from_residual
+                && self.variant.by_columns()
+                && !self.variant.normalises_here(product.inner as usize);
             1 + product.attends as u32 + u32::from(apart)
         };
         1 + products.iter().map(of).sum::<u32>()
@@ -316,8 +331,13 @@ mod tests {
         Limits { compute_capability: 89, processors: 58, shared_of_block: 101_376, reserved_shared: 1024 };
     const T4: Limits =
         Limits { compute_capability: 75, processors: 40, shared_of_block: 65_536, reserved_shared: 0 };
-    const SEVEN_BILLION: Needs =
-        Needs { ranks: 192, hidden: 4096, heads: Heads { queries: 32, keys: 32, width: 128 }, plain: false };
+    const SEVEN_BILLION: Needs = Needs {
+        ranks: 192,
+        rows: 32_000,
+        hidden: 4096,
+        heads: Heads { queries: 32, keys: 32, width: 128 },
+        plain: false,
+    };
 
     #[test]
     fn every_batch_of_seven_billion_has_a_share_on_large_and_small_cards() {
@@ -341,16 +361,16 @@ mod tests {
     #[test]
     fn one_answer_on_a_large_card_fetches_three_slices_ahead() {
         let share = Share::new(1, &SEVEN_BILLION, &H100).unwrap();
-        let expected = Variant { tiles: 1, table_row: 256, slice: 256, depth: 3, chunk: 0 };
+        let expected = Variant { tiles: 1, one: true, table_row: 256, slice: 256, depth: 3, chunk: 0 };
         assert_eq!((share.variant, share.round, share.splits), (expected, 16, 4));
         let share = Share::new(32, &SEVEN_BILLION, &H100).unwrap();
-        let expected = Variant { tiles: 4, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
+        let expected = Variant { tiles: 4, one: false, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
         assert_eq!(share.variant, expected);
     }
 
     #[test]
     fn groups_of_columns_leave_sums_of_whole_tiles_of_32_rows() {
-        let many = Variant { tiles: 4, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
+        let many = Variant { tiles: 4, one: false, table_row: 256, slice: 128, depth: 2, chunk: 1024 };
         assert_eq!(many.partial_bytes(4096, 11008), 11 * 4096 * 32 * 4);
         assert_eq!(many.partial_bytes(33, 1024), 64 * 32 * 4);
         assert_eq!(Variant { tiles: 1, chunk: 0, ..many }.partial_bytes(4096, 11008), 0);
@@ -364,11 +384,11 @@ mod tests {
         let one = Share::new(1, &SEVEN_BILLION, &H100).unwrap();
         assert_eq!(one.meetings(&products, residual), 1 + 1 + 2 + 2);
         let many = Share::new(32, &SEVEN_BILLION, &H100).unwrap();
-        assert_eq!(many.meetings(&products, residual), 1 + 2 + 2 + 2);
+        assert_eq!(many.meetings(&products, residual), 1 + 1 + 2 + 1);
     }
 
     #[test]
     fn structures_have_the_sizes_that_the_kernel_expects() {
-        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Step>()], [80, 320, 224]);
+        assert_eq!([size_of::<Part>(), size_of::<Product>(), size_of::<Step>()], [80, 320, 232]);
     }
 }

@@ -26,6 +26,7 @@ use super::{StepError, StepProgram, StepRow, StepRunner};
 use crate::Pages;
 use crate::device::{Cube, primitive, tensor};
 use crate::limits::Limits;
+use crate::pinned::Pinned;
 
 /// Rows of a step that there are kernels for.
 const ROWS: [usize; 3] = [32, 16, 8];
@@ -63,12 +64,12 @@ struct Room {
     heads_result: u64,
     partial: u64,
     arrived: u64,
+    squares: u64,
     normalised: u64,
     activated: u64,
     low_rank: u64,
     barrier: u64,
     numbers: u64,
-    choices: u64,
 }
 
 /// Shapes of a program.
@@ -98,6 +99,10 @@ struct CudaRunner {
     // Before the driver, whose context they are loaded into.
     kernels: BTreeMap<Variant, Kernel>,
     ready: BTreeMap<usize, Ready>,
+    /// Ids, lengths and pages of the rows, as `room.numbers` has them during a step.
+    numbers: Pinned<i32>,
+    /// Each row's likeliest token, -1 where there is none.
+    choices: Pinned<i32>,
     driver: Driver,
     products: Vec<Product>,
     shapes: Shapes,
@@ -111,6 +116,8 @@ struct CudaRunner {
     passed: u32,
     /// Rows of the last step.
     rows: usize,
+    /// Whether something was asked of the device that the next step needs.
+    behind: bool,
 }
 
 // SAFETY: the driver's handles may be used from any thread that has bound the context, which every method does first.
@@ -125,9 +132,13 @@ impl CudaRunner {
         let Built { products, shapes, room, logits, tables, kept, bf16 } =
             build::build(program, pages, &driver.limits)?;
         let (kernels, ready) = (BTreeMap::new(), BTreeMap::new());
+        let Shapes { most_rows, table, .. } = shapes;
+        let (numbers, choices) = (Pinned::new(most_rows * (2 + table))?, Pinned::new(most_rows)?);
         Ok(Self {
             kernels,
             ready,
+            numbers,
+            choices,
             driver,
             products,
             shapes,
@@ -138,13 +149,15 @@ impl CudaRunner {
             bf16,
             passed: 0,
             rows: 0,
+            behind: true,
         })
     }
 
-    /// Ids, lengths and pages of the rows, as `room.numbers` has them.
-    fn numbers(&self, rows: &[StepRow]) -> Result<Vec<i32>, StepError> {
+    /// Puts ids, lengths and pages of the rows where the device copies them from; gives how many numbers that is.
+    fn set_numbers(&mut self, rows: &[StepRow]) -> Result<usize, StepError> {
         let Shapes { most_rows, table, context, vocabulary, .. } = self.shapes;
-        let mut numbers = vec![0; 2 * most_rows + rows.len() * table];
+        let (ids, rest) = self.numbers.values().split_at_mut(most_rows);
+        let (lengths, tables) = rest.split_at_mut(most_rows);
         for (place, StepRow { id, sequence }) in rows.iter().enumerate() {
             let (pages, length) = (&sequence.pages, sequence.length);
             if sequence.rows != 1
@@ -158,19 +171,19 @@ impl CudaRunner {
                     pages.len()
                 )));
             }
-            numbers[place] = *id as i32;
-            numbers[most_rows + place] = length as i32;
-            let own = &mut numbers[2 * most_rows + place * table..][..pages.len()];
+            ids[place] = *id as i32;
+            lengths[place] = length as i32;
+            let own = &mut tables[place * table..][..pages.len()];
             own.iter_mut().zip(pages).for_each(|(number, page)| *number = *page as i32);
         }
-        Ok(numbers)
+        Ok(2 * most_rows + rows.len() * table)
     }
 
     /// What the kernel is told of a step of n rows.
-    fn step(&self, n: usize, share: &Share) -> Step {
+    fn step(&self, n: usize, share: &Share) -> Result<Step, StepError> {
         let (Shapes { needs, most_rows, .. }, room, tables) = (self.shapes, self.room, self.tables);
         let heads = needs.heads;
-        Step {
+        Ok(Step {
             products: tables.products,
             barrier: room.barrier,
             embedding: tables.embedding,
@@ -182,7 +195,7 @@ impl CudaRunner {
             pairs: tables.pairs,
             dynamic: tables.dynamic,
             logits: room.logits,
-            choices: room.choices,
+            choices: self.choices.address()?,
             joined: room.joined,
             lengths: room.numbers + 4 * most_rows as u64,
             tables: room.numbers + 8 * most_rows as u64,
@@ -192,6 +205,7 @@ impl CudaRunner {
             result: room.heads_result,
             partial: room.partial,
             arrived: room.arrived,
+            squares: room.squares,
             count: self.products.len() as i32,
             n: n as i32,
             d: needs.hidden as i32,
@@ -205,24 +219,40 @@ impl CudaRunner {
             key_heads: heads.keys as i32,
             splits: share.splits as i32,
             scale: 1.0 / (heads.width as f32).sqrt(),
-            unused: 0,
-        }
+            most_tiles: needs.most_tiles() as i32,
+        })
     }
 
-    /// Submits a step of n rows, whose numbers are there.
-    fn submit(&mut self, n: usize) -> Result<(), StepError> {
+    /// Tells the kernel for n rows what the step is, if the last one that it ran was another.
+    fn tell(&mut self, n: usize) -> Result<(), StepError> {
+        let share = self.ready[&n].share;
+        if self.kernels[&share.variant].told == Some(n) {
+            return Ok(());
+        }
+        // SAFETY: a step has no gaps.
+        let step = unsafe { words(&[self.step(n, &share)?]) };
+        let stream = self.driver.stream.raw();
+        if let Some(kernel) = self.kernels.get_mut(&share.variant) {
+            // SAFETY: the place is a `Step`; the driver has copied memory that is not its own when the call returns.
+            unsafe { cuda::memcpy_htod_async(kernel.step, &step, stream) }?;
+            kernel.told = Some(n);
+        }
+        Ok(())
+    }
+
+    /// Submits a step of n rows with so many numbers, which are there.
+    fn submit(&mut self, n: usize, numbers: usize) -> Result<(), StepError> {
+        self.tell(n)?;
         let Ready { share, meetings } = self.ready[&n];
         let kernel = &self.kernels[&share.variant];
         let stream = self.driver.stream.raw();
-        // SAFETY: a step has no gaps.
-        let step = unsafe { words(&[self.step(n, &share)]) };
         let blocks = self.driver.limits.processors as u32;
         let mut passed = self.passed;
         let mut arguments = [(&raw mut passed).cast::<c_void>()];
-        // SAFETY: the argument is what the kernel declares. Addresses are those of tensors that the runner keeps, and sizes were
-        // made from their shapes. Both are copied before the calls return.
+        // SAFETY: the argument is what the kernel declares, and is copied before the call returns. Addresses are those of memory
+        // that the runner keeps until the step is done, and sizes were made from its shapes.
         unsafe {
-            cuda::memcpy_htod_async(kernel.step, &step, stream)?;
+            cuda::memcpy_htod_async(self.room.numbers, &self.numbers.values()[..numbers], stream)?;
             sys::cuLaunchCooperativeKernel(
                 kernel.function,
                 blocks,
@@ -274,23 +304,25 @@ impl StepRunner<Cube<CudaRuntime>> for CudaRunner {
         Ok(())
     }
 
+    fn follow(&mut self) {
+        self.behind = true;
+    }
+
     fn run(&mut self, rows: &[StepRow]) -> Result<Vec<Option<u32>>, StepError> {
         let n = rows.len();
         self.prepare(n)?;
-        let numbers = self.numbers(rows)?;
+        let numbers = self.set_numbers(rows)?;
         self.driver.stream.bind()?;
-        // Asking for an address waits until everything before has been submitted.
-        self.kept.settle()?;
-        self.driver.stream.follow()?;
-        let mut choices = vec![0_i32; n];
-        // SAFETY: the places hold `most_rows` sequences, and the vectors live until the stream is done.
-        unsafe { cuda::memcpy_htod_async(self.room.numbers, &numbers, self.driver.stream.raw()) }?;
-        self.submit(n)?;
-        // SAFETY: as above.
-        unsafe { cuda::memcpy_dtoh_async(&mut choices, self.room.choices, self.driver.stream.raw()) }?;
+        if self.behind {
+            // Asking for an address waits until everything before has been submitted.
+            self.kept.settle()?;
+            self.driver.stream.follow()?;
+            self.behind = false;
+        }
+        self.submit(n, numbers)?;
         self.driver.stream.finish()?;
         self.rows = n;
-        Ok(choices.into_iter().map(|choice| u32::try_from(choice).ok()).collect())
+        Ok(self.choices.values()[..n].iter().map(|&choice| u32::try_from(choice).ok()).collect())
     }
 
     fn logits(&self) -> Tensor<Cube<CudaRuntime>, 2> {

@@ -3,7 +3,9 @@
 use burn::tensor::DType;
 use cubecl::cuda::CudaRuntime;
 
-use super::layout::{COUNT_BITS, GROUP, MOST_PARTS, MOST_TILE_ROWS, Needs, Part, Product, RANKS, Share};
+use super::layout::{
+    COUNT_BITS, GROUP, MOST_PARTS, MOST_TILE_ROWS, Needs, Part, Product, RANKS, SQUARES_APART, Share,
+};
 use super::{ROWS, Room, Shapes, unsupported};
 use crate::device::Cube;
 use crate::limits::Limits;
@@ -59,6 +61,7 @@ impl Outline {
         let [vocabulary, hidden] = program.embedding.dims();
         let needs = Needs {
             ranks: most(&products, |product| product.ranks),
+            rows: most(&products, |product| product.rows),
             hidden,
             heads: program.heads,
             plain: plain(program)?,
@@ -100,16 +103,16 @@ impl Room {
             heads_result,
             partial,
             arrived,
+            squares,
             normalised,
             activated,
             low_rank,
             barrier,
             numbers,
-            choices,
         } = *self;
         let rows = residual + joined + logits + heads_result + normalised + activated;
-        let sums = attended + log_sums + partial + low_rank;
-        rows + sums + arrived + barrier + numbers + choices
+        let sums = attended + log_sums + partial + low_rank + squares;
+        rows + sums + arrived + barrier + numbers
     }
 }
 
@@ -120,6 +123,12 @@ fn products(program: &StepProgram<Device>) -> Result<(Vec<Product>, Vec<StepTarg
     for operation in &program.operations {
         match operation {
             StepOperation::Linear { source, parts, target } => {
+                let follows = found.1.last().is_none_or(|&target| target == StepTarget::Residual);
+                if matches!(source, StepSource::Residual(..)) && !follows {
+                    return Err(unsupported(
+                        "layers that read the residual stream after others than those that add to it",
+                    ));
+                }
                 if (attends == 1) != matches!(source, StepSource::Attention) {
                     return Err(unsupported("an attention whose result is not the next layers' input"));
                 }
@@ -279,8 +288,10 @@ fn room(products: &[Product], targets: &[StepTarget], shapes: &Shapes, limits: &
         log_sums: words(splits * heads.queries),
         heads_result: halves(most_rows * heads.queries * heads.width),
         partial: partial as u64,
-        // A counter for each tile of a product.
-        arrived: words(most(products, |product| product.rows).div_ceil(MOST_TILE_ROWS)),
+        // A counter for each tile of three products.
+        arrived: words(3 * needs.most_tiles()),
+        // Those of three products too, in 64 bits.
+        squares: words(3 * 2 * most_rows * SQUARES_APART),
         normalised: halves(most_rows * needs.hidden),
         // Of the two layers that are activated together one is left.
         activated: halves(most_rows * rows_to(StepTarget::Activated) / 2),
@@ -288,6 +299,5 @@ fn room(products: &[Product], targets: &[StepTarget], shapes: &Shapes, limits: &
         low_rank: words(3 * 2 * most_rows * needs.ranks),
         barrier: words(1),
         numbers: words(most_rows * (2 + table)),
-        choices: words(most_rows),
     }
 }
