@@ -186,7 +186,7 @@ impl<B: KernelBackend> Setup<'_, B> {
         self.row("prefill", &shape, (batch * prompt) as f64 / last, "tokens/s");
         let share = steps * self.step_bytes(batch, prompt + new / 2) / self.bandwidth;
         self.row("bandwidth", &shape, share, "of copy");
-        match engine.step_launches() {
+        match engine.step_launches(batch) {
             Ok(Some(launches)) => self.row("launches", &shape, launches as f64, "a token"),
             Ok(None) => {}
             Err(reason) => println!("{reason}"),

@@ -50,7 +50,7 @@ fn answers(model: &Llama<Cuda>, requests: usize, step_programs: bool) -> Vec<Ans
     };
     let answers = engine.complete((0..requests).map(request), |_, _| {}).unwrap();
     if step_programs {
-        assert!(engine.step_launches().unwrap().is_some(), "steps were run as a program");
+        assert!(engine.step_launches(requests).unwrap().is_some(), "steps were run as a program");
     }
     answers
 }
@@ -112,6 +112,6 @@ fn a_model_in_f32_runs_its_operations_one_by_one() {
     let model = Llama::<Cuda>::random_frozen(&config, DType::F32, &CudaDevice::new(0));
     let mut engine = Engine::new(model, EngineSettings::default()).unwrap();
     engine.complete([Request::new(vec![1, 2]).with_max_new_tokens(3)], |_, _| {}).unwrap();
-    let refusal = engine.step_launches().unwrap_err().to_string();
+    let refusal = engine.step_launches(1).unwrap_err().to_string();
     assert!(refusal.contains("F32"), "{refusal}");
 }

@@ -2,7 +2,8 @@
 //!
 //! Each [`Engine::step`] is one pass over the model: one row for every answer in progress, and beside them up to
 //! `prefill_chunk` rows of prompts, in the order in which they came. Requests join when there is room and leave
-//! when they end, at any step. A request begins only when the pages of its longest possible answer can be set
+//! when they end, at any step; where single tokens run as programs they join several at a time, because a pass with prompts is slower
+//! then. A request begins only when the pages of its longest possible answer can be set
 //! aside, so that none has to be put back once it has begun; until then it waits, and the first in line is never
 //! overtaken. What it trades: an answer that ends early held room that another could have begun in; in return
 //! nothing is computed twice, and no request is lost or slowed down by a later one. What it refuses: a request that
@@ -17,12 +18,14 @@ use std::time::Instant;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 use buzzer_kernels::{
-    KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE, StepError, StepRow, TokenChoice, host_floats,
+    ChosenToken, KernelBackend, PagedIndex, PagedSequence, SCRATCH_PAGE, StepError, StepRow, TokenChoice,
+    host_floats,
 };
 use buzzer_model::{AdapterRows, Llama, LoraSet, PagedCache, PagedPass};
 use buzzer_text::Tokenizer;
 use rayon::prelude::*;
 
+use crate::joining::Situation;
 use crate::pages::PagePool;
 use crate::sequence::{Choice, Sequence, pages_for};
 use crate::steps::Steps;
@@ -60,6 +63,8 @@ pub struct Engine<B: Backend> {
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
     steps: Steps<B>,
+    /// Passes since the last one with prompts.
+    passes: usize,
     /// Events that are not given out yet.
     events: VecDeque<Event>,
     requests: u64,
@@ -112,6 +117,7 @@ impl<B: KernelBackend> Engine<B> {
             waiting: VecDeque::new(),
             running: Vec::new(),
             steps: Steps::default(),
+            passes: 0,
             events: VecDeque::new(),
             requests: 0,
         })
@@ -378,7 +384,8 @@ impl<B: KernelBackend> Engine<B> {
             plan.extend(planned(place, sequence, rows, &mut self.pool, page_tokens));
         }
         let begun = plan.len();
-        while room > 0 && self.running.len() < self.settings.max_batch {
+        let may_join = plan.iter().any(|planned| planned.sequence.rows > 1) || self.lets_join();
+        while may_join && room > 0 && self.running.len() < self.settings.max_batch {
             let Some(mut sequence) = self.waiting.pop_front() else { break };
             if !sequence.start(&mut self.pool, page_tokens) {
                 self.waiting.push_front(sequence);
@@ -390,8 +397,23 @@ impl<B: KernelBackend> Engine<B> {
             self.running.push(sequence);
         }
         plan[begun..].iter_mut().for_each(|planned| planned.begins = true);
+        let prompts = plan.iter().any(|planned| planned.begins || planned.sequence.rows > 1);
+        self.passes = if prompts { 0 } else { self.passes + 1 };
         plan.sort_by_key(|planned| (planned.sequence.rows > 1, planned.adapter));
         plan
+    }
+
+    /// Whether the next pass may be the first prompts' though there are only single tokens in it yet.
+    fn lets_join(&self) -> bool {
+        let Some(first) = self.waiting.front() else { return false };
+        let situation = Situation {
+            running: self.running.len(),
+            most: self.settings.max_batch,
+            passes: self.passes,
+            prompt: first.pending(),
+            chunk: self.settings.prefill_chunk,
+        };
+        !self.steps.any() || situation.lets_join()
     }
 
     /// Runs a plan and lets the sequences that are complete go on.
@@ -469,19 +491,20 @@ impl<B: KernelBackend> Engine<B> {
         let runner = self.steps.get(adapter)?;
         let likeliest = runner.run(rows)?;
         if places.iter().all(|&place| self.running[place].takes_likeliest()) {
-            let choice = |id: Option<u32>| id.map(|token| Choice { token, log_prob: None });
-            return Ok(likeliest.into_iter().map(choice).collect());
+            let choice =
+                |(&place, chosen): (&usize, Option<ChosenToken>)| Some(self.running[place].taken(chosen?));
+            return Ok(places.iter().zip(likeliest).map(choice).collect());
         }
         let logits = runner.logits();
         Ok(self.choices(places, logits))
     }
 
-    /// Kernels that a step of single tokens launches where it runs as a program, for the model's own corrections.
+    /// Kernels that a pass of so many single tokens launches where it runs as programs, for the model's own corrections.
     ///
     /// # Errors
     /// Why it does not run as one, if that was tried.
-    pub fn step_launches(&self) -> Result<Option<usize>, &StepError> {
-        self.steps.launches(0)
+    pub fn step_launches(&self, rows: usize) -> Result<Option<usize>, &StepError> {
+        self.steps.launches(0, rows)
     }
 
     /// What the device refused, if passes of single tokens run one operation at a time though there are kernels for them as one
@@ -517,7 +540,7 @@ impl<B: KernelBackend> Engine<B> {
             let chosen = B::choose_tokens(logits, &choices);
             for (row, (sequence, chosen)) in sequences.iter().zip(chosen).enumerate() {
                 if !sequence.needs_all_logits() {
-                    found[row] = chosen.map(Sequence::taken);
+                    found[row] = chosen.map(|chosen| sequence.taken(chosen));
                 }
             }
         }

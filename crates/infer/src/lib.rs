@@ -35,6 +35,7 @@
 
 mod engine;
 mod error;
+mod joining;
 mod pages;
 mod request;
 mod sampling;

@@ -132,9 +132,9 @@ impl Sequence {
         self.pages.iter().copied().filter(|&page| pool.holders(page) == 1).collect()
     }
 
-    /// Whether its next token is the likeliest one, and nobody wants to know more.
+    /// Whether its next token is the likeliest one, and nobody wants to know more than how likely it is.
     pub(crate) fn takes_likeliest(&self) -> bool {
-        self.request.sampling.is_argmax() && self.request.log_probs.is_none()
+        self.request.sampling.is_argmax() && !self.needs_all_logits()
     }
 
     /// Whether choosing its next token takes more of its logits than [`Self::token_choice`] says.
@@ -148,10 +148,11 @@ impl Sequence {
         TokenChoice { log_prob, ..self.request.sampling.token_choice(self.new_tokens()) }
     }
 
-    /// What was chosen there.
-    pub(crate) fn taken(chosen: ChosenToken) -> Choice {
+    /// What was chosen there, and how likely it was if that was asked for.
+    pub(crate) fn taken(&self, chosen: ChosenToken) -> Choice {
         let log_prob = |chosen| LogProb { chosen, top: Vec::new() };
-        Choice { token: chosen.id, log_prob: chosen.log_prob.map(log_prob) }
+        let wanted = chosen.log_prob.filter(|_| self.request.log_probs.is_some());
+        Choice { token: chosen.id, log_prob: wanted.map(log_prob) }
     }
 
     /// Chooses the next token from its logits `[v]`; `None` if one of them is no number.

@@ -53,17 +53,21 @@ impl<B: Backend> Steps<B> {
         }
     }
 
+    /// Whether there is a program.
+    pub(crate) fn any(&self) -> bool {
+        self.by_adapter.values().any(Result::is_ok)
+    }
+
     /// Lets every program's next step run after what was asked of the device until now.
     pub(crate) fn follow(&mut self) {
         self.by_adapter.values_mut().flatten().for_each(|runner| runner.follow());
     }
 
-    /// Kernels that a step with the adapter launches, if it has a program.
-    pub(crate) fn launches(&self, adapter: usize) -> Result<Option<usize>, &StepError> {
-        self.by_adapter
-            .get(&adapter)
-            .map(|program| program.as_ref().map(|runner| runner.launches()))
-            .transpose()
+    /// Kernels that a pass over so many rows with the adapter launches, if it has a program.
+    pub(crate) fn launches(&self, adapter: usize, rows: usize) -> Result<Option<usize>, &StepError> {
+        let launches =
+            |runner: &Box<dyn StepRunner<B>>| runner.launches() * rows.div_ceil(runner.most_rows().max(1));
+        self.by_adapter.get(&adapter).map(|program| program.as_ref().map(launches)).transpose()
     }
 
     /// What a device refused though there are kernels for it.
@@ -82,7 +86,7 @@ impl<B: Backend> Steps<B> {
 mod tests {
     use burn::tensor::Tensor;
     use burn_flex::Flex;
-    use buzzer_kernels::StepRow;
+    use buzzer_kernels::{ChosenToken, StepRow};
 
     use super::*;
 
@@ -105,7 +109,7 @@ mod tests {
 
         fn follow(&mut self) {}
 
-        fn run(&mut self, rows: &[StepRow]) -> Result<Vec<Option<u32>>, StepError> {
+        fn run(&mut self, rows: &[StepRow]) -> Result<Vec<Option<ChosenToken>>, StepError> {
             Ok(vec![None; rows.len()])
         }
 
@@ -125,7 +129,7 @@ mod tests {
     #[test]
     fn a_program_is_made_once_and_kept_for_the_rows_it_can_run() {
         let mut steps = Steps::default();
-        assert_eq!(steps.launches(3), Ok(None));
+        assert_eq!(steps.launches(3, 1), Ok(None));
         assert_eq!(steps.prepare(3, 2, fake), Some(2));
         assert_eq!(steps.prepare(3, 4, not_again), Some(4));
         assert_eq!(
@@ -134,7 +138,8 @@ mod tests {
             "more rows than it has room for go in several steps"
         );
         assert!(steps.get(3).is_ok() && steps.get(0).is_err());
-        assert_eq!((steps.launches(3), steps.refusal()), (Ok(Some(5)), None));
+        assert_eq!((steps.launches(3, 4), steps.refusal()), (Ok(Some(5)), None));
+        assert_eq!(steps.launches(3, 9), Ok(Some(15)));
         steps.drop_programs();
         assert!(steps.get(3).is_err());
         assert_eq!(steps.prepare(3, 1, fake), Some(1));
@@ -157,6 +162,6 @@ mod tests {
         let mut steps = Steps::<Flex>::default();
         assert_eq!(steps.prepare(0, 1, || Err(StepError::Unsupported("one by one".into()))), None);
         assert_eq!(steps.refusal(), None);
-        assert!(steps.launches(0).is_err());
+        assert!(steps.launches(0, 1).is_err());
     }
 }

@@ -85,7 +85,7 @@ struct Step {
     const u32 *pairs;        // two levels for each byte
     const float *dynamic;    // levels of the scales' codes
     const float *logits;     // [n, vocabulary]
-    int *choices;            // [n]
+    int *choices;            // [2, n]: the likeliest tokens, and the bits of their log-probabilities
     const float *joined;     // [n, (heads + 2 key_heads) WIDTH]
     const int *lengths;      // [n], the new token included
     const int *tables;       // [n, table]
@@ -1394,7 +1394,7 @@ __device__ __forceinline__ void meet(u32 &passed) {
 
 #define LANES 16                    // that share a place
 #define GROUPS (THREADS / LANES)    // of such lanes
-#define PLACES 4                    // of a group at a time
+#define PLACES (TILES == 4 ? 3 : 4)  // of a group at a time; fewer registers for the widest variant
 #define OWN (WIDTH / LANES)         // columns of a lane: 4 or 8
 
 // What warps find of a unit, which is a block's share of the places of a head of a sequence.
@@ -1634,36 +1634,44 @@ __device__ __forceinline__ void begin(const Shared &s) {
     }
 }
 
-// The first of the greatest logits of each row; -1 if one of them is no number.
+// The first of the greatest logits of each row, -1 if one of them is no number; and the logarithm of its share of their softmax.
 __device__ __forceinline__ void choose(const Shared &s) {
     int tid = thread_number();
     float *best_of = s.work;
     int *place_of_best = (int *)(s.work + THREADS);
+    float *sum_of = s.work + 2 * THREADS;   // of all weights, that of the thread's best being 1
     for (int r = blockIdx.x; r < N; r += gridDim.x) {
         const float *row = step.logits + (size_t)r * step.vocabulary;
-        float best = __ldcg(row);
+        float best = __ldcg(row), sum = 0.0f;
         int place = 0;
         bool number = true;
 #pragma unroll 16
         for (int i = tid; i < step.vocabulary; i += THREADS) {
             float x = __ldcg(row + i);
             number = number && x == x;
+            sum = x > best ? sum * __expf(best - x) + 1.0f : sum + __expf(x - best);
             if (x > best || (x == best && i < place)) { best = x; place = i; }
         }
         __syncthreads();
         best_of[tid] = best;
+        sum_of[tid] = sum;
         place_of_best[tid] = number ? place : -1;
         __syncthreads();
         for (int half = THREADS / 2; half > 0; half /= 2) {
             if (tid < half) {
                 int mine = place_of_best[tid], other = place_of_best[tid + half];
-                float a = best_of[tid], b = best_of[tid + half];
+                float a = best_of[tid], b = best_of[tid + half], higher = fmaxf(a, b);
                 bool takes = mine >= 0 && (other < 0 || b > a || (b == a && other < mine));
-                if (takes) { best_of[tid] = b; place_of_best[tid] = other; }
+                sum_of[tid] = sum_of[tid] * __expf(a - higher) + sum_of[tid + half] * __expf(b - higher);
+                best_of[tid] = higher;
+                if (takes) place_of_best[tid] = other;
             }
             __syncthreads();
         }
-        if (tid == 0) step.choices[r] = place_of_best[0];
+        if (tid == 0) {
+            step.choices[r] = place_of_best[0];
+            step.choices[step.n + r] = bits(-__logf(sum_of[0]));
+        }
     }
 }
 

@@ -21,7 +21,7 @@ pub(crate) mod cuda;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 
-use crate::{Heads, LinearPart, PageFormat, PagedSequence};
+use crate::{ChosenToken, Heads, LinearPart, PageFormat, PagedSequence};
 
 /// Where the rows come from that linear layers multiply.
 #[derive(Clone, Debug)]
@@ -121,13 +121,14 @@ pub trait StepRunner<B: Backend>: std::fmt::Debug + Send {
     /// what is asked later runs after it, because it waits for its result.
     fn follow(&mut self);
 
-    /// Runs one step; gives each row's likeliest next token, `None` where a logit is no number. Waits for the result.
+    /// Runs one step; gives each row's likeliest next token with its log-probability, `None` where a logit is no number. Waits for the
+    /// result.
     ///
     /// Pages that one row fills must not be read by another one in the same step.
     ///
     /// # Errors
     /// If the device refuses; nothing can be said of the pages of these rows then.
-    fn run(&mut self, rows: &[StepRow]) -> Result<Vec<Option<u32>>, StepError>;
+    fn run(&mut self, rows: &[StepRow]) -> Result<Vec<Option<ChosenToken>>, StepError>;
 
     /// The logits `[n, v]` of the last step, f32, until the next one.
     fn logits(&self) -> Tensor<B, 2>;

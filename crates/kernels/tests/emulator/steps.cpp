@@ -255,7 +255,7 @@ static Step step_of(const Model &model, int n, int rank) {
   s.embedding = model.embedding;
   s.pairs = pairs_of_levels(), s.dynamic = model.dynamic, s.turns = turns_of_positions();
   s.residual = room<float>(n * HIDDEN, nan), s.normalised = room<u16>(n * HIDDEN, nan), s.activated = room<u16>(n * model.width, nan);
-  s.logits = room<float>(n * model.vocabulary, nan), s.choices = room<int>(n, nan);
+  s.logits = room<float>(n * model.vocabulary, nan), s.choices = room<int>(2 * n, nan);
   s.joined = room<float>(n * (model.heads + 2 * model.key_heads) * HEAD, nan), s.result = room<u16>(n * model.heads * HEAD, nan);
   s.attended = room<float>(n * model.heads * HEAD, nan), s.log_sums = room<float>(n * model.heads, nan);
   s.low_rank = room<long long>(3 * n * most_ranks + 1, nan);
@@ -288,7 +288,12 @@ int main(int, char **arguments) {
     logits.assign(s.logits, s.logits + n * model.vocabulary);
     for (int token = 0; token < n; token++) {
       auto row = logits.begin() + token * model.vocabulary;
-      chosen = chosen && s.choices[token] == std::max_element(row, row + model.vocabulary) - row;
+      auto likeliest = std::max_element(row, row + model.vocabulary);
+      double sum = 0;
+      for (int i = 0; i < model.vocabulary; i++) sum += std::exp((double)row[i] - *likeliest);
+      float log_prob;
+      memcpy(&log_prob, &s.choices[n + token], sizeof log_prob);
+      chosen = chosen && s.choices[token] == likeliest - row && std::fabs(log_prob + std::log(sum)) < 1e-4;
     }
   }
   double error = 0, size = 0;
@@ -302,6 +307,6 @@ int main(int, char **arguments) {
   double relative = std::sqrt(error / size);
   bool same = !memcmp(found[0].data(), found[1].data(), sizeof(float) * found[0].size()), right = relative <= BOUND && same && chosen;
   printf("tokens %d, blocks %d%s, %s, rank %d: logits within %.2g%s%s%s\n", n, blocks, backwards ? " backwards" : "", grouped ? "heads in groups" : "heads alone", rank,
-         relative, same ? "" : ", OTHER BITS", chosen ? "" : ", ANOTHER TOKEN", right ? "" : " WRONG");
+         relative, same ? "" : ", OTHER BITS", chosen ? "" : ", ANOTHER TOKEN OR LOG-PROBABILITY", right ? "" : " WRONG");
   return !right;
 }

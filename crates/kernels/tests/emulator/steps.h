@@ -32,6 +32,7 @@ inline unsigned min(unsigned a, int b) { return std::min(a, (unsigned)b); }
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx, gridDim;
 inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }

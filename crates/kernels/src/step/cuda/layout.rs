@@ -19,6 +19,8 @@ pub(super) const COUNT_BITS: u32 = 10;
 pub(super) const THREADS: usize = 512;
 /// `WARPS`.
 const WARPS: usize = THREADS / 32;
+/// Shared memory in which threads choose a token: what each found, its logit, and the sum of its weights.
+const CHOICE_BYTES: usize = 3 * 4 * THREADS;
 /// `SQUARES_APART`: sums of squares, of 64 bits each, are so many of them apart.
 pub(super) const SQUARES_APART: usize = 16;
 /// `MOST_ATTENTION_SPLITS`.
@@ -255,7 +257,7 @@ impl Share {
         };
         let rest = limits.shared_of_block.checked_sub(fixed_bytes(variant, n, needs, limits)?)?;
         let units = (n * queries * splits).div_ceil(limits.processors);
-        let mut work = attention_bytes(width, units);
+        let mut work = attention_bytes(width, units).max(CHOICE_BYTES);
         let mut round = 0;
         if variant.by_columns() {
             let here = [(needs.hidden, true), (joined, splits > 1)];

@@ -23,10 +23,10 @@ use self::driver::{Driver, Kernel};
 use self::layout::{Needs, Product, Share, Step, THREADS, Variant, words};
 use self::outline::{FROM_RESIDUAL, Outline};
 use super::{StepError, StepProgram, StepRow, StepRunner};
-use crate::Pages;
 use crate::device::{Cube, primitive, tensor};
 use crate::limits::Limits;
 use crate::pinned::Pinned;
+use crate::{ChosenToken, Pages};
 
 /// Rows of a step that there are kernels for.
 const ROWS: [usize; 3] = [32, 16, 8];
@@ -101,7 +101,7 @@ struct CudaRunner {
     ready: BTreeMap<usize, Ready>,
     /// Ids, lengths and pages of the rows, as `room.numbers` has them during a step.
     numbers: Pinned<i32>,
-    /// Each row's likeliest token, -1 where there is none.
+    /// Each row's likeliest token, -1 where there is none, and then the bits of their log-probabilities.
     choices: Pinned<i32>,
     driver: Driver,
     products: Vec<Product>,
@@ -133,7 +133,7 @@ impl CudaRunner {
             build::build(program, pages, &driver.limits)?;
         let (kernels, ready) = (BTreeMap::new(), BTreeMap::new());
         let Shapes { most_rows, table, .. } = shapes;
-        let (numbers, choices) = (Pinned::new(most_rows * (2 + table))?, Pinned::new(most_rows)?);
+        let (numbers, choices) = (Pinned::new(most_rows * (2 + table))?, Pinned::new(2 * most_rows)?);
         Ok(Self {
             kernels,
             ready,
@@ -308,7 +308,7 @@ impl StepRunner<Cube<CudaRuntime>> for CudaRunner {
         self.behind = true;
     }
 
-    fn run(&mut self, rows: &[StepRow]) -> Result<Vec<Option<u32>>, StepError> {
+    fn run(&mut self, rows: &[StepRow]) -> Result<Vec<Option<ChosenToken>>, StepError> {
         let n = rows.len();
         self.prepare(n)?;
         let numbers = self.set_numbers(rows)?;
@@ -322,7 +322,12 @@ impl StepRunner<Cube<CudaRuntime>> for CudaRunner {
         self.submit(n, numbers)?;
         self.driver.stream.finish()?;
         self.rows = n;
-        Ok(self.choices.values()[..n].iter().map(|&choice| u32::try_from(choice).ok()).collect())
+        let (ids, log_probs) = self.choices.values()[..2 * n].split_at(n);
+        let chosen = |(&id, &log_prob): (&i32, &i32)| {
+            let log_prob = Some(f32::from_bits(log_prob.cast_unsigned()));
+            Some(ChosenToken { id: u32::try_from(id).ok()?, log_prob })
+        };
+        Ok(ids.iter().zip(log_probs).map(chosen).collect())
     }
 
     fn logits(&self) -> Tensor<Cube<CudaRuntime>, 2> {
