@@ -133,7 +133,7 @@ mod tests {
         assert_eq!(steps.prepare(3, 2, fake), Some(2));
         assert_eq!(steps.prepare(3, 4, not_again), Some(4));
         assert_eq!(
-            steps.prepare(3, 11, not_again),
+            steps.prepare(3, 10, not_again),
             Some(4),
             "more rows than it has room for go in several steps"
         );

@@ -44,6 +44,13 @@ pub trait KernelBackend: Backend {
         None
     }
 
+    /// Runs a job of many operations. Where a thread of its own submits them to the device, the job runs there: an operation then costs
+    /// no message to that thread, and asking for an address, as products in a library do, no wait for it.
+    fn on_device_thread<T: Send>(device: &Self::Device, job: impl FnOnce() -> T + Send) -> T {
+        let _ = device;
+        job()
+    }
+
     /// Floats `[1, n]` of a dtype on the device. `fill` is given memory for their bytes, which hold anything, and writes all of them,
     /// little-endian; it may be called again if the device refuses the first way. The device may still be copying when this returns,
     /// so that the next ones can be written meanwhile.

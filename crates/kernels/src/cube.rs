@@ -5,7 +5,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use crate::attention::device::Index;
 use crate::attention::ranges::Ranges;
-use crate::device::{Cube, int_primitive, primitive, tensor};
+use crate::device::{self, Cube, int_primitive, primitive, tensor};
 use crate::nf4::DoubleScales;
 use crate::product::ProductRuntime;
 use crate::{
@@ -21,6 +21,10 @@ impl<R: ProductRuntime> KernelBackend for Cube<R> {
 
     fn card(device: &Self::Device) -> Option<Card> {
         Some(R::card(device))
+    }
+
+    fn on_device_thread<T: Send>(device: &Self::Device, job: impl FnOnce() -> T + Send) -> T {
+        device::on_device_thread::<R, _>(device, job)
     }
 
     fn upload(

@@ -1,5 +1,6 @@
 //! What the kernels of all operations share: device tensors in and out of Burn's, and views of parts of them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::{DType, Int, Shape, Tensor, TensorPrimitive};
@@ -47,6 +48,22 @@ impl<R: CubeRuntime> From<InputGradient<Cube<R>>> for SplitGradient<R> {
         };
         let dropout = dropout.filter(|dropout| dropout.probability > 0.0);
         Self { base, low_rank: Some(side_by_side(primitive(low_rank))), dropout }
+    }
+}
+
+/// Runs a job on the thread that submits operations to a device; at once, if this is that thread. Whoever takes a lock and asks for addresses
+/// under it does so there: elsewhere it would wait for that thread, which may wait for the lock.
+pub(crate) fn on_device_thread<R: CubeRuntime, T: Send>(
+    device: &R::Device,
+    job: impl FnOnce() -> T + Send,
+) -> T {
+    let mut result = None;
+    // CubeCL drops what a panic says, and takes no results that borrow anything: both go by the way of `result`.
+    let done = R::client(device).exclusive(|| result = Some(catch_unwind(AssertUnwindSafe(job))));
+    match result {
+        Some(Ok(result)) => result,
+        Some(Err(panic)) => resume_unwind(panic),
+        None => panic!("the thread of the device does not run jobs: {done:?}"),
     }
 }
 

@@ -204,6 +204,23 @@ impl<R: ProductRuntime> Runner<'_, R> {
         self.same_bits(format!("{count} scales"), &parts(found), &parts(expected));
     }
 
+    /// Values that go to the device one after the other, into memory that those before them may still be read from.
+    fn runs(&mut self, counts: &[usize]) {
+        let values = |(seed, &count): (usize, &usize)| rounded(&noise(count, seed as u64), self.dtype);
+        let written: Vec<Vec<f32>> = counts.iter().enumerate().map(values).collect();
+        let doubled = |values: &Vec<f32>| {
+            let data = TensorData::new(values.clone(), [values.len()]).convert_dtype(self.dtype);
+            let fill = &mut |out: &mut [u8]| out.copy_from_slice(data.as_bytes());
+            Cube::<R>::upload(self.device, self.dtype, values.len(), fill).mul_scalar(2.0)
+        };
+        let found: Vec<_> = written.iter().map(doubled).collect();
+        for (found, written) in found.into_iter().zip(&written) {
+            let expected: Vec<f32> = written.iter().map(|value| 2.0 * value).collect();
+            let found = self.download::<2>(found.into_primitive().tensor());
+            self.same_bits(format!("{} values", written.len()), &found, &expected);
+        }
+    }
+
     fn ints(&self, values: &[i32]) -> CubeTensor<R> {
         let data = TensorData::new(values.to_vec(), [values.len()]);
         Tensor::<Cube<R>, 1, Int>::from_data(data, (self.device, DType::I32)).into_primitive()
@@ -506,6 +523,11 @@ fn weights<R: ProductRuntime>(runner: &mut Runner<R>) {
     }
 }
 
+fn runs<R: ProductRuntime>(runner: &mut Runner<R>) {
+    let counts = [1, 5, 1000, 1 << 20, 1 << 20, 3, 1 << 20, 1 << 22, 64, 1 << 20];
+    runner.case("runs".into(), |runner| runner.runs(&counts));
+}
+
 /// On both sides of each change of how the mean is summed.
 fn scales<R: ProductRuntime>(runner: &mut Runner<R>) {
     for count in [1, 3, 127, 128, 129, 1000, 2049, 8197, 130_561, 131_073, 140_001] {
@@ -599,6 +621,11 @@ mod wgpu {
     }
 
     #[test]
+    fn wgpu_has_the_values_that_were_written() {
+        with_runner(runs);
+    }
+
+    #[test]
     fn wgpu_scales_are_the_hosts() {
         with_runner(scales);
     }
@@ -658,6 +685,11 @@ mod cuda {
             failed.extend(runner.failed);
         }
         assert!(failed.is_empty(), "{} failed, first: {}", failed.len(), failed[0]);
+    }
+
+    #[test]
+    fn cuda_has_the_values_that_were_written() {
+        in_every_dtype(runs);
     }
 
     #[test]

@@ -221,6 +221,12 @@ impl<B: KernelBackend> Llama<B> {
         let n = index.rows();
         let of_adapters: usize = adapters.iter().map(|adapter| adapter.rows).sum();
         assert_eq!([ids.len(), of_adapters], [n, n], "rows of ids, adapters and sequences");
+        B::on_device_thread(index.device(), || self.pass_paged(pass, cache))
+    }
+
+    fn pass_paged(&self, pass: &PagedPass<'_, B>, cache: &mut PagedCache<B>) -> Tensor<B, 2> {
+        let PagedPass { ids, index, adapters } = pass;
+        let n = index.rows();
         let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
         let angles = RotaryAngles::new(index.positions(), self.config.head_dim, self.config.rope_theta);
         let mut x = self.embed(Tensor::from_data(TensorData::new(ids, [1, n]), index.device()));

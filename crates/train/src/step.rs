@@ -72,6 +72,14 @@ pub fn backward_by_blocks<B: KernelBackend>(
     batch: &DeviceBatch<B>,
     settings: &PassSettings,
 ) -> BlockPass<B> {
+    B::on_device_thread(&model.device(), || pass_by_blocks(model, batch, settings))
+}
+
+fn pass_by_blocks<B: KernelBackend>(
+    model: &Llama<B>,
+    batch: &DeviceBatch<B>,
+    settings: &PassSettings,
+) -> BlockPass<B> {
     let context = context(model, batch);
     let every = settings.checkpoint_every.max(1);
     let mut checkpoints = Vec::with_capacity(model.blocks.len().div_ceil(every));

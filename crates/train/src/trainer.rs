@@ -265,6 +265,11 @@ impl<B: KernelBackend> LoraOptimizer<B> {
         self.steps += 1;
         let gradient_scale = self.settings.clip_factor(norm) / loss_scale;
         let settings = AdamW { gradient_scale, ..self.settings.at(learning_rate, self.steps) };
+        B::on_device_thread(&model.device(), || self.step_of_factors(model, gradients, &settings));
+        norm
+    }
+
+    fn step_of_factors(&mut self, model: &mut Llama<B>, gradients: &LoraGradients<B>, settings: &AdamW) {
         for (&place, gradients) in &gradients.factors {
             let (layer, target) = place;
             // Taken out of the model, so that the factors are held once and change where they lie.
@@ -273,12 +278,11 @@ impl<B: KernelBackend> LoraOptimizer<B> {
             let fresh = || [&a, &b].map(|factor| Moments::zeros(&factor.val(), self.settings.eight_bit));
             let [a_moments, b_moments] = self.states.remove(&place).unwrap_or_else(fresh);
             let [a_gradient, b_gradient] = gradients.clone();
-            let (a, a_moments) = step_of_factor(a, a_gradient, a_moments, &settings);
-            let (b, b_moments) = step_of_factor(b, b_gradient, b_moments, &settings);
+            let (a, a_moments) = step_of_factor(a, a_gradient, a_moments, settings);
+            let (b, b_moments) = step_of_factor(b, b_gradient, b_moments, settings);
             linear.lora = Some(Lora { a, b, scale });
             self.states.insert(place, [a_moments, b_moments]);
         }
-        norm
     }
 }
 

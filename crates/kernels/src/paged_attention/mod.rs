@@ -23,8 +23,8 @@ mod cube_int8;
 mod host;
 pub mod int8;
 
-use std::cell::OnceCell;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{BasicOps, DType, Int, Tensor, TensorData};
@@ -90,9 +90,9 @@ pub struct PagedIndex<B: Backend> {
     sequences: Vec<PagedSequence>,
     page_tokens: usize,
     device: B::Device,
-    gathered: OnceCell<Gathered<B>>,
+    gathered: OnceLock<Gathered<B>>,
     #[cfg(feature = "cubecl")]
-    tables: OnceCell<Tables<B>>,
+    tables: OnceLock<Tables<B>>,
 }
 
 /// Where everything lies, for a device to look up.
@@ -152,9 +152,9 @@ impl<B: Backend> PagedIndex<B> {
             sequences,
             page_tokens,
             device: device.clone(),
-            gathered: OnceCell::new(),
+            gathered: OnceLock::new(),
             #[cfg(feature = "cubecl")]
-            tables: OnceCell::new(),
+            tables: OnceLock::new(),
         }
     }
 

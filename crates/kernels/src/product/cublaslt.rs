@@ -1,7 +1,7 @@
 //! Products in cuBLASLt, on Burn's buffers, and from driver 12.5 on without waiting for the device.
 //!
-//! They go to a [`SideStream`], which keeps them in order with what CubeCL submits. What it trades: fetching a pointer is a
-//! round trip to CubeCL's device thread, and on older drivers the host waits before and after each product. What it
+//! They go to a [`SideStream`], which keeps them in order with what CubeCL submits. What it trades: a product is
+//! submitted by CubeCL's device thread, which knows the addresses, and on older drivers the host waits before and after each product. What it
 //! refuses: cards whose library cannot be opened; Burn multiplies there.
 
 use std::collections::HashMap;
@@ -21,7 +21,7 @@ use cudarc::driver::CudaContext;
 
 use super::Product;
 use crate::card::WORKSPACE_BYTES;
-use crate::device::Matrix;
+use crate::device::{Matrix, on_device_thread};
 use crate::side_stream::{SideStream, driver_version, version_name};
 
 /// cuBLAS's numbers for a matrix as it is and for its transpose.
@@ -69,10 +69,12 @@ fn libraries() -> &'static Libraries {
 }
 
 /// Runs `job` with the device's library, which is opened first if need be.
-fn with<T>(device: &CudaDevice, job: impl FnOnce(&mut Library) -> T) -> Result<T, String> {
-    let mut all = libraries().lock().map_err(|_| "a product failed before".to_string())?;
-    let library = all.entry(device.index).or_insert_with(|| Library::open(device));
-    library.as_mut().map(job).map_err(|reason| reason.clone())
+fn with<T: Send>(device: &CudaDevice, job: impl FnOnce(&mut Library) -> T + Send) -> Result<T, String> {
+    on_device_thread::<CudaRuntime, _>(device, || {
+        let mut all = libraries().lock().map_err(|_| "a product failed before".to_string())?;
+        let library = all.entry(device.index).or_insert_with(|| Library::open(device));
+        library.as_mut().map(job).map_err(|reason| reason.clone())
+    })
 }
 
 /// Why the host waits before and after every product on a device, if it does.

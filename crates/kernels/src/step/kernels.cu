@@ -1645,7 +1645,7 @@ __device__ __forceinline__ void choose(const Shared &s) {
         float best = __ldcg(row), sum = 0.0f;
         int place = 0;
         bool number = true;
-#pragma unroll 16
+#pragma unroll 4
         for (int i = tid; i < step.vocabulary; i += THREADS) {
             float x = __ldcg(row + i);
             number = number && x == x;

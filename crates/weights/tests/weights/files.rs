@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use burn::tensor::TensorData;
 use buzzer_model::Target;
 use buzzer_weights::{
     Absmax, Adapter, AdapterConfig, Checkpoint, Dtype, Factors, FloatType, Nf4Stored, TensorToWrite,
@@ -67,9 +66,9 @@ fn numbers_that_are_none_are_found_at_their_place() {
         let message = ["`w`", &place, "model.safetensors", "--model"];
         expect(checkpoint.read_f32("w", &[3, 1 << 20]), &message);
         for as_f32 in [false, true] {
-            let mut out = vec![0; 8000];
-            expect(checkpoint.read_values("w", count - 1000, as_f32, &mut out[..2000]), &message);
-            checkpoint.read_values("w", place - 2000, as_f32, &mut out).unwrap();
+            let size = if as_f32 { 4 } else { good.len() };
+            expect(checkpoint.read_values("w", count - 500, as_f32, &mut vec![0; 500 * size]), &message);
+            checkpoint.read_values("w", count - 500, as_f32, &mut vec![0; 400 * size]).unwrap();
         }
     }
 }

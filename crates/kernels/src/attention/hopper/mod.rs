@@ -24,6 +24,7 @@ use cudarc::driver::DriverError;
 use self::kernels::Kernels;
 use super::device::{Tiled, dims};
 use crate::compiler::CompilerError;
+use crate::device::on_device_thread;
 
 type Memory = CubeTensor<CudaRuntime>;
 
@@ -57,19 +58,21 @@ type Loaded = HashMap<(usize, DType), Result<Kernels, String>>;
 
 /// Runs `job` with the kernels for a device and a dtype, which are compiled first if need be. One at a time, as the kernels of a device
 /// share a stream and a counter.
-fn with<T>(
+fn with<T: Send>(
     device: &CudaDevice,
     dtype: DType,
-    job: impl FnOnce(&Kernels) -> Result<T, Refusal>,
+    job: impl FnOnce(&Kernels) -> Result<T, Refusal> + Send,
 ) -> Result<T, Refusal> {
     static LOADED: OnceLock<Mutex<Loaded>> = OnceLock::new();
-    let lock = LOADED.get_or_init(Mutex::default).lock();
-    let mut loaded = lock.map_err(|_| "a launch failed before".to_owned())?;
-    let load = || Kernels::load(device, dtype).map_err(|refusal| refusal.to_string());
-    match loaded.entry((device.index, dtype)).or_insert_with(load) {
-        Ok(kernels) => job(kernels),
-        Err(reason) => Err(reason.clone().into()),
-    }
+    on_device_thread::<CudaRuntime, _>(device, || {
+        let lock = LOADED.get_or_init(Mutex::default).lock();
+        let mut loaded = lock.map_err(|_| "a launch failed before".to_owned())?;
+        let load = || Kernels::load(device, dtype).map_err(|refusal| refusal.to_string());
+        match loaded.entry((device.index, dtype)).or_insert_with(load) {
+            Ok(kernels) => job(kernels),
+            Err(reason) => Err(reason.clone().into()),
+        }
+    })
 }
 
 /// Why these kernels do not serve a device for a dtype, if they do not.
