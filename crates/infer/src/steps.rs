@@ -65,9 +65,9 @@ impl<B: Backend> Steps<B> {
 
     /// Kernels that a pass over so many rows with the adapter launches, if it has a program.
     pub(crate) fn launches(&self, adapter: usize, rows: usize) -> Result<Option<usize>, &StepError> {
-        let launches =
-            |runner: &Box<dyn StepRunner<B>>| runner.launches() * rows.div_ceil(runner.most_rows().max(1));
-        self.by_adapter.get(&adapter).map(|program| program.as_ref().map(launches)).transpose()
+        let Some(program) = self.by_adapter.get(&adapter) else { return Ok(None) };
+        let runner = program.as_ref()?;
+        Ok(Some(runner.launches() * rows.div_ceil(runner.most_rows().max(1))))
     }
 
     /// What a device refused though there are kernels for it.
