@@ -1,7 +1,7 @@
 //! When waiting requests join the answers in progress.
 //!
 //! A pass with prompts runs one operation at a time, and so takes as long as several passes of single tokens that run as a program, however
-//! few its prompts are (on an H200 some 36 ms for a model of 7 billion weights, where a program takes 2.5 to 7). Where there are programs,
+//! few its prompts are (on an H200 25 to 40 ms for a model of 7 billion weights, where a program takes 2.5 to 7). Where there are programs,
 //! requests therefore join several at a time. What it trades: a request may wait for a few passes though there is room. What it
 //! refuses: to let one wait for longer, for a batch that is mostly free, or for others where its own prompt is worth a pass.
 

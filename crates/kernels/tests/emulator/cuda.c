@@ -62,6 +62,7 @@ R cuMemFreeAsync(void *p, void *s) { return 0; }
 R cuMemAllocHost_v2(void **p, size_t n) { return cuMemAlloc_v2(p, n); }
 R cuMemHostAlloc(void **p, size_t n, unsigned f) { return cuMemAlloc_v2(p, n); }
 R cuMemFreeHost(void *p) { return 0; }
+R cuMemHostGetDevicePointer_v2(void **d, void *h, unsigned f) { *d = h; return 0; }
 R cuMemGetInfo_v2(size_t *f, size_t *t) { *f = *t = (size_t)16 << 30; return 0; }
 R cuMemcpyHtoDAsync_v2(void *d, const void *h, size_t n, void *s) { memcpy(d, h, n); return 0; }
 R cuMemcpyDtoHAsync_v2(void *h, const void *d, size_t n, void *s) { memcpy(h, d, n); return 0; }
