@@ -111,8 +111,8 @@ pub type Wgpu = Cube<cubecl::wgpu::WgpuRuntime>;
 /// quarter of the card instead.
 ///
 /// `kept_kernels` is a folder in which kernels in CUDA C++ stay compiled for the next start; it is for one [`cuda_target`]. CubeCL's
-/// own are compiled at each start: what CubeCL 0.10 keeps, it finds again by a hash that leaves out which variant of an enum a kernel
-/// was made for, so that one kernel is taken for another.
+/// own are compiled at each start: what CubeCL 0.10 keeps, it finds again by a hash that leaves out part of what a kernel was made
+/// for, so that one kernel is taken for another (`docs/decisions/0018-compiled-kernels-stay.md`).
 #[cfg(feature = "cubecl")]
 pub fn configure(kept_kernels: Option<std::path::PathBuf>) {
     use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig, memory::PersistentMemory};
