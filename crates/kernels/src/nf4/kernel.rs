@@ -214,9 +214,13 @@ fn double_kernel<F: Float, N: Size>(
     load_table(&mut dynamic, comptime!(dynamic_code().to_vec()));
     sync_cube();
     if here {
-        // The flush stands between product and sum, so that they are not contracted to one rounding. Where the result is bf16, scales
-        // on an H200 are as if they were: some values round to the other side there (`weights_cube`, 0.004 % of them).
-        scales[unit] = flush(dynamic[code as usize] * nested[block / NESTED_BLOCK]) + offset[0];
+        scales[unit] = flush(dynamic[code as usize] * nested[block / NESTED_BLOCK]);
+    }
+    // Product and sum are two roundings: no compiler contracts what a barrier stands between. The flush alone was not enough for bf16 on
+    // an H200.
+    sync_cube();
+    if here {
+        scales[unit] = scales[unit] + offset[0];
     }
     sync_cube();
     write_words::<F, N>(out, &levels, &scales, &packed, words, apart);
@@ -224,8 +228,7 @@ fn double_kernel<F: Float, N: Size>(
 
 /// Writes the dense weight into `out` `[rows, cols]`, a view whose rows can lie apart; f32, f16 or bf16.
 ///
-/// In f32 the bits are those of [`dequantize`](super::dequantize) on the host; other dtypes round them. On an H200 some values in bf16
-/// with scales in 8 bits are rounded to the other neighbour.
+/// In f32 the bits are those of [`dequantize`](super::dequantize) on the host; other dtypes round them.
 ///
 /// # Panics
 /// If codes or scales are fewer than the shape asks for, or the elements of a row of `out` do not lie side by side.

@@ -8,7 +8,7 @@
 //!
 //! Equations, masks and what is kept are those of [`super::device`]. What it trades: a second set of kernels, and memory for lse and D of all
 //! queries in the backward pass. What it refuses: other cards, widths and dtypes, and drivers before CUDA 12.5, on which the host would
-//! have to wait around each call; [`super::flash`] serves there.
+//! have to wait around each call; the kernels of `flash` serve there.
 
 mod arguments;
 mod kernels;
