@@ -6,7 +6,7 @@
 //! meet it in the same state, and the first pass tells how far the disk is behind it. A tiny checkpoint is loaded before all, so that
 //! kernels are compiled by then.
 //!
-//! Files are mapped, so pages of the page cache count in the resident size while they are looked at, though the kernel can take
+//! Files are mapped, and what a device does not pack is read through the map, so pages of the page cache count in the resident size while they are looked at, though the kernel can take
 //! them back at any time. The figure for memory is therefore the peak of the anonymous pages (`RssAnon`), sampled while the
 //! model is loaded; the resident peak (`VmHWM`) of the whole process stands beside it.
 

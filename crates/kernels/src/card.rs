@@ -5,6 +5,9 @@
 
 use burn::tensor::DType;
 
+#[cfg(feature = "cuda")]
+use crate::limits::compute_capability;
+
 /// A device.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Card {
@@ -168,18 +171,9 @@ pub fn cuda_cards() -> usize {
 #[must_use]
 pub fn cuda_target(index: usize) -> Option<String> {
     let context = cudarc::driver::CudaContext::new(index).ok()?;
-    let capability = compute_capability(&context)?;
+    let capability = compute_capability(&context).ok()?;
     let driver = crate::side_stream::version_name(crate::side_stream::driver_version().ok()?);
     Some(format!("sm_{capability}-nvrtc-{}-driver-{driver}", crate::compiler::compiler_version()?))
-}
-
-/// Ten times the major number and the minor one.
-#[cfg(feature = "cuda")]
-fn compute_capability(context: &cudarc::driver::CudaContext) -> Option<u32> {
-    use cudarc::driver::sys::CUdevice_attribute as Attribute;
-    let attribute = |attribute| u32::try_from(context.attribute(attribute).ok()?).ok();
-    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-    Some(10 * major + attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?)
 }
 
 #[cfg(feature = "cuda")]
@@ -188,7 +182,7 @@ pub(crate) fn cuda(index: usize) -> Card {
     use cudarc::driver::result::mem_get_info;
     let context = CudaContext::new(index).ok();
     let context = context.as_ref();
-    let capability = context.and_then(|context| compute_capability(context));
+    let capability = context.and_then(|context| u32::try_from(compute_capability(context).ok()?).ok());
     let memory = context.and_then(|context| {
         context.bind_to_thread().ok()?;
         mem_get_info().ok()

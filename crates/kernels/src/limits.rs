@@ -23,13 +23,17 @@ impl Limits {
             let value = context.attribute(attribute)?;
             Ok::<_, DriverError>(usize::try_from(value).unwrap_or(0))
         };
-        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         Ok(Self {
-            compute_capability: 10 * major + minor,
+            compute_capability: compute_capability(context)?,
             processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_of_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             reserved_shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK)?,
         })
     }
+}
+
+/// Ten times the major number and the minor one.
+pub(crate) fn compute_capability(context: &CudaContext) -> Result<usize, DriverError> {
+    let (major, minor) = context.compute_capability()?;
+    Ok(usize::try_from(10 * major + minor).unwrap_or(0))
 }

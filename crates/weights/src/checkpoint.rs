@@ -1,8 +1,8 @@
 //! A checkpoint as a table of named tensors, whatever files they come from.
 //!
-//! Files are mapped, not read, and tensors are converted a window at a time whose pages are handed back at once, so a
+//! Files are mapped, and tensors are converted a window at a time whose pages are handed back at once, so a
 //! 13 GB checkpoint passes through the memory of its largest tensor. What it trades: one element type out, f32, for
-//! every float that comes in, but for [`Checkpoint::read_values`]. What it refuses: NaN or infinity, which would only show up as a loss much later.
+//! every float that comes in, but for [`Checkpoint::read_values`], which reads the file into memory that is there. What it refuses: NaN or infinity, which would only show up as a loss much later.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -42,7 +42,8 @@ pub(crate) struct Entry {
 
 /// Why a part of a tensor is not there.
 enum Fault {
-    Read(std::io::Error),
+    /// Number of the file that could not be read.
+    Read(usize, std::io::Error),
     /// Number of the value in the tensor, and what it is.
     NotFinite(usize, f32),
 }
@@ -191,8 +192,8 @@ impl Checkpoint {
         match faults.min_by_key(|(part, _)| *part) {
             None => Ok(()),
             Some((_, Fault::NotFinite(place, value))) => Err(self.not_finite(name, entry, place, value)),
-            Some((_, Fault::Read(source))) => {
-                Err(Place { path: self.file(entry).path(), flag: self.flag }.read(source))
+            Some((_, Fault::Read(file, source))) => {
+                Err(Place { path: self.files[file].path(), flag: self.flag }.read(source))
             }
         }
     }
@@ -200,10 +201,13 @@ impl Checkpoint {
     /// The part of [`Self::read_values`] that one core takes at a time.
     fn read_part(&self, entry: &Entry, first: usize, as_f32: bool, out: &mut [u8]) -> Result<(), Fault> {
         let stored_bytes = entry.dtype.bitsize() / 8;
-        let read = |out: &mut [u8]| entry.layout.read_at(&self.files, first * stored_bytes, out);
+        let read = |out: &mut [u8]| {
+            let read = entry.layout.read_at(&self.files, first * stored_bytes, out);
+            read.map_err(|(file, source)| Fault::Read(file, source))
+        };
         let not_finite = |place: usize, value: f32| Fault::NotFinite(first + place, value);
         if !as_f32 {
-            read(out).map_err(Fault::Read)?;
+            read(out)?;
             let Some(place) = first_not_finite(entry.dtype, out) else { return Ok(()) };
             let mut value = [0.0];
             convert(entry.dtype, &out[place * stored_bytes..][..stored_bytes], &mut value);
@@ -211,7 +215,7 @@ impl Checkpoint {
         }
         let count = out.len() / size_of::<f32>();
         let (mut stored, mut values) = (vec![0; count * stored_bytes], vec![0.0; count]);
-        read(&mut stored).map_err(Fault::Read)?;
+        read(&mut stored)?;
         if let Some(place) = convert(entry.dtype, &stored, &mut values) {
             return Err(not_finite(place, values[place]));
         }

@@ -69,10 +69,17 @@ impl Layout {
     /// Reads bytes of the tensor from an offset in it on. They must be there.
     ///
     /// # Errors
-    /// If the system does not give them.
-    pub(crate) fn read_at(&self, files: &[MappedFile], offset: usize, out: &mut [u8]) -> io::Result<()> {
+    /// If the system does not give them, with the number of the file.
+    pub(crate) fn read_at(
+        &self,
+        files: &[MappedFile],
+        offset: usize,
+        out: &mut [u8],
+    ) -> Result<(), (usize, io::Error)> {
         match self {
-            Self::Run { file, bytes } => files[*file].read_at(bytes.start + offset, out),
+            Self::Run { file, bytes } => {
+                files[*file].read_at(bytes.start + offset, out).map_err(|source| (*file, source))
+            }
             Self::Joined(joined) => joined.read_at(files, offset, out),
         }
     }
@@ -99,12 +106,17 @@ impl Joined {
     }
 
     /// Reads bytes from an offset on, row by row.
-    fn read_at(&self, files: &[MappedFile], mut offset: usize, mut out: &mut [u8]) -> io::Result<()> {
+    fn read_at(
+        &self,
+        files: &[MappedFile],
+        mut offset: usize,
+        mut out: &mut [u8],
+    ) -> Result<(), (usize, io::Error)> {
         while !out.is_empty() {
             let (file, start) = self.place(offset / self.row_bytes);
             let inside = offset % self.row_bytes;
             let (next, rest) = out.split_at_mut(out.len().min(self.row_bytes - inside));
-            files[file].read_at(start + inside, next)?;
+            files[file].read_at(start + inside, next).map_err(|source| (file, source))?;
             offset += next.len();
             out = rest;
         }

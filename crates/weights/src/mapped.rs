@@ -1,7 +1,7 @@
 //! Files of weights, mapped into memory, whichever format they have.
 //!
 //! The format is told by the first bytes and not by the name. What it trades: a file that another program cuts while it
-//! is open ends this one with a bus error, as with every mapped file. What it refuses: pipes and devices.
+//! is open ends this one with a bus error, as with every mapped file; what is read and not looked at through the map ends in an error. What it refuses: pipes and devices.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

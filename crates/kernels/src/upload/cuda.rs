@@ -34,7 +34,8 @@ struct Uploader {
 // SAFETY: the driver's handles may be used from any thread that has bound the context, one at a time; a mutex guards them.
 unsafe impl Send for Uploader {}
 
-/// Floats `[1, n]` on a device, whose bytes `fill` writes; none if the driver refuses.
+/// Floats `[1, n]` on a device, whose bytes `fill` writes; none if the driver refuses, or another thread is at it. That is not waited
+/// for: the device's thread may be the one that would wait, and who has the lock waits for that thread.
 pub(crate) fn upload(
     device: &CudaDevice,
     dtype: DType,
@@ -42,26 +43,24 @@ pub(crate) fn upload(
     fill: &mut dyn FnMut(&mut [u8]),
 ) -> Option<CubeTensor<CudaRuntime>> {
     static UPLOADERS: OnceLock<Mutex<HashMap<usize, Option<Uploader>>>> = OnceLock::new();
-    let mut all = UPLOADERS.get_or_init(Mutex::default).lock().ok()?;
-    let uploader = all.entry(device.index).or_insert_with(|| Uploader::open(device).ok());
+    let mut all = UPLOADERS.get_or_init(Mutex::default).try_lock().ok()?;
+    let uploader = all.entry(device.index).or_insert_with(|| Uploader::open(device)).as_mut()?;
     let (client, bytes) = (CudaRuntime::client(device), count * dtype.size());
     let handle = client.empty(bytes);
     let tensor = CubeTensor::new_contiguous(client, device.clone(), Shape::from([1, count]), handle, dtype);
-    uploader.as_mut()?.upload(&tensor, bytes, fill).ok()?;
+    uploader.upload(&tensor, bytes, fill)?;
     Some(tensor)
 }
 
 impl Uploader {
-    fn open(device: &CudaDevice) -> Result<Self, String> {
-        let refused = |error| format!("the CUDA driver says: {error}");
-        let context = CudaContext::new(device.index).map_err(refused)?;
-        let stream = SideStream::open(context, driver_version()?).map_err(refused)?;
+    fn open(device: &CudaDevice) -> Option<Self> {
+        let context = CudaContext::new(device.index).ok()?;
+        let stream = SideStream::open(context, driver_version().ok()?).ok()?;
         let place = || {
-            let copied = driver::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
-            Ok(Place { memory: Pinned::new(0)?, copied })
+            let copied = driver::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).ok()?;
+            Some(Place { memory: Pinned::new(0).ok()?, copied })
         };
-        let places = [place().map_err(refused)?, place().map_err(refused)?];
-        Ok(Self { stream, places, next: 0 })
+        Some(Self { stream, places: [place()?, place()?], next: 0 })
     }
 
     fn upload(
@@ -69,27 +68,26 @@ impl Uploader {
         tensor: &CubeTensor<CudaRuntime>,
         bytes: usize,
         fill: &mut dyn FnMut(&mut [u8]),
-    ) -> Result<(), String> {
-        let refused = |error| format!("the CUDA driver says: {error}");
-        self.stream.bind().map_err(refused)?;
+    ) -> Option<()> {
+        self.stream.bind().ok()?;
         let place = &mut self.places[self.next];
         self.next = 1 - self.next;
         // SAFETY: the event lives as long as its place; one that was never recorded is past.
-        unsafe { sys::cuEventSynchronize(place.copied) }.result().map_err(refused)?;
+        unsafe { sys::cuEventSynchronize(place.copied) }.result().ok()?;
         if place.memory.len() < bytes {
-            place.memory = Pinned::new(bytes).map_err(refused)?;
+            place.memory = Pinned::new(bytes).ok()?;
         }
-        fill(&mut place.memory.values()[..bytes]);
+        let values = &mut place.memory.values()[..bytes];
+        fill(values);
         // The memory may be that of a tensor whose kernels still run: the copy comes after everything before, and what comes next after
         // the copy.
-        let address = address_of(tensor)?;
-        self.stream.follow().map_err(refused)?;
+        let address = address_of(tensor).ok()?;
+        self.stream.follow().ok()?;
         // SAFETY: the tensor has so many bytes and is alive, and the place is not written before the event behind the copy is past.
         unsafe {
-            driver::memcpy_htod_async(address, &place.memory.values()[..bytes], self.stream.raw())
-                .map_err(refused)?;
-            driver::event::record(place.copied, self.stream.raw()).map_err(refused)?;
+            driver::memcpy_htod_async(address, values, self.stream.raw()).ok()?;
+            driver::event::record(place.copied, self.stream.raw()).ok()?;
         }
-        self.stream.lead().map_err(refused)
+        self.stream.lead().ok()
     }
 }

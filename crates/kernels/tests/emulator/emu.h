@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include "fiber.h"
 #include <map>
 #include <tuple>
 #include <type_traits>
@@ -42,29 +43,6 @@ inline uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32;
 inline float __frcp_rn(float a) { return 1.0f / a; }
 namespace emu {
 struct Fiber { void *sp; int wait; bool done; uint3 id; };
-extern "C" void emu_switch(void **save, void *to);
-asm(R"(
-.text
-.local emu_switch
-.type emu_switch,@function
-emu_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-
 static std::vector<Fiber> fibers;
 static void *home;
 static size_t current;

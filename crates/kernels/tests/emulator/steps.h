@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <vector>
+#include "fiber.h"
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -60,30 +61,6 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
 };
-
-// Saves the registers of one fiber and goes on with another.
-extern "C" void emu_switch(void **save, void *to);
-asm(R"(
-.text
-.local emu_switch
-.type emu_switch,@function
-emu_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
 
 static std::vector<Fiber> fibers;
 static void *home;

@@ -100,6 +100,21 @@ fn values_come_in_the_dtype_of_the_file_or_in_f32() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn a_file_that_was_cut_after_it_was_opened_is_named() {
+    let bytes = floats(&[1.0; 1000]);
+    let folder = folder_with(&[("model.safetensors", &raw_file(&[("w", "F32", &[1000], &bytes)]))]);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    fs::OpenOptions::new()
+        .write(true)
+        .open(folder.path().join("model.safetensors"))
+        .unwrap()
+        .set_len(2000)
+        .unwrap();
+    expect(checkpoint.read_values("w", 0, false, &mut vec![0; 4000]), &["model.safetensors", "--model"]);
+}
+
 #[test]
 fn shapes_and_types_are_checked() {
     let bytes = floats(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
